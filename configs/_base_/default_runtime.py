@@ -1,0 +1,21 @@
+# What every recipe of both tasks shares.
+custom_imports = dict(imports=['convnext_mm'], allow_failed_imports=False)
+
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='CheckpointHook'),
+    sampler_seed=dict(type='DistSamplerSeedHook'))
+custom_hooks = [dict(type='CurvesHook'), dict(type='PredictionsHook', num_pictures=8)]
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))
+
+log_level = 'INFO'
+load_from = None
+resume = False
+# --auto-scale-lr: the learning rates are meant for 8 GPUs × 2 images.
+auto_scale_lr = dict(enable=False, base_batch_size=16)

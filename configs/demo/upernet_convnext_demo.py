@@ -1,0 +1,69 @@
+# The tiny UPerNet recipe on another data set: the demo's. What differs is what yours would change.
+_base_ = '../upernet_convnext_tiny_512_160k_ade20k.py'
+
+# Data and classes; the folders below data_root are named as in ADE20K, 0 in a mask is no class.
+dataset_type = 'BaseSegDataset'
+data_root = 'data/demo/ADEChallengeData2016'
+metainfo = dict(
+    classes=('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf'),
+    palette=[[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
+             [255, 167, 38], [255, 238, 88], [0, 150, 136]])
+num_classes = 8
+
+# Crop: pictures of 128 to 160 pixels.
+crop_size = (128, 128)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomResize', scale=(160, 160), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        type=dataset_type,
+        reduce_zero_label=True,
+        data_root=data_root,
+        metainfo=metainfo,
+        pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        type=dataset_type,
+        reduce_zero_label=True,
+        data_root=data_root,
+        metainfo=metainfo,
+        pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+# Size: a quarter of tiny's width, from scratch, for a CPU.
+dims = [24, 48, 96, 192]
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(dims=dims, drop_path_rate=0.0, init_cfg=None),
+    decode_head=dict(in_channels=dims, channels=64, num_classes=num_classes),
+    auxiliary_head=dict(in_channels=dims[2], channels=32, num_classes=num_classes),
+    test_cfg=dict(mode='whole'))
+
+# Schedule.
+max_iters = 300
+train_cfg = dict(max_iters=max_iters, val_interval=100)
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=max_iters + 1),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))
+randomness = dict(seed=0)

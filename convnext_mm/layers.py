@@ -1,0 +1,75 @@
+"""The small layers that ConvNeXt is made of."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (N, C, H, W) map.
+
+    Normalising the (N, H, W, C) view lets PyTorch's fused kernel do the work; on a
+    channels_last map both permutations are free.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias,
+                            self.eps).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch per sample (Huang et al., 2016).
+
+    Args:
+        drop_prob: Probability that a sample's branch is zeroed in training. What
+            survives is divided by ``1 - drop_prob``, so that the mean is kept.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = float(drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep_prob = 1.0 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+        return x * mask.div_(keep_prob) if keep_prob > 0.0 else x * mask
+
+    def extra_repr(self) -> str:
+        return f'drop_prob={self.drop_prob:.3f}'
+
+
+class Block(nn.Module):
+    """A ConvNeXt block (Liu et al., 2022, Section 2 and Figure 4).
+
+    Depthwise 7x7 → LayerNorm → 1x1 (C to 4C) → GELU → 1x1 (4C to C) → layer scale →
+    drop path → residual. The 1x1 convolutions are linear layers over the last axis.
+
+    Args:
+        dim: Number of channels C.
+        drop_path: Drop path rate of this block.
+        layer_scale_init_value: Initial value of ``gamma``; 0 or less: no layer scale.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0,
+                 layer_scale_init_value: float = 1e-6) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = (nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
+                      if layer_scale_init_value > 0 else None)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        y = self.dwconv(x).permute(0, 2, 3, 1)
+        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        if self.gamma is not None:
+            y = y * self.gamma
+        return x + self.drop_path(y.permute(0, 3, 1, 2))

@@ -1,0 +1,1 @@
+"""What training adds around mmengine's Runner: fallbacks, checks of the input, pictures."""

@@ -1,0 +1,172 @@
+"""Checks of what the user gave, before any model is built."""
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from .. import checkpoint
+from ..errors import UserError
+
+GET_DATA = {
+    'mmseg': ('ADE20K: download ADEChallengeData2016.zip from '
+              'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip and unpack '
+              'it in data/ade/, so that data/ade/ADEChallengeData2016/images/training/ is there'),
+    'mmdet': ('COCO: download train2017.zip, val2017.zip and annotations_trainval2017.zip from '
+              'https://cocodataset.org/#download and unpack them in data/coco/, so that '
+              'data/coco/annotations/instances_train2017.json and data/coco/train2017/ are there'),
+}
+ELSEWHERE = 'Data in another place: --cfg-options data_root=/path/to/data'
+TRY_DEMO = 'To try the package without any data: make demo'
+
+RUNNER_KEYS = ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
+               'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
+               'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg')
+"""Top-level keys that mean something even where the config does not set them."""
+
+
+def load_config(path: str) -> Config:
+    """Read a config file.
+
+    Raises:
+        UserError: No such file, or one that cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = {str(p): p for folder in (file.parent, Path('configs'), Path('configs/demo'))
+                 if folder.is_dir() for p in folder.glob('*.py')}
+        close = difflib.get_close_matches(str(file), known, n=3, cutoff=0.6)
+        hint = ('Did you mean ' + ' or '.join(close) + '?' if close
+                else 'The recipes are in configs/, e.g. '
+                     'configs/upernet_convnext_tiny_512_160k_ade20k.py.')
+        raise UserError(f'Config not found: {file.absolute()}\n{hint}')
+    try:
+        return Config.fromfile(file)
+    except UserError:
+        raise
+    except Exception as error:  # a config is Python: anything can go wrong in it
+        raise UserError(f'Config {file} cannot be read: {type(error).__name__}: {error}') from error
+
+
+def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
+    """Merge ``--cfg-options`` into ``cfg``.
+
+    Raises:
+        UserError: A key that looks like a misspelt one, or a value where keys belong.
+    """
+    for key, value in (options or {}).items():
+        node: Any = cfg
+        parts = key.split('.')
+        for depth, part in enumerate(parts):
+            here = '.'.join(parts[:depth]) or 'the config'
+            if isinstance(node, (list, tuple)):
+                if not part.isdigit() or int(part) >= len(node):
+                    raise UserError(f'--cfg-options {key}: {here} is a list of {len(node)}, '
+                                    f'expected an index below that, got {part!r}')
+                node = node[int(part)]
+                continue
+            if not isinstance(node, dict) and not isinstance(node, Config):
+                if node is None:
+                    break
+                raise UserError(f'--cfg-options {key}: {here} is {node!r} and has no {part!r}')
+            if part not in node:
+                names = [*node.keys(), *(RUNNER_KEYS if depth == 0 else ())]
+                close = difflib.get_close_matches(part, names, n=3,
+                                                  cutoff=0.5 if depth == 0 else 0.75)
+                if depth == 0 and part not in RUNNER_KEYS or close and part not in names:
+                    known = ', '.join(sorted(n for n in names if not n.startswith('_')))
+                    raise UserError(
+                        f'--cfg-options {key}: {here} has no key {part!r}. ' +
+                        (f'Did you mean {" or ".join(close)}?' if close
+                         else f'Its keys: {known}'))
+                break
+            node = node[part]
+        else:
+            if isinstance(node, dict) and value is not None and not isinstance(value, dict):
+                raise UserError(f'--cfg-options {key}={value!r}: {key} is a group of keys '
+                                f'({", ".join(node)}); set one of them, as {key}.KEY=VALUE')
+    if options and 'data_root' in options:
+        _move_data(cfg, cfg.get('data_root'), options['data_root'])
+    cfg.merge_from_dict(options or {})
+
+
+def _move_data(node: Any, old: str | None, new: str) -> None:
+    """Replace ``old`` as the root of every path below ``node``."""
+    if isinstance(node, Config):
+        node = node._cfg_dict
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in list(items):
+        if isinstance(value, (dict, list)):
+            _move_data(value, old, new)
+        elif key in ('data_root', 'ann_file') and isinstance(value, str) and old and (
+                value.startswith(old)):
+            node[key] = os.path.join(new, value[len(old):].lstrip('/'))
+
+
+def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
+    """See that every folder and annotation file of the ``splits`` ('train', …) is there.
+
+    Raises:
+        UserError: Names all that is missing, how to get the data, how to try the demo.
+    """
+    missing: dict[str, str] = {}
+    for split in splits:
+        loader = cfg.get(f'{split}_dataloader')
+        for dataset in _datasets(loader.get('dataset') if loader else None):
+            for path, what in _paths(dataset):
+                if not os.path.exists(path):
+                    missing.setdefault(path, f'{what} ({split})')
+                elif os.path.isdir(path) and not any(os.scandir(path)):
+                    missing.setdefault(path, f'{what} ({split}), empty')
+        evaluator = cfg.get(f'{split}_evaluator')
+        for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator or {}]:
+            path = metric.get('ann_file')
+            if path and not os.path.exists(path):
+                missing.setdefault(path, f"evaluator's annotation file ({split})")
+    if missing:
+        listed = '\n'.join(f'  {os.path.abspath(path)}  {what}' for path, what in missing.items())
+        advice = GET_DATA.get(cfg.get('default_scope'), '')
+        raise UserError(f'Data not found, expected at:\n{listed}\n{advice}\n{ELSEWHERE}\n'
+                        f'{TRY_DEMO}')
+
+
+def check_weights(cfg: Config, load_from: str | None) -> None:
+    """See that checkpoints are there and readable; URLs are downloaded now, once a node.
+
+    Raises:
+        UserError: As :func:`convnext_mm.checkpoint.read`.
+    """
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        return  # the node's first process does it for all, before they meet
+    if load_from:
+        checkpoint.read(load_from)
+        return  # the whole model's weights replace the backbone's
+    backbone = cfg.get('model', {}).get('backbone', {})
+    init_cfg = backbone.get('init_cfg')
+    if backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
+        checkpoint.locate(init_cfg['checkpoint'])
+
+
+def _datasets(dataset: Any) -> Iterator[dict]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if not isinstance(dataset, dict):
+        return
+    inner = dataset.get('dataset') or dataset.get('datasets')
+    if inner is None:
+        yield dataset
+    for one in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from _datasets(one)
+
+
+def _paths(dataset: dict) -> Iterator[tuple[str, str]]:
+    """The (path, what it is) pairs that a data set's config names."""
+    root = dataset.get('data_root') or ''
+    for key, value in dataset.get('data_prefix', {}).items():
+        if isinstance(value, str) and value and '://' not in value:
+            yield os.path.join(root, value), 'masks' if 'seg' in key else 'pictures'
+    if dataset.get('ann_file'):
+        yield os.path.join(root, dataset['ann_file']), 'annotation file'

@@ -1,0 +1,149 @@
+"""From a config and command-line options to a running Runner, for both tasks."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.runner import Runner
+
+from ..errors import UserError
+from . import checks, fallbacks
+
+
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that training and testing share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file, such as '
+                        'configs/upernet_convnext_tiny_512_160k_ade20k.py')
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and pictures '
+                        '(work_dirs/CONFIG)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='change settings of the config, such as '
+                        'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
+                        'lists as key="[a,b]"')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+                        default='none', help='how the processes are started (none)')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                        help=argparse.SUPPRESS)
+    return parser
+
+
+def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Call ``action(args)``; a user's mistake ends in its message and status 2."""
+    try:
+        action(args)
+    except UserError as error:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'\nError: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train by ``args``: those of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``."""
+    cfg = _configure(args)
+    if args.amp:
+        if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
+            raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, this config has '
+                            f'{cfg.optim_wrapper.type}')
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UserError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
+                            'the config: the batch size over all GPUs that its lr is meant for')
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+    splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
+    _build_runner(cfg, splits).train()
+
+
+def test(args: argparse.Namespace) -> None:
+    """Evaluate by ``args``: those of :func:`common_parser` and ``checkpoint``, ``out``, ``show``,
+    ``show_dir``, ``wait_time``, ``tta``."""
+    cfg = _configure(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        cfg.default_hooks.visualization.update(draw=True, show=args.show,
+                                               wait_time=args.wait_time)
+        if args.show_dir and cfg.default_scope == 'mmdet':
+            cfg.default_hooks.visualization.test_out_dir = args.show_dir
+        elif args.show_dir:
+            cfg.visualizer.save_dir = args.show_dir
+    if args.tta:
+        _use_tta(cfg)
+    dump = _dump_predictions(cfg, args.out) if args.out else None
+    runner = _build_runner(cfg, ('test',))
+    if dump is not None:
+        runner.test_evaluator.metrics.append(dump())
+    runner.test()
+
+
+def _configure(args: argparse.Namespace) -> Config:
+    """The config with the options of the command line in it."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = checks.load_config(args.config)
+    checks.apply_options(cfg, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
+    """Check the input, fit the config to the machine, and build the Runner."""
+    changes = fallbacks.adapt(cfg)
+    checks.check_data(cfg, splits)
+    checks.check_weights(cfg, cfg.get('load_from'))
+    fallbacks.start_processes(cfg)
+    if 'runner_type' in cfg:
+        from mmengine.registry import RUNNERS
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = Runner.from_cfg(cfg)
+    fallbacks.announce(changes)
+    return runner
+
+
+def _use_tta(cfg: Config) -> None:
+    """Wrap the model and swap the test pipeline for test-time augmentation.
+
+    Raises:
+        UserError: The config does not say which augmentations.
+    """
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            raise UserError(f'--tta needs {key} in the config; the recipes have it in '
+                            'configs/_base_/')
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
+
+
+def _dump_predictions(cfg: Config, out: str) -> Callable | None:
+    """Have predictions written: PNG masks to a folder (mmseg) or one pickle (mmdet).
+
+    Returns:
+        For mmdet, what builds the dumping metric once the runner is there.
+
+    Raises:
+        UserError: A name that mmdet's dump does not take.
+    """
+    if cfg.default_scope == 'mmseg':
+        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        return None
+    if not out.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out {out}: detections are written to one file, expected a name that '
+                        'ends in .pkl')
+
+    def build():
+        from mmdet.evaluation import DumpDetResults
+        return DumpDetResults(out_file_path=out)
+    return build

@@ -1,0 +1,253 @@
+"""Pictures of a run: curves.png, and predictions/ with input, truth and prediction side by side."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.dist import is_main_process, master_only
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+
+METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
+"""The metrics that are drawn, as mmseg's and mmdet's evaluators name them."""
+IGNORED = 255
+"""The label that counts for nothing in segmentation masks."""
+
+
+class CurvesHook(Hook):
+    """Keeps ``curves.png`` in the work dir: loss, metric and learning rates over iterations.
+
+    The learning rates are those of the first and the last layer group, which layer decay
+    sets apart. Drawn after every validation, after training and after testing, from the
+    log that mmengine writes, so that a resumed run's picture begins where the run began.
+    """
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        rates = runner.optim_wrapper.get_lr().get('lr')
+        if rates:  # keys that end in 'lr' are logged with every line
+            runner.message_hub.update_scalar('train/lowest_lr', min(rates))
+            runner.message_hub.update_scalar('train/highest_lr', max(rates))
+
+    @master_only
+    def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        draw_curves(read_log(runner.work_dir), Path(runner.work_dir, 'curves.png'))
+
+    @master_only
+    def after_train(self, runner) -> None:
+        path = Path(runner.work_dir, 'curves.png')
+        if draw_curves(read_log(runner.work_dir), path):
+            print_log(f'Curves: {path}', logger='current')
+
+    @master_only
+    def after_test(self, runner) -> None:
+        """The training's curves, found in the work dir or beside the tested checkpoint."""
+        path = Path(runner.work_dir, 'curves.png')
+        beside = os.path.dirname(runner._load_from or '')
+        if draw_curves(read_log(runner.work_dir) or read_log(beside), path):
+            print_log(f'Curves: {path}', logger='current')
+
+
+class PredictionsHook(Hook):
+    """Draws some pictures of every validation and test to ``predictions/`` in the work dir.
+
+    Args:
+        num_pictures: How many, evenly spread over the data set.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, num_pictures: int = 8) -> None:
+        self.num_pictures = num_pictures
+
+    def _after_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Sequence | None = None, mode: str = 'val') -> None:
+        if mode == 'train' or not is_main_process() or not outputs:
+            return
+        loop = runner.val_loop if mode == 'val' else runner.test_loop
+        total = len(loop.dataloader)
+        step = max(1, total // max(1, self.num_pictures))
+        if batch_idx % step or batch_idx // step >= self.num_pictures:
+            return
+        meta = getattr(runner.visualizer, 'dataset_meta', None) or loop.dataloader.dataset.metainfo
+        folder = Path(runner.work_dir, 'predictions')
+        folder.mkdir(parents=True, exist_ok=True)
+        sample = outputs[0]
+        draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png')
+
+    @master_only
+    def after_test(self, runner) -> None:
+        print_log(f'Predictions: {Path(runner.work_dir, "predictions")}', logger='current')
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of mmengine's scalar logs below ``folder``, of all its runs, oldest first."""
+    lines = []
+    for file in sorted(Path(folder).glob('*/vis_data/scalars.json')) if str(folder) else ():
+        for line in file.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a run that was cut off
+                continue
+    return [line for line in lines if 'step' in line]
+
+
+def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
+    """Draw a run's loss, metrics and learning rates.
+
+    Args:
+        log: What :func:`read_log` returns. A training line's ``step`` counts iterations; a
+            validation line's counts iterations or epochs and is placed at the iteration
+            of the last training line before it.
+        path: The picture to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    train: dict[int, dict[str, float]] = {}
+    scores: dict[int, dict[str, float]] = {}
+    for line in log:
+        if 'loss' in line:
+            step = int(line['step'])
+            # A resumed run repeats the iterations after its checkpoint: the later ones count.
+            for later in [s for s in train if s >= step]:
+                del train[later]
+            for later in [s for s in scores if s >= step]:
+                del scores[later]
+            train[step] = line
+        elif found := {name: line[name] for name in METRICS if name in line}:
+            scores[max(train, default=0)] = found
+    if not train:
+        return False
+
+    plt = _pyplot()
+    figure, (loss_axis, score_axis, lr_axis) = plt.subplots(1, 3, figsize=(15, 4))
+    steps = list(train)
+    loss_axis.plot(steps, [train[s]['loss'] for s in steps])
+    loss_axis.set(title='Loss', xlabel='iteration', ylim=(0, None))
+    for name in METRICS:
+        values = {s: line[name] for s, line in scores.items() if name in line}
+        if values:
+            # mmseg reports percent, mmdet fractions.
+            factor = 1 if name == 'mIoU' else 100
+            score_axis.plot(list(values), [factor * v for v in values.values()], marker='o',
+                            label=name.removeprefix('coco/'))
+    score_axis.set(title='Metric on the validation set (%)', xlabel='iteration', ylim=(0, 100))
+    if scores:
+        score_axis.legend()
+    for key, label in (('highest_lr', 'last layer group (heads)'),
+                       ('lowest_lr', 'first layer group (stem)')):
+        values = {s: line[key] for s, line in train.items() if key in line}
+        lr_axis.plot(list(values), list(values.values()), label=label)
+    lr_axis.set(title='Learning rate', xlabel='iteration', ylim=(0, None))
+    lr_axis.legend()
+    for axis in (loss_axis, score_axis, lr_axis):
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+    return True
+
+
+def draw_sample(sample: Any, meta: dict[str, Any], path: Path) -> None:
+    """Draw one SegDataSample or DetDataSample: input, truth, prediction.
+
+    Args:
+        sample: With ``img_path``, ``gt_*`` and ``pred_*``, at the picture's own size.
+        meta: The data set's ``classes`` and ``palette``.
+        path: The picture to write.
+    """
+    from matplotlib.patches import Patch
+    from PIL import Image
+
+    image = np.asarray(Image.open(sample.img_path).convert('RGB'))
+    classes = meta.get('classes') or ()
+    colors = class_colors(meta.get('palette'), len(classes))
+    plt = _pyplot()
+    height, width = image.shape[:2]
+    panel = (5.0, 5.0 * height / width)
+    figure, axes = plt.subplots(1, 3, figsize=(3 * panel[0], panel[1] + 1.1))
+    for axis, title in zip(axes, ('Input', 'Truth', 'Prediction'), strict=True):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=15)
+        axis.axis('off')
+    if 'pred_sem_seg' in sample:
+        shown = [_draw_segmentation(axes[1], sample.get('gt_sem_seg'), colors),
+                 _draw_segmentation(axes[2], sample.get('pred_sem_seg'), colors)]
+    else:
+        shown = [_draw_instances(axes[1], sample.get('gt_instances'), classes, colors),
+                 _draw_instances(axes[2], sample.get('pred_instances'), classes, colors)]
+    labels = [i for i in sorted(set().union(*shown)) if i < len(classes)][:16]
+    figure.legend(handles=[Patch(color=colors[i], label=classes[i]) for i in labels],
+                  loc='lower center', ncols=min(8, max(1, len(labels))), frameon=False,
+                  fontsize=12)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.13, wspace=0.03)
+    _save(figure, path)
+
+
+def class_colors(palette: Any, count: int) -> np.ndarray:
+    """(count, 3) colours in 0–1: the palette's, or evenly spaced hues without one."""
+    if isinstance(palette, (list, tuple)) and len(palette) >= count:
+        return np.asarray(palette[:count], dtype=float).reshape(count, 3) / 255
+    from matplotlib import colormaps
+    return colormaps['hsv'](np.linspace(0, 1, count, endpoint=False))[:, :3]
+
+
+def _draw_segmentation(axis: Any, mask: Any, colors: np.ndarray) -> set[int]:
+    """Lay (H, W) labels over the picture; returns the labels drawn."""
+    if mask is None:
+        return set()
+    labels = mask.data.squeeze(0).cpu().numpy()
+    overlay = np.zeros((*labels.shape, 4))
+    known = labels < len(colors)
+    overlay[known] = np.concatenate(
+        [colors[labels[known]], np.full((known.sum(), 1), 0.65)], axis=1)
+    axis.imshow(overlay, interpolation='nearest')
+    return set(np.unique(labels[known]).tolist())
+
+
+def _draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
+                    score_threshold: float = 0.5) -> set[int]:
+    """Draw boxes, masks and names of (N) instances; returns the labels drawn."""
+    from matplotlib.patches import Rectangle
+
+    if instances is None or 'bboxes' not in instances:
+        return set()
+    boxes, labels = instances.bboxes, instances.labels.cpu().numpy()
+    boxes = getattr(boxes, 'tensor', boxes).cpu().numpy()
+    scores = instances.scores.cpu().numpy() if 'scores' in instances else None
+    masks = instances.masks if 'masks' in instances else None
+    if masks is not None:
+        masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
+    drawn = set()
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        if scores is not None and scores[i] < score_threshold:
+            continue
+        color = colors[label]
+        if masks is not None:
+            overlay = np.zeros((*masks[i].shape, 4))
+            overlay[masks[i].astype(bool)] = (*color, 0.5)
+            axis.imshow(overlay, interpolation='nearest')
+        axis.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, ec=color, lw=2))
+        name = classes[label] + ('' if scores is None else f' {scores[i]:.2f}')
+        axis.text(*box[:2], name, fontsize=11, color='white', va='bottom', clip_on=True,
+                  bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
+        drawn.add(int(label))
+    return drawn
+
+
+def _pyplot() -> Any:
+    """matplotlib without a screen, imported when the first picture is drawn."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write the picture whole or not at all."""
+    part = path.with_suffix('.part.png')
+    figure.savefig(part, dpi=80)
+    _pyplot().close(figure)
+    part.replace(path)

@@ -1,0 +1,11 @@
+"""Train a segmentor or a detector."""
+from convnext_mm.training.launch import common_parser, run, train
+
+if __name__ == '__main__':
+    parser = common_parser(__doc__)
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='go on from CHECKPOINT, or from the latest in the work dir')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help="scale the learning rate by GPUs × batch / the recipe's 16")
+    run(train, parser.parse_args())
