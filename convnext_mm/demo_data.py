@@ -124,7 +124,7 @@ def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nda
     kinds = []
     for _ in range(rng.integers(2, 6)):
         kind = str(rng.choice(THINGS))
-        radius = rng.uniform(13, 30)
+        radius = rng.uniform(16, 34)
         x, y = rng.uniform(radius * 0.6, np.array([width, height]) - radius * 0.6)
         angle = rng.uniform(0, 2 * math.pi)
         # The thing's own coordinates: (0, 0) at its centre, turned, 1 at its radius.
@@ -189,7 +189,7 @@ def _ground(kind: str, xs: np.ndarray, ys: np.ndarray, rng: Rng) -> np.ndarray:
 
 def _surface(kind: str, u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
     """A (H, W, 3) texture of a thing; (u, v) are its own coordinates, 1 at its radius."""
-    hues = dict(ball=(0, 360), crate=(15, 55), star=(0, 360), leaf=(40, 160))
+    hues = dict(ball=(0, 360), crate=(15, 55), star=(260, 400), leaf=(60, 150))
     color = _color(rng.uniform(*hues[kind]), rng.uniform(0.5, 0.95), rng.uniform(0.6, 0.95))
     if kind == 'ball':
         other = _color(rng.uniform(0, 360), rng.uniform(0, 0.3), rng.uniform(0.8, 1))

@@ -126,8 +126,10 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             layer_id = self.layer_id(name, module.backbone)
             group_name = f'layer_{layer_id}_{"no_decay" if no_decay else "decay"}'
             scale = lr_scale(layer_id, self.num_layers, self.decay_rate)
+            # A weight decay that the config does not set is left to the optimizer's default.
+            weight_decay = 0.0 if no_decay else self.base_wd
             group = groups.setdefault(group_name, dict(
-                weight_decay=0.0 if no_decay else self.base_wd,
+                **({} if weight_decay is None else dict(weight_decay=weight_decay)),
                 params=[], param_names=[],
                 lr_scale=scale, group_name=group_name, lr=scale * self.base_lr))
             group['params'].append(param)
@@ -142,5 +144,5 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         for group in sorted(groups.values(), key=lambda g: (g['lr_scale'], g['group_name'])):
             count = sum(p.numel() for p in group['params'])
             lines.append(f'  {group["group_name"]:<18}{count:>12,}  {group["lr_scale"]:.6f}  '
-                         f'{group["lr"]:.3e}  {group["weight_decay"]:g}')
+                         f'{group["lr"]:.3e}  {group.get("weight_decay", "default")}')
         print_log('\n'.join(lines), logger='current')

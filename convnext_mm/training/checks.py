@@ -77,7 +77,7 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
                 names = [*node.keys(), *(RUNNER_KEYS if depth == 0 else ())]
                 close = difflib.get_close_matches(part, names, n=3,
                                                   cutoff=0.5 if depth == 0 else 0.75)
-                if depth == 0 and part not in RUNNER_KEYS or close and part not in names:
+                if (depth == 0 and part not in RUNNER_KEYS) or (close and part not in names):
                     known = ', '.join(sorted(n for n in names if not n.startswith('_')))
                     raise UserError(
                         f'--cfg-options {key}: {here} has no key {part!r}. ' +

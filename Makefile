@@ -1,0 +1,23 @@
+PYTHON ?= python3
+STACK ?= forks
+VENV := .venv
+# Written when the set-up is complete; a change of the versions sets up what changed.
+READY := $(VENV)/.ready-$(STACK)
+
+.PHONY: demo test lint clean
+
+demo: $(READY)  ## Train and evaluate segmentation and detection on drawn pictures.
+	$(VENV)/bin/python tools/demo.py
+
+test: $(READY)  ## Run the tests.
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)  ## Check the style.
+	$(VENV)/bin/ruff check .
+
+clean:  ## Remove the environment, the demo's pictures and its results.
+	rm -rf $(VENV) data/demo work_dirs/demo
+
+$(READY): setup.py tools/install.py
+	$(PYTHON) tools/install.py --stack $(STACK)
+	@touch $@

@@ -1,0 +1,88 @@
+# The tiny Cascade Mask R-CNN recipe on another data set: the demo's. What differs is what yours
+# would change.
+_base_ = ('../cascade_mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_'
+          '3x_coco_in1k.py')
+
+# Data and classes; the files below data_root are named as in COCO.
+data_root = 'data/demo/coco/'
+metainfo = dict(
+    classes=('ball', 'crate', 'star', 'leaf'),
+    palette=[(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)])
+num_classes = 4
+
+# Crop: pictures of 128 to 160 pixels.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomChoiceResize', scales=[(s, s) for s in (128, 144, 160)], keep_ratio=True),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+
+# Size: that of the segmentation demo, whose backbone this starts from, as the recipes start
+# from one trained on ImageNet; heads to match, for a CPU.
+depths = [2, 2, 4, 2]
+dims = [32, 64, 128, 256]
+channels = 64
+model = dict(
+    backbone=dict(
+        depths=depths,
+        dims=dims,
+        drop_path_rate=0.0,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/demo/upernet_convnext_demo/iter_900.pth')),
+    neck=dict(in_channels=dims, out_channels=channels),
+    rpn_head=dict(
+        in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=channels),
+        # A list is replaced as a whole: each stage is the recipe's with other sizes.
+        bbox_head=[
+            dict(
+                stage,
+                num_classes=num_classes,
+                in_channels=channels,
+                conv_out_channels=channels,
+                fc_out_channels=256) for stage in _base_.model.roi_head.bbox_head
+        ],
+        mask_roi_extractor=dict(out_channels=channels),
+        mask_head=dict(
+            num_classes=num_classes, in_channels=channels, conv_out_channels=channels)),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=200),
+        rcnn=[
+            dict(stage, sampler=dict(stage.sampler, num=64))
+            for stage in _base_.model.train_cfg.rcnn
+        ]),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)))
+
+# Schedule.
+train_cfg = dict(max_epochs=6, val_interval=2)
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=6, milestones=[4, 5], gamma=0.1),
+]
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best='coco/segm_mAP'))
+randomness = dict(seed=0)

@@ -1,0 +1,51 @@
+"""Package metadata, and the versions that tools/install.py sets up."""
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+TORCH = 'torch>=2.6,<2.14'
+# The maintained forks and OpenMMLab's own packages have the same import names: install one
+# stack, not both. mmdet needs mmcv's compiled ops, mmseg does not.
+FORKS = dict(
+    mmcv='onedl-mmcv>=2.3.6,<2.4',
+    mmengine='onedl-mmengine>=0.10.12,<0.11',
+    mmseg='onedl-mmsegmentation>=1.4.2,<1.5',
+    mmdet='onedl-mmdetection>=3.5.1,<3.6')
+OPENMMLAB = dict(
+    mmcv='mmcv>=2.1,<2.2',
+    mmengine='mmengine>=0.10.7,<0.11',
+    mmseg='mmsegmentation>=1.2.2,<1.3',
+    mmdet='mmdet>=3.3,<3.4',
+    ftfy='ftfy',  # mmsegmentation imports these two without naming them
+    regex='regex',
+    setuptools='setuptools<81')  # mmcv's build imports pkg_resources, gone since
+EXTRAS = {
+    'forks': [*FORKS.values()],
+    'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
+    'openmmlab': [*OPENMMLAB.values()],
+    'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
+    'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16'],
+}
+
+if __name__ == '__main__':
+    from setuptools import find_packages, setup
+
+    version = next(line.split("'")[1] for line in
+                   (HERE / 'convnext_mm' / '__init__.py').read_text().splitlines()
+                   if line.startswith('__version__'))
+    setup(
+        name='convnext-mm',
+        version=version,
+        description='ConvNeXt for semantic segmentation and object detection in OpenMMLab',
+        long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
+        long_description_content_type='text/markdown',
+        license='Apache-2.0',
+        packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
+        python_requires='>=3.10',
+        install_requires=[TORCH, 'numpy', 'matplotlib', 'pillow', 'rich'],
+        extras_require=EXTRAS,
+        classifiers=[
+            'License :: OSI Approved :: Apache Software License',
+            'Programming Language :: Python :: 3',
+            'Topic :: Scientific/Engineering :: Image Recognition',
+        ])

@@ -1,0 +1,130 @@
+"""The recipes against the published facts."""
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+
+from convnext_mm.training.fallbacks import adapt
+from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
+
+ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize(('config', 'scope', 'millions'), [
+    (SEGMENTATION, 'mmseg', 60.24), (DETECTION, 'mmdet', 85.93)])
+def test_parameter_count(config, scope, millions):
+    cfg = Config.fromfile(config)
+    adapt(cfg)
+    init_default_scope(scope)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize('config', ALL)
+def test_nothing_comes_from_an_installed_toolbox(config):
+    def bases(path: Path):
+        yield path
+        for base in Config._get_base_files(str(path)):
+            yield from bases((path.parent / base).resolve())
+    assert all(path.is_relative_to(ROOT / 'configs') for path in bases(ROOT / config))
+
+
+def rates(cfg: Config, iterations: list[int], epoch_length: int | None = None) -> dict[int, float]:
+    """The learning rate of a group whose rate is 1 at the given iterations."""
+    param = torch.nn.Parameter(torch.zeros(1))
+    wrapper = OptimWrapper(torch.optim.SGD([param], lr=1.0))
+    schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=wrapper)) for s in cfg.param_scheduler]
+    wrapper.optimizer.step()
+    found = {}
+    for t in range(max(iterations) + 1):
+        if t in iterations:
+            found[t] = wrapper.optimizer.param_groups[0]['lr']
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (t + 1) % epoch_length == 0:
+                scheduler.step()
+    return found
+
+
+def test_segmentation_learning_rate_is_the_authors():
+    def official(t: int) -> float:
+        warmup = 1 - (1 - t / 1500) * (1 - 1e-6) if t < 1500 else 1
+        return (1 - t / 160000) * warmup
+    points = [0, 1, 750, 1499, 1500, 1501, 80000, 159999]
+    for t, rate in rates(Config.fromfile(SEGMENTATION), points).items():
+        assert rate == pytest.approx(official(t), rel=1e-9), t
+
+
+def test_detection_learning_rate_is_the_authors():
+    length = 600  # iterations an epoch, more than the warm-up
+
+    def official(t: int) -> float:
+        warmup = 1 - (1 - t / 500) * (1 - 0.001) if t < 500 else 1
+        return warmup * 0.1 ** sum(t // length >= step for step in (27, 33))
+    points = [0, 1, 250, 499, 500, *(epoch * length for epoch in (26, 27, 33, 35))]
+    for t, rate in rates(Config.fromfile(DETECTION), points, length).items():
+        assert rate == pytest.approx(official(t), rel=1e-9), t
+
+
+def test_segmentation_values():
+    cfg = Config.fromfile(SEGMENTATION)
+    model, wrapper = cfg.model, cfg.optim_wrapper
+    assert model.backbone.drop_path_rate == 0.4
+    assert model.backbone.layer_scale_init_value == 1.0
+    assert model.backbone.init_cfg.checkpoint.endswith('/convnext_tiny_1k_224.pth')
+    assert wrapper.type == 'AmpOptimWrapper'
+    assert wrapper.optimizer == dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.paramwise_cfg == dict(decay_rate=0.9, decay_type='stage_wise', num_layers=6)
+    assert wrapper.get('clip_grad') is None
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.train_cfg.max_iters == 160000
+    assert model.test_cfg == dict(mode='slide', crop_size=(512, 512), stride=(341, 341))
+    assert (model.decode_head.channels, model.auxiliary_head.channels) == (512, 256)
+    assert model.auxiliary_head.loss_decode.loss_weight == 0.4
+    assert model.auxiliary_head.in_index == 2
+    pipeline = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert pipeline['RandomResize'].scale == (2048, 512)
+    assert pipeline['RandomResize'].ratio_range == (0.5, 2.0)
+    assert pipeline['RandomCrop'].cat_max_ratio == 0.75
+    scales = [step.scale for step in cfg.tta_pipeline[1].transforms[0]]
+    assert scales == [(1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896)]
+
+
+def test_detection_values():
+    cfg = Config.fromfile(DETECTION)
+    model, wrapper = cfg.model, cfg.optim_wrapper
+    assert model.backbone.drop_path_rate == 0.4
+    assert wrapper.type == 'AmpOptimWrapper'
+    assert wrapper.optimizer == dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.paramwise_cfg == dict(decay_rate=0.7, decay_type='layer_wise', num_layers=6)
+    assert cfg.train_cfg.max_epochs == 36
+    heads = model.roi_head.bbox_head
+    assert [head.bbox_coder.target_stds for head in heads] == [
+        [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+    for head in heads:
+        assert (head.num_shared_convs, head.num_shared_fcs, head.fc_out_channels) == (4, 1, 1024)
+        assert head.norm_cfg.type == 'SyncBN'
+        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ('GIoULoss', 10.0)
+        assert head.reg_decoded_bbox
+        assert not head.reg_class_agnostic
+    assert model.roi_head.stage_loss_weights == [1, 0.5, 0.25]
+    assert [stage.assigner.pos_iou_thr for stage in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
+    choice = cfg.train_dataloader.dataset.pipeline[3]
+    assert [s[0] for s in choice.transforms[0][0].scales] == list(range(480, 801, 32))
+    assert choice.transforms[1][1].crop_size == (384, 600)
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (1333, 800)
+
+
+@pytest.mark.parametrize(('demo', 'recipe'), [
+    (DEMO_SEGMENTATION, SEGMENTATION), (DEMO_DETECTION, DETECTION)])
+def test_demo_configs_inherit_the_recipes(demo, recipe):
+    base = (ROOT / demo).parent / Config._get_base_files(str(ROOT / demo))[0]
+    assert base.resolve() == ROOT / recipe
+    demo, recipe = Config.fromfile(ROOT / demo), Config.fromfile(ROOT / recipe)
+    assert demo.optim_wrapper.constructor == recipe.optim_wrapper.constructor
+    assert demo.model.type == recipe.model.type
+    assert demo.model.backbone.type == 'ConvNeXt'

@@ -1,0 +1,97 @@
+import pytest
+from mmengine.config import Config
+
+from convnext_mm import UserError
+from convnext_mm.training import checks
+from tests.conftest import DETECTION, SEGMENTATION
+
+
+def test_unknown_config_suggests_a_near_one():
+    with pytest.raises(UserError, match=r'Config not found.*\n.*upernet_convnext_tiny_512_160k'):
+        checks.load_config('configs/upernet_convnext_tiny_512_ade20k.py')
+
+
+def test_broken_config_is_named(tmp_path):
+    path = tmp_path / 'broken.py'
+    path.write_text('model = dict(\n')
+    with pytest.raises(UserError, match=r'broken.py cannot be read: SyntaxError'):
+        checks.load_config(str(path))
+
+
+@pytest.mark.parametrize(('option', 'message'), [
+    ({'modle.backbone.dims': [1]}, 'no key .modle.. Did you mean model'),
+    ({'optim_wrapper.optimizer.lrr': 1}, "optim_wrapper.optimizer has no key 'lrr'.*mean lr"),
+    ({'train_dataloader.batchsize': 4}, 'mean batch_size'),
+    ({'model.decode_hed.num_classes': 4}, 'mean decode_head'),
+    ({'param_scheduler.7.end': 4}, 'param_scheduler is a list of 2'),
+    ({'model.backbone.in_chans.x': 4}, 'model.backbone.in_chans is 3'),
+    ({'zzz': 4}, 'Its keys: '),
+    ({'model': 4}, 'is a group of keys')])
+def test_misspelt_options_are_named_and_change_nothing(option, message):
+    cfg = Config.fromfile(SEGMENTATION)
+    before = cfg.to_dict()
+    with pytest.raises(UserError, match=message):
+        checks.apply_options(cfg, option)
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.parametrize(('option', 'read'), [
+    ({'optim_wrapper.optimizer.lr': 1}, lambda c: c.optim_wrapper.optimizer.lr == 1),
+    ({'model.backbone.init_cfg': None}, lambda c: c.model.backbone.init_cfg is None),
+    ({'optim_wrapper.clip_grad.max_norm': 1}, lambda c: c.optim_wrapper.clip_grad.max_norm == 1),
+    ({'randomness.seed': 3}, lambda c: c.randomness.seed == 3),
+    ({'find_unused_parameters': True}, lambda c: c.find_unused_parameters),
+    ({'param_scheduler.0.end': 9}, lambda c: c.param_scheduler[0].end == 9),
+    ({'train_dataloader.dataset.pipeline.2.scale': (9, 9)},
+     lambda c: c.train_dataloader.dataset.pipeline[2].scale == (9, 9))])
+def test_options_that_mean_something_are_taken(option, read):
+    cfg = Config.fromfile(SEGMENTATION)
+    checks.apply_options(cfg, option)
+    assert read(cfg)
+
+
+def test_missing_data_is_listed_with_what_to_do():
+    cfg = Config.fromfile(SEGMENTATION)
+    with pytest.raises(UserError) as error:
+        checks.check_data(cfg, ('train', 'val'))
+    message = str(error.value)
+    for expected in ('data/ade/ADEChallengeData2016/images/training  pictures (train)',
+                     'annotations/validation  masks (val)', 'ADEChallengeData2016.zip',
+                     'make demo', '--cfg-options data_root='):
+        assert expected in message
+    with pytest.raises(UserError, match=r'instances_train2017.json  annotation file \(train\)'):
+        checks.check_data(Config.fromfile(DETECTION), ('train', 'val'))
+
+
+def test_data_root_moves_every_path(demo_data):
+    for config, folder in ((SEGMENTATION, 'ADEChallengeData2016'), (DETECTION, 'coco')):
+        cfg = Config.fromfile(config)
+        checks.apply_options(cfg, {'data_root': str(demo_data / folder)})
+        checks.check_data(cfg, ('train', 'val', 'test'))
+
+
+def test_empty_folder_is_missing_data(demo_data, tmp_path):
+    cfg = Config.fromfile(SEGMENTATION)
+    for part in ('images', 'annotations'):
+        for split in ('training', 'validation'):
+            (tmp_path / part / split).mkdir(parents=True)
+    checks.apply_options(cfg, {'data_root': str(tmp_path)})
+    with pytest.raises(UserError, match=r'pictures \(train\), empty'):
+        checks.check_data(cfg, ('train',))
+
+
+def test_wrapped_datasets_are_looked_into():
+    inner = dict(type='CocoDataset', data_root='/nowhere', ann_file='a.json',
+                 data_prefix=dict(img='b/'))
+    for dataset in (dict(type='RepeatDataset', times=2, dataset=inner),
+                    dict(type='ConcatDataset', datasets=[inner])):
+        cfg = Config(dict(train_dataloader=dict(dataset=dataset), default_scope='mmdet'))
+        with pytest.raises(UserError, match='/nowhere/a.json'):
+            checks.check_data(cfg, ('train',))
+
+
+def test_missing_pretrained_file_is_said_before_a_model_is_built():
+    cfg = Config(dict(model=dict(backbone=dict(
+        type='ConvNeXt', init_cfg=dict(type='Pretrained', checkpoint='/nowhere/tiny.pth')))))
+    with pytest.raises(UserError, match='/nowhere/tiny.pth'):
+        checks.check_weights(cfg, None)

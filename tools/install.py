@@ -1,0 +1,288 @@
+"""Set up .venv with PyTorch, an OpenMMLab stack and this package.
+
+Needs Python 3.10 or newer, and a C++ compiler unless --segmentation-only is given. What works
+already is used: a working mmcv in .venv or in the Python that runs this is not built again.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / '.venv'
+PYTHON = VENV / 'bin' / 'python'
+LOG = VENV / 'setup.log'
+TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
+TORCH_TESTED = 'torch==2.13.0'
+
+sys.path.insert(0, str(ROOT))
+from setup import FORKS, OPENMMLAB  # noqa: E402
+
+
+class Failed(Exception):
+    """A step that did not work; the message says what to do."""
+
+
+class Progress:
+    """Says which step runs, for how long, and how long all of it may still take.
+
+    Args:
+        steps: Name and usual seconds (on 2 cores) of each step.
+    """
+
+    def __init__(self, steps: dict[str, float]) -> None:
+        self.left = dict(steps)
+        self.total = len(steps)
+        self.shown = 0.0
+
+    def start(self, name: str) -> None:
+        self.name, self.begun = name, time.time()
+        self.usual = self.left.pop(name)
+        self.number = self.total - len(self.left)
+        self.show('', force=True)
+
+    def show(self, detail: str, share: float | None = None, force: bool = False) -> None:
+        """Print the state of the step: every second on a terminal, else every 15.
+
+        Args:
+            detail: What is done of it.
+            share: How much of it is done, 0 to 1; unknown: guessed from the usual time.
+            force: Print now.
+        """
+        now = time.time()
+        if not force and now - self.shown < (1 if sys.stdout.isatty() else 15):
+            return
+        self.shown, spent = now, now - self.begun
+        rest = spent / share * (1 - share) if share else max(self.usual - spent, 1)
+        rest += sum(self.left.values())
+        line = f'[{self.number}/{self.total}] {self.name} {detail}'.rstrip()
+        end = '' if sys.stdout.isatty() else '\n'
+        print(f'{chr(13) if not end else ""}{line}, about {duration(rest)} left'.ljust(78), end=end,
+              flush=True)
+
+    def done(self) -> None:
+        clear = chr(13) if sys.stdout.isatty() else ''
+        print(f'{clear}[{self.number}/{self.total}] {self.name}: '
+              f'{duration(time.time() - self.begun)}'.ljust(78), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 2 min 5 s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'
+
+
+def output(command: list, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Iterator[str]:
+    """Run a command; yields its lines, and '' every second in which it prints none.
+
+    Raises:
+        Failed: Its status was not 0.
+    """
+    with open(LOG, 'a') as log:
+        log.write(f'\n$ {" ".join(map(str, command))}\n')
+        log.flush()
+        begin = log.tell()
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **(env or {})}, cwd=cwd)
+        with open(LOG, errors='replace') as reader:
+            reader.seek(begin)
+            while process.poll() is None:
+                yield from reader.read().splitlines() or ['']
+                time.sleep(0.5)
+            yield from reader.read().splitlines()
+    if process.returncode:
+        tail = '\n'.join('  ' + line for line in LOG.read_text(errors='replace').splitlines()[-15:])
+        raise Failed(f'{" ".join(map(str, command[:6]))} … failed:\n{tail}\nThe whole log: {LOG}')
+
+
+def pip(progress: Progress, *args: str, env: dict[str, str] | None = None) -> None:
+    """Run pip in .venv."""
+    for _ in output([PYTHON, '-m', 'pip', '--disable-pip-version-check', *args], env):
+        progress.show('')
+
+
+def works(python: str | Path, code: str) -> bool:
+    """Whether ``code`` runs without an error."""
+    return subprocess.run([str(python), '-c', code], capture_output=True, cwd=VENV.parent,
+                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}).returncode == 0
+
+
+def check_machine(need_ops: bool) -> None:
+    """See that what no package brings is there.
+
+    Raises:
+        Failed: Names what is missing.
+    """
+    if sys.version_info < (3, 10):
+        raise Failed(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}: '
+                     'make PYTHON=python3.11 …')
+    if not works(sys.executable, 'import ensurepip, venv'):
+        raise Failed("Python's venv is missing: apt install python3-venv (Debian, Ubuntu)")
+    if not need_ops:
+        return
+    if not shutil.which('g++'):
+        raise Failed("mmcv's ops need a C++ compiler: apt install g++ (Debian, Ubuntu) or dnf "
+                     'install gcc-c++ (Fedora). Segmentation alone works without: '
+                     'python3 tools/install.py --segmentation-only')
+    if not Path(sysconfig.get_paths()['include'], 'Python.h').is_file():
+        raise Failed("mmcv's ops need Python's headers: apt install python3-dev (Debian, Ubuntu) "
+                     'or dnf install python3-devel (Fedora)')
+
+
+def torch_source() -> list[str]:
+    """Where to get PyTorch from: without an NVIDIA GPU, its CPU build where that is reached."""
+    if shutil.which('nvidia-smi'):
+        return []
+    try:
+        urllib.request.urlopen(TORCH_CPU_INDEX, timeout=5).close()
+    except OSError:
+        return []
+    return ['--extra-index-url', TORCH_CPU_INDEX]
+
+
+def precompile(folder: Path) -> str | None:
+    """Compile the header that every op includes once, instead of once for each.
+
+    Returns:
+        The CFLAGS that make the ops use it, or None where it cannot be made.
+    """
+    header = folder / 'torch_types.h'
+    header.write_text('#include <torch/types.h>\n')
+    flags = '-O2 -DNDEBUG -g0 -Winvalid-pch'
+    ask = ('import sysconfig; from torch.utils.cpp_extension import include_paths; '
+           'print(*include_paths(), sysconfig.get_paths()["include"])')
+    paths = subprocess.run([str(PYTHON), '-c', ask], capture_output=True, text=True).stdout.split()
+    # The very flags that the ops are compiled with, or the compiler passes the header over.
+    same = ['-fPIC', '-std=c++17', '-DTORCH_API_INCLUDE_EXTENSION_H',
+            '-DTORCH_EXTENSION_NAME=_ext']
+    try:
+        for _ in output(['g++', '-x', 'c++-header', *flags.split(), *same,
+                         *(f'-I{path}' for path in paths), header, '-o', f'{header}.gch']):
+            pass
+    except (Failed, OSError):
+        return None
+    return f'{flags} -include {header}'
+
+
+def build_ops(requirement: str, progress: Progress) -> None:
+    """Build and install mmcv with its compiled ops.
+
+    Raises:
+        Failed: It can be built neither with the precompiled header nor without.
+    """
+    env = dict(MMCV_WITH_OPS='1', MAX_JOBS=str(os.cpu_count() or 2))
+    cuda = works(PYTHON, 'import torch; assert torch.cuda.is_available()')
+    if cuda and not shutil.which('nvcc'):
+        print("There is a GPU but no nvcc: mmcv's ops are built for the CPU only. To train "
+              'detection on the GPU, install the CUDA toolkit and run this again with --rebuild.')
+        env['CUDA_VISIBLE_DEVICES'] = ''
+        cuda = False
+    with tempfile.TemporaryDirectory() as folder:
+        progress.show('precompiling the header', force=True)
+        flags = None if cuda else precompile(Path(folder))
+        pip(progress, 'uninstall', '-y', re.split('[>=<]', requirement)[0])
+        # No cache: pip may hold an mmcv that was built without ops or for another torch.
+        command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
+                   requirement]
+        for extra in ([dict(CFLAGS=flags)] if flags else []) + [{}]:
+            try:
+                for line in output(command, {**env, **extra}):
+                    found = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+                    if found:
+                        count, total = map(int, found.groups())
+                        progress.show(f'{count}/{total} files', share=count / total)
+                    elif not line:
+                        progress.show('')
+                if works(PYTHON, 'import mmcv.ops'):
+                    return
+            except Failed:
+                if not extra:
+                    raise
+            print('\nThe precompiled header did not help, building without it (slower).')
+    raise Failed(f"mmcv's ops were built but cannot be imported: see {LOG}")
+
+
+def install(args: argparse.Namespace) -> None:
+    """All steps, skipping what works already."""
+    outside = works(sys.executable, 'import torch, mmcv.ops, mmengine')
+    need_ops = not (args.segmentation_only or outside)
+    check_machine(need_ops)
+    stack, extra = (OPENMMLAB, 'openmmlab') if args.stack == 'openmmlab' else (FORKS, 'forks')
+    if outside and works(sys.executable, 'import importlib.metadata as m; m.version("mmcv")'):
+        stack, extra = OPENMMLAB, 'openmmlab'
+
+    steps = {'Environment .venv': 5, 'PyTorch': 30, 'Packages': 45}
+    if need_ops:
+        steps["mmcv's ops"] = 150
+    steps['convnext-mm'] = 10
+    progress = Progress(steps)
+
+    progress.start('Environment .venv')
+    if not works(PYTHON, 'import pip'):
+        venv.create(VENV, with_pip=True, system_site_packages=outside, clear=VENV.exists())
+    progress.done()
+
+    progress.start('PyTorch')
+    if not works(PYTHON, 'import torch'):
+        pip(progress, 'install', TORCH_TESTED, *torch_source())
+    progress.done()
+
+    progress.start('Packages')
+    tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', 'setuptools')]
+    packages = [v for k, v in stack.items() if k != 'mmcv'
+                and not (k == 'mmdet' and args.segmentation_only)]
+    pip(progress, 'install', *tools, *packages)
+    if args.segmentation_only and not works(PYTHON, 'from importlib.util import find_spec; '
+                                            'assert find_spec("mmcv")'):
+        pip(progress, 'install', '--no-build-isolation', stack['mmcv'],
+            env=dict(MMCV_WITH_OPS='0'))
+    progress.done()
+
+    if need_ops:
+        progress.start("mmcv's ops")
+        if args.rebuild or not works(PYTHON, 'import mmcv.ops'):
+            build_ops(stack['mmcv'], progress)
+        progress.done()
+
+    progress.start('convnext-mm')
+    if not works(PYTHON, 'import cv2'):
+        # A machine without a screen may lack the libraries that OpenCV's windows need.
+        pip(progress, 'uninstall', '-y', 'opencv-python')
+        pip(progress, 'install', '--force-reinstall', '--no-deps', 'opencv-python-headless')
+    extra += '-seg' if args.segmentation_only else ''
+    pip(progress, 'install', '--no-build-isolation', '-e', f'.[{extra},test]')
+    modules = 'mmseg' if args.segmentation_only else 'mmseg, mmdet, mmcv.ops'
+    if not works(PYTHON, f'import convnext_mm, {modules}'):
+        raise Failed('Installed, but this fails: '
+                     f'{PYTHON} -c "import convnext_mm, {modules}"')
+    progress.done()
+    print(f'Ready. Activate it with: source {VENV.relative_to(ROOT)}/bin/activate')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--stack', choices=['forks', 'openmmlab'], default='forks',
+                        help="the maintained forks or OpenMMLab's own packages (forks)")
+    parser.add_argument('--segmentation-only', action='store_true',
+                        help="without mmdet and mmcv's compiled ops: about two minutes")
+    parser.add_argument('--rebuild', action='store_true', help="build mmcv's ops again")
+    begun = time.time()
+    try:
+        install(parser.parse_args())
+    except Failed as error:
+        sys.exit(f'\n{error}')
+    except KeyboardInterrupt:
+        sys.exit('\nInterrupted: run it again to go on where it stopped.')
+    print(f'Set up in {duration(time.time() - begun)}.')
