@@ -35,7 +35,7 @@ def make(root: str | Path, num_train: int = 400, num_val: int = 80, seed: int = 
     """Write the pictures as ``root/ADEChallengeData2016`` and ``root/coco``.
 
     Both hold the same pictures, in the file names and label conventions of ADE20K (masks
-    with 0 for "no class") and COCO (boxes and polygons). The same arguments give the same
+    with 0 for "no class") and COCO (boxes and outlines). The same arguments give the same
     bytes; where they are there already nothing is written.
 
     Args:
@@ -94,14 +94,20 @@ def _write_split(root: Path, split: str, count: int, rng: Rng) -> None:
             content['annotations'].append(dict(
                 id=len(content['annotations']) + 1, image_id=index,
                 category_id=THINGS.index(kind) + 1, iscrowd=0, area=int(mask.sum()),
-                bbox=[x, y, w, h], segmentation=_polygons(mask)))
+                bbox=[x, y, w, h], segmentation=_segmentation(mask)))
     (annotations / f'instances_{coco}.json').write_text(json.dumps(content))
 
 
-def _polygons(mask: np.ndarray) -> list[list[int]]:
-    """The outlines of a (H, W) 0/1 mask as COCO polygons."""
-    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [outline.ravel().tolist() for outline in outlines if len(outline) >= 3]
+def _segmentation(mask: np.ndarray) -> list[list[int]] | dict[str, list[int]]:
+    """A (H, W) 0/1 mask in COCO's terms: polygons, or run lengths where it has holes."""
+    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if (hierarchy[0, :, 3] < 0).all():
+        return [outline.ravel().tolist() for outline in outlines if len(outline) >= 3]
+    # Column by column, beginning with a run of zeros.
+    column = mask.T.ravel()
+    ends = np.flatnonzero(np.diff(column)) + 1
+    runs = np.diff(np.concatenate([[0], ends, [column.size]])).tolist()
+    return dict(size=list(mask.shape), counts=[0, *runs] if column[0] else runs)
 
 
 def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.ndarray]]]:

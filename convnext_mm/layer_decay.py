@@ -90,8 +90,8 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         cfg = self.paramwise_cfg
         for key in ('decay_rate', 'num_layers'):
             if not isinstance(cfg.get(key), (int, float)):
-                raise ValueError(f'paramwise_cfg.{key} must be a number, got {cfg.get(key)!r}: write '
-                                 "e.g. paramwise_cfg=dict(decay_rate=0.9, num_layers=6, "
+                raise ValueError(f'paramwise_cfg.{key} must be a number, got {cfg.get(key)!r}: '
+                                 'write e.g. paramwise_cfg=dict(decay_rate=0.9, num_layers=6, '
                                  "decay_type='stage_wise')")
         self.decay_rate: float = cfg['decay_rate']
         self.num_layers: int = cfg['num_layers']

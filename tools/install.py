@@ -124,7 +124,7 @@ def check_machine(need_ops: bool) -> None:
     Raises:
         Failed: Names what is missing.
     """
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - this runs before pip could say so
         raise Failed(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}: '
                      'make PYTHON=python3.11 …')
     if not works(sys.executable, 'import ensurepip, venv'):

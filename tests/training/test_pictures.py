@@ -80,7 +80,8 @@ def line(step, loss=1.0):
 
 
 def test_curves_of_a_resumed_run_are_one(tmp_path, monkeypatch):
-    write_log(tmp_path / '20260101_000000', [line(10), line(20), dict(mIoU=50.0, step=20), line(30)])
+    write_log(tmp_path / '20260101_000000',
+              [line(10), line(20), dict(mIoU=50.0, step=20), line(30)])
     write_log(tmp_path / '20260102_000000', [line(30, 0.5), line(40), dict(mIoU=60.0, step=40)])
     log = pictures.read_log(tmp_path)
     drawn = {}
