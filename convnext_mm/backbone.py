@@ -81,7 +81,11 @@ class ConvNeXt(BaseModule):
         self.is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(N, in_chans, H, W) → one (N, dims[i], H / 4 / 2**i, W / 4 / 2**i) per out index."""
+        """(N, in_chans, H, W) → one (N, dims[i], H / 4 / 2**i, W / 4 / 2**i) per out index.
+
+        The maps are contiguous: mmcv's compiled ops (RoIAlign among them) read memory in that
+        order whatever a tensor's strides say, and compute nonsense from channels_last maps.
+        """
         # In this layout the permutations around norms and linear layers copy nothing.
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []
@@ -89,5 +93,5 @@ class ConvNeXt(BaseModule):
                 zip(self.downsample_layers, self.stages, strict=True)):
             x = stage(downsample(x))
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
+                outs.append(getattr(self, f'norm{i}')(x).contiguous())
         return tuple(outs)

@@ -46,6 +46,18 @@ def test_memory_layout_of_the_input_changes_nothing(golden):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_maps_are_what_mmcvs_ops_read(golden):
+    from mmcv.ops import RoIAlign
+    rois = torch.tensor([[0.0, 2, 2, 20, 12], [1.0, 0, 0, 9, 9]])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features = small().eval()(golden['input'].contiguous(memory_format=layout))
+        for feature in features:
+            assert feature.is_contiguous()
+    align = RoIAlign(7, spatial_scale=0.25, sampling_ratio=2)
+    torch.testing.assert_close(align(features[0], rois), align(features[0].clone(
+        memory_format=torch.contiguous_format), rois), rtol=0, atol=0)
+
+
 def test_out_indices_choose_maps_and_norms():
     backbone = small(out_indices=[3, 1])
     names = {name.split('.')[0] for name, _ in backbone.named_parameters()}

@@ -63,26 +63,26 @@ model = dict(
                 stage,
                 num_classes=num_classes,
                 in_channels=channels,
-                conv_out_channels=channels,
+                conv_out_channels=32,
                 fc_out_channels=256) for stage in _base_.model.roi_head.bbox_head
         ],
         mask_roi_extractor=dict(out_channels=channels),
         mask_head=dict(
-            num_classes=num_classes, in_channels=channels, conv_out_channels=channels)),
+            num_classes=num_classes, in_channels=channels, conv_out_channels=32)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
         rcnn=[
-            dict(stage, sampler=dict(stage.sampler, num=64))
+            dict(stage, sampler=dict(stage.sampler, num=48))
             for stage in _base_.model.train_cfg.rcnn
         ]),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)))
 
 # Schedule.
-train_cfg = dict(max_epochs=6, val_interval=2)
+train_cfg = dict(max_epochs=5, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=6, milestones=[4, 5], gamma=0.1),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=5, milestones=[3, 4], gamma=0.1),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best='coco/segm_mAP'))
 randomness = dict(seed=0)

@@ -146,6 +146,8 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
     lr_axis.legend()
     for axis in (loss_axis, score_axis, lr_axis):
         axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+    figure.tight_layout()
     _save(figure, path)
     return True
 
@@ -168,11 +170,14 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path) -> None:
     height, width = image.shape[:2]
     panel = (5.0, 5.0 * height / width)
     figure, axes = plt.subplots(1, 3, figsize=(3 * panel[0], panel[1] + 1.1))
+    segmentation = 'pred_sem_seg' in sample
+    # Colours of labels are read off most easily on grey.
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
     for axis, title in zip(axes, ('Input', 'Truth', 'Prediction'), strict=True):
-        axis.imshow(image)
+        axis.imshow(grey if segmentation and title != 'Input' else image)
         axis.set_title(title, fontsize=15)
         axis.axis('off')
-    if 'pred_sem_seg' in sample:
+    if segmentation:
         shown = [_draw_segmentation(axes[1], sample.get('gt_sem_seg'), colors),
                  _draw_segmentation(axes[2], sample.get('pred_sem_seg'), colors)]
     else:
