@@ -114,8 +114,8 @@ def pip(progress: Progress, *args: str, env: dict[str, str] | None = None) -> No
 
 def works(python: str | Path, code: str) -> bool:
     """Whether ``code`` runs without an error."""
-    return subprocess.run([str(python), '-c', code], capture_output=True, cwd=VENV.parent,
-                          env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}).returncode == 0
+    return Path(python).exists() and subprocess.run(
+        [str(python), '-c', code], capture_output=True, cwd=ROOT).returncode == 0
 
 
 def check_machine(need_ops: bool) -> None:
