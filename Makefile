@@ -20,4 +20,5 @@ clean:  ## Remove the environment, the demo's pictures and its results.
 
 $(READY): setup.py tools/install.py
 	$(PYTHON) tools/install.py --stack $(STACK)
+	@rm -f $(VENV)/.ready-*
 	@touch $@

@@ -16,7 +16,7 @@ launch() {
         fi
         port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     fi
-    PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m torch.distributed.run \
+    PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" "$tools/_torchrun.py" \
         --nnodes="$nnodes" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$processes" \
         --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="$port" \
         "$tools/$script" "$@" --launcher pytorch

@@ -47,26 +47,27 @@ class Progress:
         self.shown = 0.0
 
     def start(self, name: str) -> None:
-        self.name, self.begun = name, time.time()
+        self.name, self.begun, self.share, self.detail = name, time.time(), None, ''
         self.usual = self.left.pop(name)
         self.number = self.total - len(self.left)
-        self.show('', force=True)
+        self.show(force=True)
 
-    def show(self, detail: str, share: float | None = None, force: bool = False) -> None:
+    def show(self, detail: str = '', share: float | None = None, force: bool = False) -> None:
         """Print the state of the step: every second on a terminal, else every 15.
 
         Args:
-            detail: What is done of it.
-            share: How much of it is done, 0 to 1; unknown: guessed from the usual time.
+            detail: What is done of it; '' keeps what was said last.
+            share: How much of it is done, 0 to 1; never said: guessed from the usual time.
             force: Print now.
         """
         now = time.time()
+        self.share, self.detail = share or self.share, detail or self.detail
         if not force and now - self.shown < (1 if sys.stdout.isatty() else 15):
             return
         self.shown, spent = now, now - self.begun
-        rest = spent / share * (1 - share) if share else max(self.usual - spent, 1)
+        rest = spent / self.share - spent if self.share else max(self.usual - spent, 1)
         rest += sum(self.left.values())
-        line = f'[{self.number}/{self.total}] {self.name} {detail}'.rstrip()
+        line = f'[{self.number}/{self.total}] {self.name} {self.detail}'.rstrip()
         end = '' if sys.stdout.isatty() else '\n'
         print(f'{chr(13) if not end else ""}{line}, about {duration(rest)} left'.ljust(78), end=end,
               flush=True)
@@ -109,13 +110,23 @@ def output(command: list, env: dict[str, str] | None = None, cwd: Path = ROOT) -
 def pip(progress: Progress, *args: str, env: dict[str, str] | None = None) -> None:
     """Run pip in .venv."""
     for _ in output([PYTHON, '-m', 'pip', '--disable-pip-version-check', *args], env):
-        progress.show('')
+        progress.show()
 
 
 def works(python: str | Path, code: str) -> bool:
     """Whether ``code`` runs without an error."""
     return Path(python).exists() and subprocess.run(
         [str(python), '-c', code], capture_output=True, cwd=ROOT).returncode == 0
+
+
+def installed(python: str | Path, distribution: str) -> bool:
+    """Whether pip knows the distribution."""
+    return works(python, f'import importlib.metadata as m; m.version({distribution!r})')
+
+
+def distributions(stack: dict[str, str]) -> list[str]:
+    """The names of a stack's own packages."""
+    return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
 
 
 def check_machine(need_ops: bool) -> None:
@@ -191,7 +202,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as folder:
         progress.show('precompiling the header', force=True)
         flags = None if cuda else precompile(Path(folder))
-        pip(progress, 'uninstall', '-y', re.split('[>=<]', requirement)[0])
+        pip(progress, 'uninstall', '-y', re.split('[<>=]', requirement)[0])
         # No cache: pip may hold an mmcv that was built without ops or for another torch.
         command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
                    requirement]
@@ -203,7 +214,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
                         count, total = map(int, found.groups())
                         progress.show(f'{count}/{total} files', share=count / total)
                     elif not line:
-                        progress.show('')
+                        progress.show()
                 if works(PYTHON, 'import mmcv.ops'):
                     return
             except Failed:
@@ -219,7 +230,7 @@ def install(args: argparse.Namespace) -> None:
     need_ops = not (args.segmentation_only or outside)
     check_machine(need_ops)
     stack, extra = (OPENMMLAB, 'openmmlab') if args.stack == 'openmmlab' else (FORKS, 'forks')
-    if outside and works(sys.executable, 'import importlib.metadata as m; m.version("mmcv")'):
+    if outside and installed(sys.executable, 'mmcv'):
         stack, extra = OPENMMLAB, 'openmmlab'
 
     steps = {'Environment .venv': 5, 'PyTorch': 30, 'Packages': 45}
@@ -239,12 +250,15 @@ def install(args: argparse.Namespace) -> None:
     progress.done()
 
     progress.start('Packages')
+    other = OPENMMLAB if stack is FORKS else FORKS
+    if any(installed(PYTHON, name) for name in distributions(other)):
+        # The same import names: what is left of one stack would hide parts of the other.
+        pip(progress, 'uninstall', '-y', *distributions(FORKS), *distributions(OPENMMLAB))
     tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', 'setuptools')]
     packages = [v for k, v in stack.items() if k != 'mmcv'
                 and not (k == 'mmdet' and args.segmentation_only)]
     pip(progress, 'install', *tools, *packages)
-    if args.segmentation_only and not works(PYTHON, 'from importlib.util import find_spec; '
-                                            'assert find_spec("mmcv")'):
+    if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
         pip(progress, 'install', '--no-build-isolation', stack['mmcv'],
             env=dict(MMCV_WITH_OPS='0'))
     progress.done()

@@ -1,21 +1,35 @@
 """Pictures of a run: curves.png, and predictions/ with input, truth and prediction side by side."""
 from __future__ import annotations
 
+import functools
+import io
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine import fileio
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
 """The metrics that are drawn, as mmseg's and mmdet's evaluators name them."""
-IGNORED = 255
-"""The label that counts for nothing in segmentation masks."""
+
+
+def never_fatal(draw: Callable) -> Callable:
+    """A picture that cannot be drawn costs a warning, not the run."""
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        try:
+            return draw(*args, **kwargs)
+        except Exception as error:
+            print_log(f'No picture: {type(error).__name__}: {error}', logger='current',
+                      level=logging.WARNING)
+    return wrapper
 
 
 class CurvesHook(Hook):
@@ -33,16 +47,19 @@ class CurvesHook(Hook):
             runner.message_hub.update_scalar('train/highest_lr', max(rates))
 
     @master_only
+    @never_fatal
     def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
         draw_curves(read_log(runner.work_dir), Path(runner.work_dir, 'curves.png'))
 
     @master_only
+    @never_fatal
     def after_train(self, runner) -> None:
         path = Path(runner.work_dir, 'curves.png')
         if draw_curves(read_log(runner.work_dir), path):
             print_log(f'Curves: {path}', logger='current')
 
     @master_only
+    @never_fatal
     def after_test(self, runner) -> None:
         """The training's curves, found in the work dir or beside the tested checkpoint."""
         path = Path(runner.work_dir, 'curves.png')
@@ -63,20 +80,19 @@ class PredictionsHook(Hook):
     def __init__(self, num_pictures: int = 8) -> None:
         self.num_pictures = num_pictures
 
+    @never_fatal
     def _after_iter(self, runner, batch_idx: int, data_batch: Any = None,
                     outputs: Sequence | None = None, mode: str = 'val') -> None:
         if mode == 'train' or not is_main_process() or not outputs:
             return
-        loop = runner.val_loop if mode == 'val' else runner.test_loop
-        total = len(loop.dataloader)
-        step = max(1, total // max(1, self.num_pictures))
-        if batch_idx % step or batch_idx // step >= self.num_pictures:
-            return
-        meta = getattr(runner.visualizer, 'dataset_meta', None) or loop.dataloader.dataset.metainfo
-        folder = Path(runner.work_dir, 'predictions')
-        folder.mkdir(parents=True, exist_ok=True)
-        sample = outputs[0]
-        draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png')
+        loader = (runner.val_loop if mode == 'val' else runner.test_loop).dataloader
+        step = max(1, len(loader.dataset) // max(1, self.num_pictures))
+        meta = getattr(runner.visualizer, 'dataset_meta', None) or loader.dataset.metainfo
+        for index, sample in enumerate(outputs, batch_idx * (loader.batch_size or 1)):
+            if index % step == 0 and index // step < self.num_pictures:
+                folder = Path(runner.work_dir, 'predictions')
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png')
 
     @master_only
     def after_test(self, runner) -> None:
@@ -163,7 +179,7 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path) -> None:
     from matplotlib.patches import Patch
     from PIL import Image
 
-    image = np.asarray(Image.open(sample.img_path).convert('RGB'))
+    image = np.asarray(Image.open(io.BytesIO(fileio.get(sample.img_path))).convert('RGB'))
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
     plt = _pyplot()

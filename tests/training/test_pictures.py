@@ -100,3 +100,28 @@ def test_curves_of_a_resumed_run_are_one(tmp_path, monkeypatch):
 def test_no_log_no_curves(tmp_path):
     assert not pictures.draw_curves(pictures.read_log(tmp_path), tmp_path / 'curves.png')
     assert not (tmp_path / 'curves.png').exists()
+
+
+def test_a_picture_that_fails_does_not_stop_the_run(tmp_path, capfd):
+    from types import SimpleNamespace
+    runner = SimpleNamespace(work_dir=str(tmp_path), _load_from=None)
+    (tmp_path / 'a' / 'vis_data').mkdir(parents=True)
+    (tmp_path / 'a' / 'vis_data' / 'scalars.json').write_text('{"step": 1, "loss": "broken"}')
+    pictures.CurvesHook().after_train(runner)
+    assert 'No picture: ' in ''.join(capfd.readouterr())
+
+
+@pytest.mark.parametrize('batch_size', [1, 5])
+def test_pictures_are_spread_over_the_data_set(batch_size, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    drawn = []
+    monkeypatch.setattr(pictures, 'draw_sample', lambda sample, meta, path: drawn.append(path.stem))
+    samples = [SimpleNamespace(img_path=f'{i}.jpg') for i in range(20)]
+    loader = SimpleNamespace(dataset=samples, batch_size=batch_size)
+    runner = SimpleNamespace(work_dir=str(tmp_path), val_loop=SimpleNamespace(dataloader=loader),
+                             visualizer=SimpleNamespace(dataset_meta=META))
+    hook = pictures.PredictionsHook(num_pictures=4)
+    for batch in range(20 // batch_size):
+        hook.after_val_iter(runner, batch,
+                            outputs=samples[batch * batch_size:(batch + 1) * batch_size])
+    assert drawn == ['0', '5', '10', '15']

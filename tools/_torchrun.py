@@ -1,0 +1,12 @@
+"""torchrun without a traceback of its own: what went wrong, the processes have said already."""
+import sys
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+if __name__ == '__main__':
+    try:
+        run(parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
