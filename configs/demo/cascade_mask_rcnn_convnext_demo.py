@@ -78,11 +78,11 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)))
 
 # Schedule.
-train_cfg = dict(max_epochs=5, val_interval=2)
+train_cfg = dict(max_epochs=3, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=5, milestones=[3, 4], gamma=0.1),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=3, milestones=[2], gamma=0.1),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(save_best='coco/segm_mAP'))
 randomness = dict(seed=0)
