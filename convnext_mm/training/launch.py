@@ -73,7 +73,8 @@ def test(args: argparse.Namespace) -> None:
         cfg.default_hooks.visualization.update(draw=True, show=args.show,
                                                wait_time=args.wait_time)
         if args.show_dir and cfg.default_scope == 'mmdet':
-            cfg.default_hooks.visualization.test_out_dir = args.show_dir
+            # A relative path would be taken below the run's folder of logs.
+            cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)
         elif args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
     if args.tta:
@@ -124,6 +125,11 @@ def _use_tta(cfg: Config) -> None:
             raise UserError(f'--tta needs {key} in the config; the recipes have it in '
                             'configs/_base_/')
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    roi_head = cfg.model.get('roi_head', {})
+    if roi_head.get('mask_head'):
+        print('--tta: boxes only, since mmdet merges no masks.')
+        roi_head.update(mask_head=None, mask_roi_extractor=None)
+        cfg.test_evaluator.metric = ['bbox']
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
 
 

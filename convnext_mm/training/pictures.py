@@ -40,6 +40,8 @@ class CurvesHook(Hook):
     log that mmengine writes, so that a resumed run's picture begins where the run began.
     """
 
+    priority = 'LOW'  # behind the hook that writes the log
+
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         rates = runner.optim_wrapper.get_lr().get('lr')
         if rates:  # keys that end in 'lr' are logged with every line
@@ -74,8 +76,6 @@ class PredictionsHook(Hook):
     Args:
         num_pictures: How many, evenly spread over the data set.
     """
-
-    priority = 'LOW'
 
     def __init__(self, num_pictures: int = 8) -> None:
         self.num_pictures = num_pictures
@@ -252,7 +252,9 @@ def _draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: n
             axis.imshow(overlay, interpolation='nearest')
         axis.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, ec=color, lw=2))
         name = classes[label] + ('' if scores is None else f' {scores[i]:.2f}')
-        axis.text(*box[:2], name, fontsize=11, color='white', va='bottom', clip_on=True,
+        bright = color @ [0.3, 0.6, 0.1] > 0.6
+        axis.text(*box[:2], name, fontsize=11, color='black' if bright else 'white',
+                  va='bottom', clip_on=True,
                   bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
         drawn.add(int(label))
     return drawn

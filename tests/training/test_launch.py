@@ -79,13 +79,16 @@ def test_segmentation_is_evaluated_with_tta_and_masks(segmentation_run, demo_dat
 
 def test_detection_is_evaluated_with_tta_and_pickle(detection_run, demo_data, tmp_path):
     work_dir, _ = detection_run
-    for extra in ([], ['--tta']):
+    for extra, metric in (([], 'segm_mAP'), (['--tta'], 'bbox_mAP')):
         out = tmp_path / 'out.pkl'
         out.unlink(missing_ok=True)
-        run_tool('tools/test.py', DEMO_DETECTION, work_dir / 'epoch_1.pth',
-                 '--work-dir', tmp_path / 'test', '--out', out, '--show-dir', 'shown', *extra,
-                 '--cfg-options', f'data_root={demo_data}/coco/', *SMALL_DETECTION)
+        done = run_tool('tools/test.py', DEMO_DETECTION, work_dir / 'epoch_1.pth',
+                        '--work-dir', tmp_path / 'test', '--out', out,
+                        '--show-dir', tmp_path / 'shown', *extra, '--cfg-options',
+                        f'data_root={demo_data}/coco/', *SMALL_DETECTION)
         assert out.is_file()
+        assert metric in done.stdout + done.stderr
+    assert len(list((tmp_path / 'shown').glob('*.jpg'))) == 4
     assert len(list((tmp_path / 'test' / 'predictions').glob('*.png'))) == 4
 
 
