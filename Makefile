@@ -1,5 +1,5 @@
 PYTHON ?= python3
-STACK ?= forks
+STACK ?= auto
 VENV := .venv
 # Written when the set-up is complete; a change of the versions sets up what changed.
 READY := $(VENV)/.ready-$(STACK)

@@ -124,6 +124,12 @@ def installed(python: str | Path, distribution: str) -> bool:
     return works(python, f'import importlib.metadata as m; m.version({distribution!r})')
 
 
+def stack_of(python: str | Path) -> str | None:
+    """Which stack's mmcv a Python has: 'forks', 'openmmlab' or None."""
+    return next((name for name, stack in (('forks', FORKS), ('openmmlab', OPENMMLAB))
+                 if installed(python, distributions(stack)[0])), None)
+
+
 def distributions(stack: dict[str, str]) -> list[str]:
     """The names of a stack's own packages."""
     return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
@@ -226,12 +232,13 @@ def build_ops(requirement: str, progress: Progress) -> None:
 
 def install(args: argparse.Namespace) -> None:
     """All steps, skipping what works already."""
-    outside = works(sys.executable, 'import torch, mmcv.ops, mmengine')
-    need_ops = not (args.segmentation_only or outside)
+    outside = stack_of(sys.executable) if sys.prefix == sys.base_prefix else None
+    name = args.stack if args.stack != 'auto' else stack_of(PYTHON) or outside or 'forks'
+    stack = OPENMMLAB if name == 'openmmlab' else FORKS
+    # The packages of an environment that .venv is made from are seen in .venv as well.
+    shared = outside == name and works(sys.executable, 'import torch, mmcv.ops')
+    need_ops = not (args.segmentation_only or shared)
     check_machine(need_ops)
-    stack, extra = (OPENMMLAB, 'openmmlab') if args.stack == 'openmmlab' else (FORKS, 'forks')
-    if outside and installed(sys.executable, 'mmcv'):
-        stack, extra = OPENMMLAB, 'openmmlab'
 
     steps = {'Environment .venv': 5, 'PyTorch': 30, 'Packages': 45}
     if need_ops:
@@ -241,7 +248,7 @@ def install(args: argparse.Namespace) -> None:
 
     progress.start('Environment .venv')
     if not works(PYTHON, 'import pip'):
-        venv.create(VENV, with_pip=True, system_site_packages=outside, clear=VENV.exists())
+        venv.create(VENV, with_pip=True, system_site_packages=shared, clear=VENV.exists())
     progress.done()
 
     progress.start('PyTorch')
@@ -274,7 +281,7 @@ def install(args: argparse.Namespace) -> None:
         # A machine without a screen may lack the libraries that OpenCV's windows need.
         pip(progress, 'uninstall', '-y', 'opencv-python')
         pip(progress, 'install', '--force-reinstall', '--no-deps', 'opencv-python-headless')
-    extra += '-seg' if args.segmentation_only else ''
+    extra = name + ('-seg' if args.segmentation_only else '')
     pip(progress, 'install', '--no-build-isolation', '-e', f'.[{extra},test]')
     modules = 'mmseg' if args.segmentation_only else 'mmseg, mmdet, mmcv.ops'
     if not works(PYTHON, f'import convnext_mm, {modules}'):
@@ -287,8 +294,9 @@ def install(args: argparse.Namespace) -> None:
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--stack', choices=['forks', 'openmmlab'], default='forks',
-                        help="the maintained forks or OpenMMLab's own packages (forks)")
+    parser.add_argument('--stack', choices=['auto', 'forks', 'openmmlab'], default='auto',
+                        help="the maintained forks or OpenMMLab's own packages (what is there "
+                        'already, else the forks)')
     parser.add_argument('--segmentation-only', action='store_true',
                         help="without mmdet and mmcv's compiled ops: about two minutes")
     parser.add_argument('--rebuild', action='store_true', help="build mmcv's ops again")
