@@ -102,6 +102,35 @@ def weights(content: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
+def check_complete(model: nn.Module, source: str) -> None:
+    """See that a checkpoint has every parameter of a whole model, in its shape.
+
+    Without this, a checkpoint of another task or size leaves parts of the model random.
+
+    Raises:
+        UserError: Lists what is missing or differs.
+    """
+    state = {name.removeprefix('module.'): value
+             for name, value in weights(read(source)).items()}
+    own = model.state_dict()
+    problems = _differences(own, state)
+    if problems:
+        raise UserError(f'{source} does not fit the model of this config ({len(problems)} of '
+                        f'{len(own)} parameters):\n  {_shown(problems)}\nGive the checkpoint that '
+                        'was trained with this config, or the config it was trained with.')
+
+
+def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What of ``own`` is missing from ``state`` or has another shape there."""
+    return [f'missing {name}' for name in own if name not in state] + [
+        f'{name} is {list(state[name].shape)}, the model has {list(value.shape)}'
+        for name, value in own.items() if name in state and state[name].shape != value.shape]
+
+
+def _shown(problems: list[str], count: int = 12) -> str:
+    return '\n  '.join(problems[:count] + ['…'] * (len(problems) > count))
+
+
 def load_backbone(backbone: nn.Module, init_cfg: dict[str, Any]) -> None:
     """Load published or trained weights into a ConvNeXt backbone, all of them or none.
 
@@ -130,14 +159,12 @@ def load_backbone(backbone: nn.Module, init_cfg: dict[str, Any]) -> None:
 
     own = backbone.state_dict()
     fresh = [name for name in own if name not in state and name.startswith('norm')]
-    problems = [f'missing {name}' for name in own if name not in state and name not in fresh]
+    problems = _differences({name: own[name] for name in own if name not in fresh}, state)
     problems += [f'unexpected {name}' for name in state if name not in own]
-    problems += [f'{name} is {list(state[name].shape)}, the model has {list(own[name].shape)}'
-                 for name in own if name in state and state[name].shape != own[name].shape]
     if problems:
-        shown = '\n  '.join(problems[:12] + ['…'] * (len(problems) > 12))
         raise UserError(f'{source} does not fit this ConvNeXt ({len(problems)} parameters):\n  '
-                        f'{shown}\nCheck depths and dims, or choose the checkpoint of this size.')
+                        f'{_shown(problems)}\nCheck depths and dims, or choose the checkpoint of '
+                        'this size.')
     backbone.load_state_dict(state, strict=False)
     print_log(f'ConvNeXt: {len(state)} parameters loaded from {source}; dropped: '
               f'{", ".join(dropped) or "none"}; fresh: {", ".join(fresh) or "none"}',

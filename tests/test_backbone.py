@@ -120,6 +120,18 @@ def test_contradictory_arguments_are_named(kwargs):
         ConvNeXt(**{'dims': [8, 16, 24, 32], **kwargs})
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_mixed_precision_on_a_gpu(golden):
+    backbone = small().cuda().eval()
+    backbone.load_state_dict(golden['checkpoint']['model'], strict=True)
+    with torch.autocast('cuda', dtype=torch.float16):
+        features = backbone(golden['input'].cuda())
+    sum(f.float().square().mean() for f in features).backward()
+    assert all(p.grad.isfinite().all() for p in backbone.parameters())
+    for ours, theirs in zip(features, golden['features'], strict=True):
+        assert (ours.float().cpu() - theirs).abs().max() <= 2e-2
+
+
 IMPORT = """
 import sys
 class Hide:

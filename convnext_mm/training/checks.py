@@ -143,7 +143,10 @@ def check_weights(cfg: Config, load_from: str | None) -> None:
     if os.environ.get('LOCAL_RANK', '0') != '0':
         return  # the node's first process does it for all, before they meet
     if load_from:
-        checkpoint.read(load_from)
+        if 'optimizer' not in checkpoint.read(load_from) and cfg.get('resume'):
+            raise UserError(f'--resume {load_from}: it holds weights, but no state of the '
+                            'optimizer to go on from. To start a new run from its weights: '
+                            f'--cfg-options load_from={load_from}')
         return  # the whole model's weights replace the backbone's
     backbone = cfg.get('model', {}).get('backbone', {})
     init_cfg = backbone.get('init_cfg')

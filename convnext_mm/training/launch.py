@@ -11,8 +11,19 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import Runner
 
+from .. import checkpoint
 from ..errors import UserError
 from . import checks, fallbacks
+
+
+class Options(DictAction):
+    """mmengine's KEY=VALUE pairs; what is no pair is an error of usage."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for pair in values:
+            if '=' not in pair.lstrip('='):
+                parser.error(f'{option_string}: expected KEY=VALUE, got {pair!r}')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
@@ -22,7 +33,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
                         'configs/upernet_convnext_tiny_512_160k_ade20k.py')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and pictures '
                         '(work_dirs/CONFIG)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE',
                         help='change settings of the config, such as '
                         'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
                         'lists as key="[a,b]"')
@@ -70,7 +81,7 @@ def test(args: argparse.Namespace) -> None:
     cfg = _configure(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, show=args.show,
+        cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
                                                wait_time=args.wait_time)
         if args.show_dir and cfg.default_scope == 'mmdet':
             # A relative path would be taken below the run's folder of logs.
@@ -81,6 +92,10 @@ def test(args: argparse.Namespace) -> None:
         _use_tta(cfg)
     dump = _dump_predictions(cfg, args.out) if args.out else None
     runner = _build_runner(cfg, ('test',))
+    model = runner.model
+    while hasattr(model, 'module'):  # wrapped for several processes, for augmentation
+        model = model.module
+    checkpoint.check_complete(model, args.checkpoint)
     if dump is not None:
         runner.test_evaluator.metrics.append(dump())
     runner.test()

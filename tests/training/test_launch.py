@@ -154,17 +154,38 @@ MISTAKES = [
     (('tools/test.py', DEMO_DETECTION, 'README.md', '--out', 'a.json', '--cfg-options',
       'data_root={data}/coco/'), ['--out a.json', '.pkl']),
     (('tools/make_demo_data.py', '--out', 'configs'), ['not made by this tool']),
+    (('tools/train.py', SEGMENTATION, '--cfg-options', 'resume'), ["KEY=VALUE, got 'resume'"]),
+    (('tools/train.py', DEMO_SEGMENTATION, '--resume', 'tests/data/v1_official_classification.pt',
+      '--cfg-options', 'data_root={data}/ADEChallengeData2016'), ['no state of the optimizer']),
 ]
 
 
 @pytest.mark.parametrize(('command', 'expected'), MISTAKES)
 def test_mistakes_end_in_one_message(command, expected, demo_data):
     done = run_tool(*(part.format(data=demo_data) for part in command), check=False)
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr[-2000:]
     assert 'Traceback' not in done.stderr
     for text in expected:
         assert text in done.stderr
     assert 'Runtime environment' not in done.stdout, 'a runner was built first'
+
+
+def test_a_checkpoint_of_the_other_task_is_refused(segmentation_run, demo_data, tmp_path):
+    work_dir, _ = segmentation_run
+    done = run_tool('tools/test.py', DEMO_DETECTION, work_dir / 'iter_4.pth',
+                    '--work-dir', tmp_path, '--cfg-options',
+                    f'data_root={demo_data}/coco/', *SMALL_DETECTION, check=False)
+    assert done.returncode == 2
+    assert 'does not fit the model of this config' in done.stderr
+    assert 'missing neck.lateral_convs.0.conv.weight' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_mistake_under_torchrun_ends_in_one_message():
+    done = run_tool('tools/dist_train.sh', SEGMENTATION, '2', check=False)
+    assert done.returncode == 2
+    assert done.stderr.count('Data not found') == 1
+    assert 'Traceback' not in done.stderr
 
 
 def test_launch_scripts_say_how_they_are_used():
