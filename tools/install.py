@@ -266,8 +266,10 @@ def install(args: argparse.Namespace) -> None:
                 and not (k == 'mmdet' and args.segmentation_only)]
     pip(progress, 'install', *tools, *packages)
     if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
-        pip(progress, 'install', '--no-build-isolation', stack['mmcv'],
-            env=dict(MMCV_WITH_OPS='0'))
+        # The forks' mmcv builds its ops wherever it sees PyTorch: in isolation it sees none.
+        # The original's asks the variable, but its build needs the older setuptools.
+        alone = ['--no-build-isolation'] if stack is OPENMMLAB else []
+        pip(progress, 'install', *alone, stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
     progress.done()
 
     if need_ops:
