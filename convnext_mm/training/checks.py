@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,21 @@ def _move_data(node: Any, old: str | None, new: str) -> None:
         elif key in ('data_root', 'ann_file') and isinstance(value, str) and old and (
                 value.startswith(old)):
             node[key] = os.path.join(new, value[len(old):].lstrip('/'))
+
+
+def check_toolbox(cfg: Config) -> None:
+    """See that what the config is built with is installed.
+
+    Raises:
+        UserError: mmseg or mmdet is missing, or mmcv's compiled ops, which mmdet needs.
+    """
+    toolbox = cfg.get('default_scope', 'mmengine')
+    if not find_spec(toolbox):
+        raise UserError(f'This config needs {toolbox}, which is not installed here: '
+                        'python3 tools/install.py')
+    if toolbox == 'mmdet' and not find_spec('mmcv._ext'):
+        raise UserError("This config needs mmcv's compiled ops, which this mmcv was built "
+                        'without: python3 tools/install.py')
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:

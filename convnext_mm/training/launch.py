@@ -116,6 +116,7 @@ def _configure(args: argparse.Namespace) -> Config:
 
 def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     """Check the input, fit the config to the machine, and build the Runner."""
+    checks.check_toolbox(cfg)
     changes = fallbacks.adapt(cfg)
     checks.check_data(cfg, splits)
     checks.check_weights(cfg, cfg.get('load_from'))

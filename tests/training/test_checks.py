@@ -95,3 +95,12 @@ def test_missing_pretrained_file_is_said_before_a_model_is_built():
         type='ConvNeXt', init_cfg=dict(type='Pretrained', checkpoint='/nowhere/tiny.pth')))))
     with pytest.raises(UserError, match='/nowhere/tiny.pth'):
         checks.check_weights(cfg, None)
+
+
+@pytest.mark.parametrize(('absent', 'message'), [
+    ('mmdet', 'needs mmdet, which is not installed'), ('mmcv._ext', "mmcv's compiled ops")])
+def test_what_is_not_installed_is_said(absent, message, monkeypatch):
+    monkeypatch.setattr(checks, 'find_spec', lambda name: None if name == absent else name)
+    checks.check_toolbox(Config(dict(default_scope='mmseg')))
+    with pytest.raises(UserError, match=message + '.*tools/install.py'):
+        checks.check_toolbox(Config(dict(default_scope='mmdet')))
