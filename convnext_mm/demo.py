@@ -40,7 +40,7 @@ def main() -> None:
                            for name, (key, factor) in metrics.items())
         rows.append((task, shown, f'{seconds / 60:.1f} min', work_dir))
 
-    table = Table(title='On 80 held-out pictures')
+    table = Table(title='On the held-out pictures')
     for column in ('Task', 'Result', 'Training'):
         table.add_column(column)
     for task, shown, minutes, _ in rows:

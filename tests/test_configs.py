@@ -5,10 +5,16 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS
 
-from convnext_mm.training.fallbacks import adapt
-from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
+from tests.conftest import (
+    DEMO_DETECTION,
+    DEMO_SEGMENTATION,
+    DETECTION,
+    ROOT,
+    SEGMENTATION,
+    build_without_memory,
+)
 
 ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 
@@ -16,11 +22,7 @@ ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 @pytest.mark.parametrize(('config', 'scope', 'millions'), [
     (SEGMENTATION, 'mmseg', 60.24), (DETECTION, 'mmdet', 85.93)])
 def test_parameter_count(config, scope, millions):
-    cfg = Config.fromfile(config)
-    adapt(cfg)
-    init_default_scope(scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
+    _, model = build_without_memory(config, scope)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.005)
 

@@ -3,15 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from convnext_mm import layer_decay
 from convnext_mm.layer_decay import LearningRateDecayOptimizerConstructor
-from convnext_mm.training.fallbacks import adapt
-from tests.conftest import DETECTION, SEGMENTATION
+from tests.conftest import DETECTION, SEGMENTATION, build_without_memory
 
 DATA = Path(__file__).parent / 'data'
 
@@ -25,11 +23,7 @@ def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, flo
 @pytest.mark.parametrize(('config', 'scope', 'golden'), [
     (SEGMENTATION, 'mmseg', 'upernet_tiny'), (DETECTION, 'mmdet', 'cascade_tiny')])
 def test_every_parameter_of_the_recipes_as_the_authors_group_it(config, scope, golden):
-    cfg = Config.fromfile(config)
-    adapt(cfg)
-    init_default_scope(scope)
-    with torch.device('meta'):
-        model = MODELS.build(cfg.model)
+    cfg, model = build_without_memory(config, scope)
     ours = groups_of(model, cfg.optim_wrapper)
     theirs = json.loads((DATA / f'{golden}.json').read_text())
     assert ours.keys() == theirs.keys()

@@ -5,9 +5,11 @@ _base_ = ('../cascade_mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_gio
 
 # Data and classes; the files below data_root are named as in COCO.
 data_root = 'data/demo/coco/'
-metainfo = dict(
-    classes=('ball', 'crate', 'star', 'leaf'),
-    palette=[(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)])
+demo_data = dict(
+    data_root=data_root,
+    metainfo=dict(
+        classes=('ball', 'crate', 'star', 'leaf'),
+        palette=[(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]))
 num_classes = 4
 
 # Crop: pictures of 128 to 160 pixels.
@@ -26,15 +28,10 @@ test_pipeline = [
         type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
+in_this_process = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
-val_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+    in_this_process, batch_size=4, dataset=dict(demo_data, pipeline=train_pipeline))
+val_dataloader = dict(in_this_process, dataset=dict(demo_data, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator

@@ -2,12 +2,15 @@
 _base_ = '../upernet_convnext_tiny_512_160k_ade20k.py'
 
 # Data and classes; the folders below data_root are named as in ADE20K, 0 in a mask is no class.
-dataset_type = 'BaseSegDataset'
 data_root = 'data/demo/ADEChallengeData2016'
-metainfo = dict(
-    classes=('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf'),
-    palette=[[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
-             [255, 167, 38], [255, 238, 88], [0, 150, 136]])
+demo_data = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    reduce_zero_label=True,
+    metainfo=dict(
+        classes=('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf'),
+        palette=[[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
+                 [255, 167, 38], [255, 238, 88], [0, 150, 136]]))
 num_classes = 8
 
 # Crop: pictures of 128 to 160 pixels, whose colours are varied as they are drawn.
@@ -26,25 +29,10 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
+in_this_process = dict(num_workers=0, persistent_workers=False)
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        type=dataset_type,
-        reduce_zero_label=True,
-        data_root=data_root,
-        metainfo=metainfo,
-        pipeline=train_pipeline))
-val_dataloader = dict(
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(
-        type=dataset_type,
-        reduce_zero_label=True,
-        data_root=data_root,
-        metainfo=metainfo,
-        pipeline=test_pipeline))
+    in_this_process, batch_size=8, dataset=dict(demo_data, pipeline=train_pipeline))
+val_dataloader = dict(in_this_process, dataset=dict(demo_data, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # Size: a third of tiny's width, from scratch, for a CPU.

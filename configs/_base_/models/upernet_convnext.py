@@ -1,22 +1,9 @@
+_base_ = './convnext.py'
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512)),
-    backbone=dict(
-        type='ConvNeXt',
-        in_chans=3,
-        depths=[3, 3, 9, 3],
-        dims=[96, 192, 384, 768],
-        drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
-        out_indices=[0, 1, 2, 3]),
+        type='SegDataPreProcessor', pad_val=0, seg_pad_val=255, size=(512, 512)),
     decode_head=dict(
         type='UPerHead',
         in_channels=[96, 192, 384, 768],
