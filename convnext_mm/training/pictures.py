@@ -229,7 +229,7 @@ def _draw_segmentation(axis: Any, mask: Any, colors: np.ndarray) -> set[int]:
 
 
 def _draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
-                    score_threshold: float = 0.5) -> set[int]:
+                    score_threshold: float = 0.3) -> set[int]:
     """Draw boxes, masks and names of (N) instances; returns the labels drawn."""
     from matplotlib.patches import Rectangle
 
