@@ -34,3 +34,25 @@ def test_every_module_is_on_the_map():
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'convnext_mm').rglob('*.py')
                if p.name != '__init__.py' and 'overrides' not in p.parts}
     assert [m for m in sorted(modules) if f'`{m}`' not in text('CONTRIBUTING.md')] == []
+
+
+def test_the_config_for_ones_own_data_works(demo_data, tmp_path):
+    from mmengine.config import Config
+    from mmengine.registry import DATASETS, init_default_scope
+    snippet = re.search(r'```python\n(.*?)```', text('README.md'), re.S)[1]
+    snippet = snippet.replace("'../", f"'{ROOT}/configs/").replace(
+        'data/mine', str(demo_data / 'ADEChallengeData2016'))
+    (tmp_path / 'mine.py').write_text(snippet)
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
+    init_default_scope('mmseg')
+    for loader, count in ((cfg.train_dataloader, 8), (cfg.val_dataloader, 4)):
+        dataset = DATASETS.build(loader.dataset)
+        assert len(dataset) == count
+        assert dataset.metainfo['classes'] == ('road', 'car')
+    # 0 in a mask is no class, so that the first class, 1 in the mask, is label 0.
+    import numpy as np
+    from PIL import Image
+    sample = dataset[0]['data_samples']
+    mask = np.asarray(Image.open(sample.seg_map_path)).astype(int)
+    assert (sample.gt_sem_seg.data[0].numpy() == mask - 1).all()
