@@ -248,7 +248,8 @@ def install(args: argparse.Namespace) -> None:
 
     progress.start('Environment .venv')
     if not works(PYTHON, 'import pip'):
-        venv.create(VENV, with_pip=True, system_site_packages=shared, clear=VENV.exists())
+        venv.create(VENV, with_pip=True, symlinks=True, system_site_packages=shared,
+                    clear=VENV.exists())
     progress.done()
 
     progress.start('PyTorch')
