@@ -42,7 +42,8 @@ if __name__ == '__main__':
         license='Apache-2.0',
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
         python_requires='>=3.10',
-        install_requires=[TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16'],
+        install_requires=[
+            TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16'],
         extras_require=EXTRAS,
         classifiers=[
             'License :: OSI Approved :: Apache Software License',
