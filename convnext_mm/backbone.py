@@ -8,6 +8,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from . import checkpoint
+from .errors import UserError
 from .layers import Block, LayerNorm2d
 
 
@@ -30,7 +31,7 @@ class ConvNeXt(BaseModule):
             truncated normal of std 0.02, zero biases (Section 3 of the paper).
 
     Raises:
-        ValueError: ``depths`` and ``dims`` differ in length, or ``out_indices`` names
+        UserError: ``depths`` and ``dims`` differ in length, or ``out_indices`` names
             a stage that is not there.
     """
 
@@ -44,10 +45,10 @@ class ConvNeXt(BaseModule):
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         if len(depths) != len(dims):
-            raise ValueError(f'ConvNeXt: depths={list(depths)} and dims={list(dims)} must name the '
+            raise UserError(f'ConvNeXt: depths={list(depths)} and dims={list(dims)} must name the '
                              'same number of stages')
         if not out_indices or not set(out_indices) <= set(range(len(dims))):
-            raise ValueError(f'ConvNeXt: out_indices={list(out_indices)} must be among the stages '
+            raise UserError(f'ConvNeXt: out_indices={list(out_indices)} must be among the stages '
                              f'0 to {len(dims) - 1}')
         self.out_indices = tuple(sorted(set(out_indices)))
 

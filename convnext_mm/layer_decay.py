@@ -10,6 +10,8 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from .errors import UserError
+
 EMBEDDINGS = ('backbone.cls_token', 'backbone.mask_token', 'backbone.pos_embed')
 
 
@@ -81,7 +83,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             'layer_wise_vit' for BEiT and MAE.
 
     Raises:
-        ValueError: ``paramwise_cfg`` lacks a value or names an unknown ``decay_type``.
+        UserError: ``paramwise_cfg`` lacks a value or names an unknown ``decay_type``.
         NotImplementedError: There is no rule for the model's backbone.
     """
 
@@ -90,14 +92,14 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         cfg = self.paramwise_cfg
         for key in ('decay_rate', 'num_layers'):
             if not isinstance(cfg.get(key), (int, float)):
-                raise ValueError(f'paramwise_cfg.{key} must be a number, got {cfg.get(key)!r}: '
+                raise UserError(f'paramwise_cfg.{key} must be a number, got {cfg.get(key)!r}: '
                                  'write e.g. paramwise_cfg=dict(decay_rate=0.9, num_layers=6, '
                                  "decay_type='stage_wise')")
         self.decay_rate: float = cfg['decay_rate']
         self.num_layers: int = cfg['num_layers']
         self.decay_type: str = cfg.get('decay_type', 'layer_wise')
         if self.decay_type not in ('layer_wise', 'stage_wise', 'layer_wise_vit'):
-            raise ValueError(f'paramwise_cfg.decay_type={self.decay_type!r}: expected '
+            raise UserError(f'paramwise_cfg.decay_type={self.decay_type!r}: expected '
                              "'layer_wise', 'stage_wise' or 'layer_wise_vit'")
 
     def layer_id(self, name: str, backbone: nn.Module) -> int:

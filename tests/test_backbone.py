@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from convnext_mm import ConvNeXt
+from convnext_mm import ConvNeXt, UserError
 from tests.conftest import ROOT, run_tool
 
 DATA = Path(__file__).parent / 'data'
@@ -116,7 +116,7 @@ def test_plain_name_is_found_from_every_scope(scope):
 @pytest.mark.parametrize('kwargs', [dict(depths=[1, 1]), dict(out_indices=[4]),
                                     dict(out_indices=[])])
 def test_contradictory_arguments_are_named(kwargs):
-    with pytest.raises(ValueError, match='ConvNeXt: .*' + next(iter(kwargs))):
+    with pytest.raises(UserError, match='ConvNeXt: .*' + next(iter(kwargs))):
         ConvNeXt(**{'dims': [8, 16, 24, 32], **kwargs})
 
 

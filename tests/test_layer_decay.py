@@ -7,7 +7,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from convnext_mm import layer_decay
+from convnext_mm import UserError, layer_decay
 from convnext_mm.layer_decay import LearningRateDecayOptimizerConstructor
 from tests.conftest import DETECTION, SEGMENTATION, build_without_memory
 
@@ -120,7 +120,7 @@ def test_frozen_parameters_are_left_out():
     (dict(num_layers=6), 'decay_rate'), (dict(decay_rate=0.9), 'num_layers'),
     (dict(decay_rate=0.9, num_layers=6, decay_type='layerwise'), 'decay_type')])
 def test_wrong_settings_are_named(paramwise, key):
-    with pytest.raises(ValueError, match=f'paramwise_cfg.{key}'):
+    with pytest.raises(UserError, match=f'paramwise_cfg.{key}'):
         LearningRateDecayOptimizerConstructor(dict(optimizer={}), paramwise)
 
 

@@ -170,6 +170,18 @@ def test_mistakes_end_in_one_message(command, expected, demo_data):
     assert 'Runtime environment' not in done.stdout, 'a runner was built first'
 
 
+@pytest.mark.parametrize(('option', 'message'), [
+    ('model.backbone.depths=[1,1]', 'ConvNeXt: depths=[1, 1] and dims'),
+    ('optim_wrapper.paramwise_cfg.decay_type=layers', "paramwise_cfg.decay_type='layers'")])
+def test_settings_that_contradict_end_in_one_message(option, message, demo_data, tmp_path):
+    done = run_tool('tools/train.py', DEMO_SEGMENTATION, '--work-dir', tmp_path, '--cfg-options',
+                    f'data_root={demo_data}/ADEChallengeData2016', *SMALL_SEGMENTATION, option,
+                    check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr.split('Error: ')[-1]
+    assert 'Traceback' not in done.stderr
+
+
 def test_a_checkpoint_of_the_other_task_is_refused(segmentation_run, demo_data, tmp_path):
     work_dir, _ = segmentation_run
     done = run_tool('tools/test.py', DEMO_DETECTION, work_dir / 'iter_4.pth',
