@@ -70,6 +70,10 @@ def lr_scale(layer_id: int, num_layers: int, decay_rate: float) -> float:
     return decay_rate ** (num_layers + 1 - layer_id)
 
 
+class UnknownBackbone(UserError, NotImplementedError):
+    """A backbone without a rule of decay; mmseg raises NotImplementedError here."""
+
+
 class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     """Gives each layer of the backbone a learning rate that shrinks towards the input.
 
@@ -84,7 +88,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
 
     Raises:
         UserError: ``paramwise_cfg`` lacks a value or names an unknown ``decay_type``.
-        NotImplementedError: There is no rule for the model's backbone.
+        UnknownBackbone: There is no rule for the model's backbone.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -111,7 +115,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         elif ('BEiT' in kind or 'MAE' in kind) and not stage_wise:
             rule = vit_layer_id
         else:
-            raise NotImplementedError(
+            raise UnknownBackbone(
                 f'LearningRateDecayOptimizerConstructor has no {self.decay_type} rule for the '
                 f'backbone {kind}: it knows ConvNeXt (layer_wise, stage_wise), BEiT and MAE '
                 '(layer_wise)')

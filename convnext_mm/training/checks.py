@@ -150,23 +150,26 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                         f'{TRY_DEMO}')
 
 
-def check_weights(cfg: Config, load_from: str | None) -> None:
+def check_weights(cfg: Config, training: bool) -> None:
     """See that checkpoints are there and readable; URLs are downloaded now, once a node.
+
+    Args:
+        cfg: With ``load_from`` and the backbone's ``init_cfg``.
+        training: Whether the backbone's ``init_cfg`` is going to be used.
 
     Raises:
         UserError: As :func:`convnext_mm.checkpoint.read`.
     """
     if os.environ.get('LOCAL_RANK', '0') != '0':
         return  # the node's first process does it for all, before they meet
-    if load_from:
-        if 'optimizer' not in checkpoint.read(load_from) and cfg.get('resume'):
-            raise UserError(f'--resume {load_from}: it holds weights, but no state of the '
-                            'optimizer to go on from. To start a new run from its weights: '
-                            f'--cfg-options load_from={load_from}')
-        return  # the whole model's weights replace the backbone's
+    load_from = cfg.get('load_from')
+    if load_from and 'optimizer' not in checkpoint.read(load_from) and cfg.get('resume'):
+        raise UserError(f'--resume {load_from}: it holds weights, but no state of the '
+                        'optimizer to go on from. To start a new run from its weights: '
+                        f'--cfg-options load_from={load_from}')
     backbone = cfg.get('model', {}).get('backbone', {})
     init_cfg = backbone.get('init_cfg')
-    if backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
+    if training and backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
         checkpoint.locate(init_cfg['checkpoint'])
 
 

@@ -119,7 +119,7 @@ def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     checks.check_toolbox(cfg)
     changes = fallbacks.adapt(cfg)
     checks.check_data(cfg, splits)
-    checks.check_weights(cfg, cfg.get('load_from'))
+    checks.check_weights(cfg, training='train' in splits)
     fallbacks.start_processes(cfg)
     if 'runner_type' in cfg:
         from mmengine.registry import RUNNERS

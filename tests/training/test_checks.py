@@ -90,11 +90,17 @@ def test_wrapped_datasets_are_looked_into():
             checks.check_data(cfg, ('train',))
 
 
-def test_missing_pretrained_file_is_said_before_a_model_is_built():
-    cfg = Config(dict(model=dict(backbone=dict(
+@pytest.mark.parametrize('load_from', [None, 'weights.pth'])
+def test_missing_pretrained_file_is_said_before_a_model_is_built(load_from, tmp_path):
+    import torch
+    if load_from:
+        load_from = str(tmp_path / load_from)
+        torch.save(dict(state_dict={'a': torch.zeros(1)}), load_from)
+    cfg = Config(dict(load_from=load_from, model=dict(backbone=dict(
         type='ConvNeXt', init_cfg=dict(type='Pretrained', checkpoint='/nowhere/tiny.pth')))))
     with pytest.raises(UserError, match='/nowhere/tiny.pth'):
-        checks.check_weights(cfg, None)
+        checks.check_weights(cfg, training=True)
+    checks.check_weights(cfg, training=False)
 
 
 @pytest.mark.parametrize(('absent', 'message'), [
