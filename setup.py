@@ -24,7 +24,8 @@ EXTRAS = {
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
-    'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16'],
+    # transformers is what the backbone is compared with.
+    'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16', 'transformers>=5,<6'],
 }
 
 if __name__ == '__main__':
@@ -43,7 +44,8 @@ if __name__ == '__main__':
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
         python_requires='>=3.10',
         install_requires=[
-            TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16'],
+            TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16',
+            'safetensors>=0.5,<1', 'filelock>=3.12,<5', 'tqdm>=4.60,<5'],
         extras_require=EXTRAS,
         classifiers=[
             'License :: OSI Approved :: Apache Software License',

@@ -19,6 +19,21 @@ class LayerNorm2d(nn.LayerNorm):
                             self.eps).permute(0, 3, 1, 2)
 
 
+class DilatedDownsample(nn.Conv2d):
+    """The 2x2 convolution between stages without its stride: the size of the map is kept.
+
+    Every ``dilation``-th output equals the strided convolution's (à trous), because what
+    it lacks at the borders is added on the right and at the bottom only.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=2, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dilation = self.dilation[0]
+        return super().forward(F.pad(x, (0, dilation, 0, dilation)))
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch per sample (Huang et al., 2016).
 
@@ -42,25 +57,51 @@ class DropPath(nn.Module):
         return f'drop_prob={self.drop_prob:.3f}'
 
 
-class Block(nn.Module):
-    """A ConvNeXt block (Liu et al., 2022, Section 2 and Figure 4).
+class GRN(nn.Module):
+    """Global response normalisation (Woo et al., "ConvNeXt V2", 2023, Section 3, Algorithm 1).
 
-    Depthwise 7x7 → LayerNorm → 1x1 (C to 4C) → GELU → 1x1 (4C to C) → layer scale →
-    drop path → residual. The 1x1 convolutions are linear layers over the last axis.
+    Args:
+        dim: Channels of the (N, H, W, dim) input.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The sum of squares over a map overflows half precision.
+        response = torch.linalg.vector_norm(
+            x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        # gamma · (x · response) + beta + x, with one pass over x instead of four.
+        scale = 1 + self.gamma * response
+        return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
+
+
+class Block(nn.Module):
+    """A ConvNeXt block (Liu et al., 2022, Section 2 and Figure 4), or one of V2 with GRN.
+
+    Depthwise 7x7 → LayerNorm → 1x1 (C to 4C) → GELU → [GRN] → 1x1 (4C to C) → [layer scale]
+    → drop path → residual. The 1x1 convolutions are linear layers over the last axis.
 
     Args:
         dim: Number of channels C.
         drop_path: Drop path rate of this block.
         layer_scale_init_value: Initial value of ``gamma``; 0 or less: no layer scale.
+        use_grn: Whether there is a GRN, as in V2.
+        dilation: Dilation of the depthwise convolution.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0,
-                 layer_scale_init_value: float = 1e-6) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6,
+                 use_grn: bool = False, dilation: int = 1) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation,
+                                dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
+        self.grn = GRN(4 * dim) if use_grn else nn.Identity()
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = (nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
                       if layer_scale_init_value > 0 else None)
@@ -69,7 +110,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         y = self.dwconv(x).permute(0, 2, 3, 1)
-        y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
+        y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y.permute(0, 3, 1, 2))

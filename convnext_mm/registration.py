@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
-from . import checkpoint
 from .backbone import ConvNeXt
+from .checkpoints.fitting import FitCheckpointHook
+from .checkpoints.reading import use_safe_reader
 from .layer_decay import LearningRateDecayOptimizerConstructor
 from .training.pictures import CurvesHook, PredictionsHook
 
@@ -21,14 +22,14 @@ def register() -> None:
     # mmengine's registries are the parents of the toolboxes': what stands there is found
     # from every scope that has no class of that name itself.
     MODELS.register_module(module=ConvNeXt, force=True)
-    HOOKS.register_module(module=CurvesHook, force=True)
-    HOOKS.register_module(module=PredictionsHook, force=True)
+    for hook in (FitCheckpointHook, CurvesHook, PredictionsHook):
+        HOOKS.register_module(module=hook, force=True)
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(
         module=LearningRateDecayOptimizerConstructor, force=True)
     for toolbox in TOOLBOXES:
         if find_spec(toolbox):
             _override_constructor(toolbox)
-    checkpoint.use_safe_reader()
+    use_safe_reader()
 
 
 def _override_constructor(toolbox: str) -> None:

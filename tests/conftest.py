@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / 'tests' / 'data'
 SEGMENTATION = 'configs/upernet_convnext_tiny_512_160k_ade20k.py'
 DETECTION = ('configs/cascade_mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_giou_'
              '4conv1f_adamw_3x_coco_in1k.py')
@@ -25,6 +26,22 @@ SMALL_SEGMENTATION = [*BACKBONE, 'model.decode_head.in_channels=[8,16,24,32]',
 SMALL_DETECTION = [*BACKBONE, 'model.neck.in_channels=[8,16,24,32]',
                    'train_dataloader.batch_size=2', 'train_cfg.max_epochs=1',
                    'train_cfg.val_interval=1', 'default_hooks.logger.interval=1']
+
+
+GOLDEN_SIZE = dict(depths=[1, 2, 3, 1], dims=[8, 16, 24, 32])
+
+
+def golden(name: str) -> dict:
+    """A small published-style checkpoint, an input, and the feature maps of its library."""
+    import torch
+    return torch.load(DATA / f'{name}.pt', weights_only=True)
+
+
+def assert_close(ours, theirs, tolerance: float = 1e-5) -> None:
+    """Feature maps of equal number and shape, no value further apart than the tolerance."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance
 
 
 @pytest.fixture(scope='session')

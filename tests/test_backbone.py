@@ -1,32 +1,59 @@
-from pathlib import Path
-
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch import nn
 
 from convnext_mm import ConvNeXt, UserError
-from tests.conftest import ROOT, run_tool
-
-DATA = Path(__file__).parent / 'data'
-
-
-@pytest.fixture(scope='module')
-def golden() -> dict:
-    return torch.load(DATA / 'v1_official_downstream.pt', weights_only=True)
+from convnext_mm.archs import ARCHS
+from convnext_mm.layers import GRN
+from tests.conftest import GOLDEN_SIZE, ROOT, assert_close, golden, run_tool
 
 
 def small(**kwargs) -> ConvNeXt:
-    return ConvNeXt(depths=[1, 2, 3, 1], dims=[8, 16, 24, 32], **kwargs)
+    return ConvNeXt(**{**GOLDEN_SIZE, **kwargs})
+
+
+@pytest.fixture(scope='module', name='golden')
+def authors() -> dict:
+    return golden('v1_official_downstream')
 
 
 def test_reproduces_the_authors_features(golden):
     backbone = small().eval()
     backbone.load_state_dict(golden['checkpoint']['model'], strict=True)
     with torch.no_grad():
-        features = backbone(golden['input'])
-    assert len(features) == len(golden['features']) == 4
-    for ours, theirs in zip(features, golden['features'], strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5
+        assert_close(backbone(golden['input']), golden['features'])
+
+
+# ImageNet classifiers of 1000 classes, in millions (papers' tables).
+PARAMETERS = {
+    'tiny': 28.6, 'small': 50.2, 'base': 88.6, 'large': 197.8, 'xlarge': 350.2, 'v2_atto': 3.7,
+    'v2_femto': 5.2, 'v2_pico': 9.1, 'v2_nano': 15.6, 'v2_tiny': 28.6, 'v2_base': 89,
+    'v2_large': 198, 'v2_huge': 660}
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_published_sizes(arch):
+    with torch.device('meta'):
+        backbone = ConvNeXt(arch)
+    last = backbone.arch.dims[-1]
+    count = sum(p.numel() for name, p in backbone.named_parameters()
+                if not name.startswith('norm')) + 2 * last + 1000 * last + 1000
+    assert round(count / 1e6, 0 if PARAMETERS[arch] in (89, 198, 660) else 1) == PARAMETERS[arch]
+    assert backbone.arch.use_grn == arch.startswith('v2')
+
+
+def test_explicit_values_win_over_arch():
+    backbone = ConvNeXt('small', depths=[1, 1, 2, 1], use_grn=True)
+    assert backbone.arch == ((1, 1, 2, 1), (96, 192, 384, 768), True)
+
+
+@pytest.mark.parametrize('stages', [1, 2, 3, 5])
+def test_any_number_of_stages(stages):
+    dims = [8, 16, 24, 32, 40][:stages]
+    features = ConvNeXt(depths=[1] * stages, dims=dims)(torch.zeros(1, 3, 128, 128))
+    assert [f.shape[1:] for f in features] == [
+        (dim, 32 // 2**i, 32 // 2**i) for i, dim in enumerate(dims)]
 
 
 @pytest.mark.parametrize('size', [(64, 64), (96, 160)])
@@ -56,6 +83,133 @@ def test_maps_are_what_mmcvs_ops_read(golden):
     align = RoIAlign(7, spatial_scale=0.25, sampling_ratio=2)
     torch.testing.assert_close(align(features[0], rois), align(features[0].clone(
         memory_format=torch.contiguous_format), rois), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(('indices', 'same'), [([-1], [3]), ([-2, 0], [0, 2]), ([3, -1], [3])])
+def test_negative_out_indices_count_from_the_last(indices, same):
+    assert small(out_indices=indices).out_indices == tuple(same)
+
+
+def test_stages_behind_the_last_map_are_not_built():
+    backbone = small(out_indices=[0, 1])
+    assert len(backbone.stages) == len(backbone.downsample_layers) == 2
+    sum(f.sum() for f in backbone(torch.randn(1, 3, 32, 32))).backward()
+    assert all(p.grad is not None for p in backbone.parameters()), 'DDP needs all gradients'
+
+
+def trained(backbone: ConvNeXt) -> set[str]:
+    return {'.'.join(name.split('.')[:2]) if 'norm' not in name[:4] else 'norms'
+            for name, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 1, 2, 4])
+def test_frozen_stages(frozen):
+    backbone = small(frozen_stages=frozen, drop_path_rate=0.5)
+    assert backbone.train() is backbone
+    stem = {'downsample_layers.0'} if frozen >= 0 else set()
+    stages = {f'{part}.{i}' for i in range(max(frozen, 0)) for part in (
+        'stages', 'downsample_layers')} | stem
+    everything = trained(small())
+    assert trained(backbone) == everything - stages
+    for name, module in backbone.named_modules():
+        if name.count('.') >= 1 and name.startswith(('stages', 'downsample_layers')):
+            part = '.'.join(name.split('.')[:2])
+            assert module.training == (part not in stages), name
+    assert backbone.norm0.training
+    sum(f.sum() for f in backbone(torch.randn(2, 3, 32, 32))).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
+    assert not any(module.training for module in backbone.eval().modules())
+    assert small().train().stages[0].training
+
+
+def test_norm_eval_is_for_norms_with_statistics():
+    backbone = small(norm_eval=True)
+    backbone.norm0 = nn.BatchNorm2d(8)
+    backbone.train()
+    assert not backbone.norm0.training
+    assert not backbone.stages[0][0].norm.training
+    assert backbone.stages[0][0].training
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+@pytest.mark.parametrize(('with_cp', 'stages'), [
+    (True, (0, 1, 2, 3)), ([2], (2,)), ([-1, 0], (0, 3)), ([False, True, True, False], (1, 2)),
+    (False, ())])
+def test_activation_checkpointing_changes_only_memory(with_cp, stages, use_grn):
+    grads, kept = [], []
+    for cp in (False, with_cp):
+        torch.manual_seed(0)
+        backbone = small(with_cp=cp, drop_path_rate=0.5, use_grn=use_grn)
+        torch.manual_seed(1)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t):
+            loss = sum(f.square().mean() for f in backbone(torch.randn(2, 3, 64, 64)))
+        kept.append(sum(saved))
+        loss.backward()
+        grads.append([p.grad for p in backbone.parameters()])
+    assert backbone.with_cp == stages
+    assert (kept[1] < kept[0]) == bool(stages)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(('output_stride', 'strides'), [
+    (None, [4, 8, 16, 32]), (32, [4, 8, 16, 32]), (16, [4, 8, 16, 16]), (8, [4, 8, 8, 8])])
+def test_output_stride_keeps_the_answers_of_the_pretrained_weights(output_stride, strides, golden):
+    """À trous: the answers of the strided network stand in the larger maps, at its places."""
+    backbone = small(output_stride=output_stride).eval()
+    backbone.load_state_dict(golden['checkpoint']['model'], strict=True)
+    with torch.no_grad():
+        features = backbone(golden['input'])
+    height, width = golden['input'].shape[2:]
+    assert [f.shape[2:] for f in features] == [(height // s, width // s) for s in strides]
+    for i, (dense, plain) in enumerate(zip(features, golden['features'], strict=True)):
+        step = 4 * 2**i // strides[i]
+        assert_close([dense[:, :, ::step, ::step]], [plain])
+
+
+def test_inside_every_map_is_channels_last(golden):
+    backbone, layouts = small(use_grn=True), set()
+    for name, module in backbone.named_modules():
+        if name.count('.') == 2 or name.endswith('dwconv'):
+            module.register_forward_hook(lambda m, x, y: layouts.update(
+                t.is_contiguous(memory_format=torch.channels_last) for t in (x[0], y)
+                if t.ndim == 4 and t.shape[1] in (8, 16, 24, 32)))
+    backbone(golden['input'])
+    assert layouts == {True}
+
+
+def test_grn_is_the_papers():
+    """Algorithm 1 of ConvNeXt V2, written out."""
+    torch.manual_seed(0)
+    grn, x = GRN(8), torch.randn(2, 5, 6, 8, requires_grad=True)
+    nn.init.normal_(grn.gamma)
+    nn.init.normal_(grn.beta)
+    g = x.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    expected = grn.gamma * (x * (g / (g.mean(dim=-1, keepdim=True) + 1e-6))) + grn.beta + x
+    torch.testing.assert_close(grn(x), expected)
+    for a, b in zip(torch.autograd.grad(grn(x).square().sum(), [x, *grn.parameters()]),
+                    torch.autograd.grad(expected.square().sum(), [x, *grn.parameters()]),
+                    strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_grn_in_half_precision_does_not_overflow(dtype):
+    x = torch.full((1, 64, 64, 4), 300.0, dtype=dtype)
+    grn = GRN(4).to(dtype)
+    nn.init.ones_(grn.gamma)
+    out = grn(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, 2 * x, rtol=1e-2, atol=0)
+
+
+def test_v2_has_grn_in_place_of_layer_scale():
+    names = [name for name, _ in ConvNeXt('v2_atto').stages[0][0].named_parameters()]
+    assert [name for name in names if 'gamma' in name or 'beta' in name] == [
+        'grn.gamma', 'grn.beta']
+    assert not [name for name, _ in small().named_parameters() if 'grn' in name]
 
 
 def test_out_indices_choose_maps_and_norms():
@@ -113,11 +267,20 @@ def test_plain_name_is_found_from_every_scope(scope):
     assert type(backbone) is ConvNeXt
 
 
-@pytest.mark.parametrize('kwargs', [dict(depths=[1, 1]), dict(out_indices=[4]),
-                                    dict(out_indices=[])])
-def test_contradictory_arguments_are_named(kwargs):
-    with pytest.raises(UserError, match='ConvNeXt: .*' + next(iter(kwargs))):
-        ConvNeXt(**{'dims': [8, 16, 24, 32], **kwargs})
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(depths=[1, 1]), r'depths=\[1, 1\] and dims'),
+    (dict(depths=[1, 1, 0, 1]), 'whole numbers'), (dict(out_indices=[4]), 'out_indices'),
+    (dict(out_indices=[-5]), 'out_indices'), (dict(out_indices=[]), 'out_indices'),
+    (dict(arch='atto'), 'Did you mean v2_atto'), (dict(arch='huge22k'), 'the sizes are tiny, sm'),
+    (dict(arch='v2_tiny', use_grn=False), "arch='v2_tiny' contradicts use_grn=False"),
+    (dict(use_grn=True, layer_scale_init_value=1.0), 'V2 has no layer scale'),
+    (dict(frozen_stages=5), 'frozen_stages=5'), (dict(with_cp=[True]), 'each of the 4 stages'),
+    (dict(with_cp=[4]), 'with_cp'), (dict(output_stride=4), 'output_stride=4'),
+    (dict(drop_path_rate=1.5), 'drop_path_rate=1.5'),
+    (dict(init_cfg=dict(type='Constant')), "expected dict\\(type='Pretrained'")])
+def test_contradictory_arguments_are_named(kwargs, message):
+    with pytest.raises(UserError, match=f'ConvNeXt: .*{message}'):
+        ConvNeXt(**{'dims': [8, 16, 24, 32], **kwargs}).init_weights()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -134,17 +297,17 @@ def test_mixed_precision_on_a_gpu(golden):
 
 IMPORT = """
 import sys
+HEAVY = {{'mmpretrain', 'torchvision', 'timm', 'transformers', 'onnx'}}
 class Hide:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {hidden!r}:
+        if name.split('.')[0] in {{*{hidden!r}, *HEAVY}}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Hide())
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name in {hidden!r} else find(name, *a)
+importlib.util.find_spec = lambda name, *a: (
+    None if name in {{*{hidden!r}, *HEAVY}} else find(name, *a))
 import convnext_mm
-heavy = {{'mmpretrain', 'torchvision', 'timm', 'transformers'}} & set(sys.modules)
-assert not heavy, heavy
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 for scope in {{'mmseg', 'mmdet'}} - set({hidden!r}):
     init_default_scope(scope)

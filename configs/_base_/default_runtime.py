@@ -7,7 +7,11 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'))
-custom_hooks = [dict(type='CurvesHook'), dict(type='PredictionsHook', num_pictures=8)]
+custom_hooks = [
+    dict(type='FitCheckpointHook'),
+    dict(type='CurvesHook'),
+    dict(type='PredictionsHook', num_pictures=8)
+]
 
 env_cfg = dict(
     cudnn_benchmark=False,

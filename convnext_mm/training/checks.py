@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from .. import checkpoint
+from .. import checkpoints
 from ..errors import UserError
 
 GET_DATA = {
@@ -158,19 +158,19 @@ def check_weights(cfg: Config, training: bool) -> None:
         training: Whether the backbone's ``init_cfg`` is going to be used.
 
     Raises:
-        UserError: As :func:`convnext_mm.checkpoint.read`.
+        UserError: As :func:`convnext_mm.checkpoints.read`.
     """
     if os.environ.get('LOCAL_RANK', '0') != '0':
         return  # the node's first process does it for all, before they meet
     load_from = cfg.get('load_from')
-    if load_from and 'optimizer' not in checkpoint.read(load_from) and cfg.get('resume'):
+    if load_from and 'optimizer' not in checkpoints.read(load_from) and cfg.get('resume'):
         raise UserError(f'--resume {load_from}: it holds weights, but no state of the '
                         'optimizer to go on from. To start a new run from its weights: '
                         f'--cfg-options load_from={load_from}')
     backbone = cfg.get('model', {}).get('backbone', {})
     init_cfg = backbone.get('init_cfg')
     if training and backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
-        checkpoint.locate(init_cfg['checkpoint'])
+        checkpoints.locate(init_cfg['checkpoint'])
 
 
 def _datasets(dataset: Any) -> Iterator[dict]:

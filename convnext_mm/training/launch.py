@@ -11,7 +11,8 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import Runner
 
-from .. import checkpoint
+from .. import checkpoints
+from ..checkpoints.fitting import FitCheckpointHook
 from ..errors import UserError
 from . import checks, fallbacks
 
@@ -95,7 +96,7 @@ def test(args: argparse.Namespace) -> None:
     model = runner.model
     while hasattr(model, 'module'):  # wrapped for several processes, for augmentation
         model = model.module
-    checkpoint.check_complete(model, args.checkpoint)
+    checkpoints.check_complete(model, args.checkpoint)
     if dump is not None:
         runner.test_evaluator.metrics.append(dump())
     runner.test()
@@ -126,6 +127,8 @@ def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
         runner = RUNNERS.build(cfg)
     else:
         runner = Runner.from_cfg(cfg)
+    if not any(isinstance(hook, FitCheckpointHook) for hook in runner.hooks):
+        runner.register_hook(FitCheckpointHook())  # the config has custom_hooks of its own
     fallbacks.announce(changes)
     return runner
 
