@@ -18,8 +18,8 @@ EMBEDDINGS = ('backbone.cls_token', 'backbone.mask_token', 'backbone.pos_embed')
 def convnext_layer_id(name: str, num_layers: int) -> int:
     """Depth of a ConvNeXt parameter in ``layer_wise`` decay.
 
-    The third stage is cut into layers of three blocks; the last stage is one layer;
-    output norms, neck and heads come after it.
+    The third stage is cut into layers of three blocks; the fourth (and any behind it) is one
+    layer; output norms, neck and heads come after it.
 
     Args:
         name: Parameter name in the whole model, such as ``backbone.stages.2.4.gamma``.
@@ -32,10 +32,10 @@ def convnext_layer_id(name: str, num_layers: int) -> int:
         return 0
     part = name.split('.')
     if name.startswith('backbone.downsample_layers'):
-        return (0, 2, 3, num_layers)[int(part[2])]
+        return (0, 2, 3, num_layers)[min(int(part[2]), 3)]
     if name.startswith('backbone.stages'):
         stage, block = int(part[2]), int(part[3])
-        return (1, 2, 3 + block // 3, num_layers)[stage]
+        return (1, 2, 3 + block // 3, num_layers)[min(stage, 3)]
     return num_layers + 1
 
 
@@ -127,7 +127,8 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
-            no_decay = (param.ndim == 1 or name.endswith('.bias')
+            # GRN's parameters have four axes; the authors of V2 leave them out by name.
+            no_decay = (param.ndim == 1 or name.endswith(('.bias', '.grn.gamma', '.grn.beta'))
                         or name in ('pos_embed', 'cls_token'))
             layer_id = self.layer_id(name, module.backbone)
             group_name = f'layer_{layer_id}_{"no_decay" if no_decay else "decay"}'

@@ -7,7 +7,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from convnext_mm import UserError, layer_decay
+from convnext_mm import ConvNeXt, UserError, layer_decay
 from convnext_mm.layer_decay import LearningRateDecayOptimizerConstructor
 from tests.conftest import DETECTION, SEGMENTATION, build_without_memory
 
@@ -97,6 +97,19 @@ def test_other_backbones_as_in_mmseg(backbone, decay_type):
 def test_depth_from_name(name, layer, stage):
     assert layer_decay.convnext_layer_id(name, 12) == layer
     assert layer_decay.convnext_stage_id(name, 12) == stage
+
+
+def test_v2_decays_no_grn_and_a_fifth_stage_counts_as_the_fourth():
+    backbone = ConvNeXt(depths=[1] * 5, dims=[8] * 5, use_grn=True)
+    wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05))
+    built = LearningRateDecayOptimizerConstructor(wrapper, dict(num_layers=6, decay_rate=0.9))
+    decay = {name: (g['weight_decay'], g['lr_scale'])
+             for g in built(Model(backbone)).optimizer.param_groups for name in g['param_names']}
+    assert decay['backbone.stages.0.0.grn.gamma'][0] == 0
+    assert decay['backbone.stages.0.0.grn.beta'][0] == 0
+    assert decay['backbone.stages.0.0.pwconv1.weight'][0] == 0.05
+    last = [decay[f'backbone.stages.{i}.0.pwconv1.weight'] for i in (3, 4)]
+    assert last[0] == last[1]
 
 
 def test_factor_from_depth():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import UserError
 from . import families
@@ -120,7 +120,8 @@ def _write(target: Path, state: State, meta: dict[str, Any], publish: bool) -> P
              for name, value in state.items()}  # views would be written whole, or refused
     try:
         if target.suffix == '.safetensors':
-            save_file(state, partial, dict(format='pt', **_as_json(meta)))
+            # Its save_file would let nobody else read the file.
+            partial.write_bytes(save(state, dict(format='pt', **_as_json(meta))))
         else:
             torch.save(_wrapped(state, meta), partial)
         if publish:

@@ -228,7 +228,7 @@ class FitCheckpointHook(Hook):
         model = runner.model
         while is_model_wrapper(model) or hasattr(model, 'module'):
             model = model.module
-        source = str(runner._load_from or 'The checkpoint')
+        source = str(runner._load_from or f'The latest checkpoint in {runner.work_dir}')
         state, line = for_model(checkpoint, model, source)
         if runner._resume:
             _complete(model, state, source)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +96,7 @@ def read(source: str, map_location: Any = 'cpu') -> dict[str, Any]:
     path = locate(source)
     with open(path, 'rb') as file:
         head = file.read(512)
-    what = _no_checkpoint(head)
+    what = _no_checkpoint(path, head)
     if what:
         raise _unusable(path, what)
     if head[8:9] == b'{':
@@ -174,7 +175,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return dict(state_dict=state, meta=meta)
 
 
-def _no_checkpoint(head: bytes) -> str:
+def _no_checkpoint(path: Path, head: bytes) -> str:
     """What a file that begins with ``head`` plainly is instead of a checkpoint; '' if unclear."""
     text = head.lstrip().lower()
     if not head:
@@ -184,6 +185,8 @@ def _no_checkpoint(head: bytes) -> str:
                 'or to an error')
     if text.startswith(b'version https://git-lfs'):
         return 'is a pointer of Git LFS, not the file itself: fetch it with git lfs pull'
+    if head.startswith(b'PK') and not zipfile.is_zipfile(path):
+        return 'is cut off: its end is missing'
     return ''
 
 
@@ -198,10 +201,7 @@ def _reason(path: Path | str, error: Exception) -> tuple[str, ...]:
                 f'file: {TRUST}={Path(path).absolute()} before the command.')
     if 'TorchScript' in text:
         return ('is a TorchScript program, not a checkpoint',)
-    first = text.splitlines()[0] if text else type(error).__name__
-    if 'failed reading zip archive' in text or isinstance(error, EOFError):
-        first = 'its end is missing'
-    return (f'is cut off, damaged, or no file of torch.save ({first[:160]})',)
+    return ('is damaged, or no file of torch.save',)  # PyTorch's own words advise to run it
 
 
 def _unusable(path: Path | str, what: str, advice: str = '') -> UserError:

@@ -96,7 +96,7 @@ def test_a_user_can_trust_one_file(hostile, monkeypatch, tmp_path):
     (b'', 'is empty'), (b'  <!DOCTYPE html><html></html>', 'is a web page'),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git lfs pull'),
     (b'PK\x03\x04 and no more', 'its end is missing'),
-    (b'no pickle at all', 'cut off, damaged, or no file of torch.save'),
+    (b'no pickle at all', 'is damaged, or no file of torch.save'),
     (b'\x10\0\0\0\0\0\0\0{"a": ', 'is cut off or damaged'), (None, 'Checkpoint not found')])
 def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
     path = tmp_path / 'file.pth'
@@ -114,7 +114,7 @@ def test_truncated_file_is_named(tmp_path, suffix, share):
     path = tmp_path / f'file.{suffix}'
     (save_file if suffix == 'safetensors' else torch.save)(state, path)
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match='Not a usable checkpoint.*cut off|its end is missing'):
+    with pytest.raises(UserError, match='Not a usable checkpoint.*is cut off'):
         read(str(path))
 
 
