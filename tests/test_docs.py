@@ -36,10 +36,28 @@ def test_every_module_is_on_the_map():
     assert [m for m in sorted(modules) if f'`{m}`' not in text('CONTRIBUTING.md')] == []
 
 
+def test_the_sizes_are_those_of_the_backbone():
+    import torch
+
+    from convnext_mm import ConvNeXt
+    from convnext_mm.archs import ARCHS
+    table = dict(re.findall(r'\| `(\w+)` \| ([\d.]+)M', text('README.md')))
+    assert table.keys() == ARCHS.keys()
+    for arch, count in table.items():
+        with torch.device('meta'):
+            backbone = ConvNeXt(arch)
+        last = backbone.arch.dims[-1]
+        own = sum(p.numel() for name, p in backbone.named_parameters() if name[:4] != 'norm')
+        assert f'{(own + 2 * last + 1000 * last + 1000) / 1e6:.2f}' == count
+    for line in re.findall(r"backbone = (dict\(type='ConvNeXt'.*?\))  ", text('README.md')):
+        assert ConvNeXt(**{k: v for k, v in eval(line).items() if k != 'type'})
+
+
 def test_the_config_for_ones_own_data_works(demo_data, tmp_path):
     from mmengine.config import Config
     from mmengine.registry import DATASETS, init_default_scope
-    snippet = re.search(r'```python\n(.*?)```', text('README.md'), re.S)[1]
+    snippet = next(block for block in re.findall(r'```python\n(.*?)```', text('README.md'), re.S)
+                   if 'data/mine' in block)
     snippet = snippet.replace("'../", f"'{ROOT}/configs/").replace(
         'data/mine', str(demo_data / 'ADEChallengeData2016'))
     (tmp_path / 'mine.py').write_text(snippet)
