@@ -109,7 +109,7 @@ def read(source: str, map_location: Any = 'cpu') -> dict[str, Any]:
         with open(path, 'rb') as file, torch.serialization.safe_globals(_allowed()):
             content = torch.load(file, map_location=map_location, weights_only=not trusted)
     except Exception as error:  # torch.load raises a different class for each kind of damage
-        raise _unusable(path, *_reason(path, error)) from error
+        raise _unusable(path, *_reason(path, error, head)) from error
     if not isinstance(content, dict) or not weights(content):
         raise UserError(f'Not a checkpoint: {path.absolute()} holds no weights.\nExpected a '
                         f'dictionary of tensors, by itself or under {" or ".join(WEIGHTS_KEYS)}.')
@@ -190,12 +190,14 @@ def _no_checkpoint(path: Path, head: bytes) -> str:
     return ''
 
 
-def _reason(path: Path | str, error: Exception) -> tuple[str, ...]:
+def _reason(path: Path | str, error: Exception, head: bytes = b'') -> tuple[str, ...]:
     """What keeps a file from being read, and what to do about it."""
     text = str(error)
     code = re.search(r'GLOBAL ([\w.]+)|function (\S+)|class ([\w.]+)', text)
-    if isinstance(error, pickle.UnpicklingError) and 'Weights only load failed' in text and code:
-        name = next(filter(None, code.groups()))
+    # A pickle with what torch.save never writes: one of something else.
+    foreign = head.startswith(b'\x80') and 'Unsupported operand' in text
+    if isinstance(error, pickle.UnpicklingError) and (code or foreign):
+        name = next(filter(None, code.groups())) if code else 'a Python pickle'
         return (f'holds more than weights ({name}), which is never executed',
                 'Loading it could run any code. If you trust who made it, say so for this one '
                 f'file: {TRUST}={Path(path).absolute()} before the command.')

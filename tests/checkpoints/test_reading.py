@@ -27,11 +27,31 @@ class Hostile:
         return (Path.touch, (self.marker,))
 
 
+def save_hostile(marker: Path, path: Path) -> None:
+    torch.save(dict(state_dict={'a': torch.zeros(1)}, optimizer={}, meta=Hostile(marker)), path)
+
+
+def save_hostile_in_the_old_format(marker: Path, path: Path) -> None:
+    torch.save(dict(meta=Hostile(marker)), path, _use_new_zipfile_serialization=False)
+
+
+def save_hostile_pickle(marker: Path, path: Path) -> None:
+    path.write_bytes(pickle.dumps(Hostile(marker)))
+
+
+@pytest.mark.parametrize('save', [save_hostile_in_the_old_format, save_hostile_pickle])
+def test_old_formats_and_bare_pickles_never_run(save, tmp_path):
+    save(tmp_path / 'marker', tmp_path / 'file.pth')
+    with pytest.raises(UserError, match='never executed'):
+        read(str(tmp_path / 'file.pth'))
+    assert not (tmp_path / 'marker').exists()
+
+
 @pytest.fixture
 def hostile(tmp_path):
     """A file that would write a marker where it is loaded without care, and the marker."""
     marker, path = tmp_path / 'marker', tmp_path / 'hostile.pth'
-    torch.save(dict(state_dict={'a': torch.zeros(1)}, optimizer={}, meta=Hostile(marker)), path)
+    save_hostile(marker, path)
     pickle.loads(pickle.dumps(Hostile(marker)))
     assert marker.exists(), 'the file does nothing: what follows would prove nothing'
     marker.unlink()
