@@ -141,9 +141,12 @@ def _write(target: Path, state: State, meta: dict[str, Any], publish: bool) -> P
 def _wrapped(state: State, meta: dict[str, Any]) -> dict[str, Any]:
     """The weights under the key where files of their kind have them."""
     found = families.recognise(state)
-    if meta or any(one.prefix == 'backbone.' for one in found):
+    if found and found[0].prefix != 'backbone.':
+        key = FAMILIES[found[0].family].wrapped
+    else:
+        key = 'state_dict' if found or meta else None
+    if key == 'state_dict':
         return dict(meta=meta, state_dict=state)
-    key = FAMILIES[found[0].family].wrapped if found else None
     return {key: state} if key else state
 
 

@@ -100,6 +100,8 @@ def test_whole_models_keep_their_heads_where_they_can(saved, tmp_path):
     assert read(str(back))['meta'] == content['meta']
     alone, report = convert(source, tmp_path / 'timm.pth', 'timm')
     assert not any('head' in name or 'norm0' in name for name in state_of(alone))
+    raw = torch.load(alone, weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in raw.values()), 'timm has no wrapping'
     assert 'decode_head (1)' in ''.join(report)
     assert 'norm0 (2)' in ''.join(report)
 
