@@ -1,6 +1,6 @@
 _base_ = [
     './_base_/models/cascade_mask_rcnn_convnext_fpn.py', './_base_/datasets/coco_instance.py',
-    './_base_/schedules/schedule_3x.py', './_base_/runtime_mmdet.py'
+    './_base_/schedules/schedule_3x_amp.py', './_base_/runtime_mmdet.py'
 ]
 model = dict(
     backbone=dict(
@@ -8,4 +8,5 @@ model = dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth')))
 optim_wrapper = dict(
-    optimizer=dict(lr=2e-4), paramwise_cfg=dict(decay_rate=0.7, decay_type='layer_wise'))
+    optimizer=dict(lr=2e-4),
+    paramwise_cfg=dict(decay_rate=0.7, decay_type='layer_wise'))

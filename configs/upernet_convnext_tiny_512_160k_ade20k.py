@@ -1,6 +1,6 @@
 _base_ = [
     './_base_/models/upernet_convnext.py', './_base_/datasets/ade20k.py',
-    './_base_/schedules/schedule_160k.py', './_base_/runtime_mmseg.py'
+    './_base_/schedules/schedule_160k_amp.py', './_base_/runtime_mmseg.py'
 ]
 model = dict(
     backbone=dict(

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
+from convnext_mm.training import launch
 from tests.conftest import (
     DEMO_DETECTION,
     DEMO_SEGMENTATION,
@@ -19,12 +20,86 @@ from tests.conftest import (
 ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 
 
-@pytest.mark.parametrize(('config', 'scope', 'millions'), [
-    (SEGMENTATION, 'mmseg', 60.24), (DETECTION, 'mmdet', 85.93)])
-def test_parameter_count(config, scope, millions):
-    _, model = build_without_memory(config, scope)
+CASCADE = ('cascade_mask_rcnn_convnext_{}_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_3x_'
+           'coco_in')
+MASK = 'mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_adamw_3x_coco_in1k'
+# name: size, weights, lr, drop path, decay, layers, mixed precision, millions of parameters
+SEGMENTORS = {
+    'upernet_convnext_tiny_512': ('tiny', '1k', 1e-4, 0.4, 0.9, 6, True, 60.24),
+    'upernet_convnext_small_512': ('small', '1k', 1e-4, 0.3, 0.9, 12, True, 81.88),
+    'upernet_convnext_base_512': ('base', '1k', 1e-4, 0.4, 0.9, 12, True, 122.10),
+    'upernet_convnext_base_640': ('base', '22k', 1e-4, 0.4, 0.9, 12, True, 122.10),
+    'upernet_convnext_large_640': ('large', '22k', 1e-4, 0.4, 0.9, 12, False, 234.99),
+    'upernet_convnext_xlarge_640': ('xlarge', '22k', 8e-5, 0.4, 0.9, 12, False, 391.14)}
+DETECTORS = {
+    MASK: ('tiny', '1k', 1e-4, 0.4, 0.95, 6, True, 48),
+    CASCADE.format('tiny') + '1k': ('tiny', '1k', 2e-4, 0.4, 0.7, 6, True, 85.93),
+    CASCADE.format('small') + '1k': ('small', '1k', 2e-4, 0.6, 0.7, 12, True, 107.57),
+    CASCADE.format('base') + '1k': ('base', '1k', 2e-4, 0.7, 0.8, 12, True, 145.80),
+    CASCADE.format('base') + '22k': ('base', '22k', 1e-4, 0.6, 0.8, 12, True, 145.80),
+    CASCADE.format('large') + '22k': ('large', '22k', 1e-4, 0.7, 0.7, 12, False, 254.71),
+    CASCADE.format('xlarge') + '22k': ('xlarge', '22k', 1e-4, 0.8, 0.7, 12, False, 406.88)}
+RECIPES = {
+    **{f'{name}_160k_ade20k{test}': row for name, row in SEGMENTORS.items()
+       for test in ('', '_ss', '_ms')}, **DETECTORS}
+
+
+def test_every_recipe_is_in_the_table():
+    assert {Path(config).stem for config in ALL} == set(RECIPES)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe(name):
+    """Sizes, weights, optimizer and parameters of every recipe against the published ones."""
+    size, weights, lr, drop_path, decay, layers, amp, millions = RECIPES[name]
+    segmentation = name.startswith('upernet')
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    backbone, wrapper = cfg.model.backbone, cfg.optim_wrapper
+    assert (backbone.arch, backbone.drop_path_rate, backbone.layer_scale_init_value) == (
+        size, drop_path, 1.0)
+    assert backbone.init_cfg == dict(
+        type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+        f'convnext_{size}_{weights}_224.pth')
+    assert wrapper.optimizer == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05)
+    assert wrapper.paramwise_cfg == dict(
+        decay_rate=decay, decay_type='stage_wise' if segmentation else 'layer_wise',
+        num_layers=layers)
+    assert wrapper.type == ('AmpOptimWrapper' if amp else 'OptimWrapper')
+    assert cfg.param_scheduler == Config.fromfile(
+        SEGMENTATION if segmentation else DETECTION).param_scheduler, 'whose rates are tested below'
+    assert cfg.train_dataloader.batch_size == 2
+    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py',
+                                      'mmseg' if segmentation else 'mmdet')
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert count == pytest.approx(millions, abs=0.005)
+    assert count == pytest.approx(millions, abs=0.5 if millions == 48 else 0.005)
+    dims = list(model.backbone.arch.dims)
+    assert [dims, dims[2]] == ([cfg.model.decode_head.in_channels,
+                                cfg.model.auxiliary_head.in_channels] if segmentation else
+                               [cfg.model.neck.in_channels, dims[2]])
+
+
+@pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('upernet')])
+def test_pictures_and_test_mode_of_segmentation(name):
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    size = 640 if '_640_' in name else 512
+    assert cfg.model.data_preprocessor.size == (size, size)
+    train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert train['RandomResize'].scale == (4 * size, size)
+    assert train['RandomResize'].ratio_range == (0.5, 2.0)
+    assert train['RandomCrop'].crop_size == (size, size)
+    assert train['RandomCrop'].cat_max_ratio == 0.75
+    assert list(train) == ['LoadImageFromFile', 'LoadAnnotations', 'RandomResize', 'RandomCrop',
+                           'RandomFlip', 'PhotoMetricDistortion', 'PackSegInputs']
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert {step.type: step for step in loader.dataset.pipeline}['Resize'].scale == (
+            4 * size, size)
+    scales = [step.scale for step in cfg.tta_pipeline[1].transforms[0]]
+    assert scales == [(round(4 * size * r), round(size * r)) for r in (
+        0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    assert cfg.get('test_time_augmentation', False) == name.endswith('_ms')
+    stride = {512: 341, 640: 426}[size]
+    assert cfg.model.test_cfg == (dict(mode='whole') if name.endswith('_ms') else dict(
+        mode='slide', crop_size=(size, size), stride=(stride, stride)))
 
 
 @pytest.mark.parametrize('config', ALL)
@@ -130,3 +205,26 @@ def test_demo_configs_inherit_the_recipes(demo, recipe):
     assert demo.optim_wrapper.constructor == recipe.optim_wrapper.constructor
     assert demo.model.type == recipe.model.type
     assert demo.model.backbone.type == 'ConvNeXt'
+
+
+@pytest.mark.parametrize(('suffix', 'model'), [
+    ('', 'EncoderDecoder'), ('_ss', 'EncoderDecoder'), ('_ms', 'SegTTAModel')])
+def test_multi_scale_needs_no_tta(suffix, model, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def build(cfg, splits):
+        seen.append(cfg)
+        raise Seen
+    seen = []
+    monkeypatch.setattr(launch, '_build_runner', build)
+    parser = launch.common_parser('')
+    args = parser.parse_args([SEGMENTATION.replace('.py', f'{suffix}.py')])
+    for key in ('show', 'show_dir', 'tta', 'out'):
+        setattr(args, key, None)
+    args.checkpoint = 'file.pth'
+    with pytest.raises(Seen):
+        launch.test(args)
+    assert seen[0].model.type == model
+    steps = [step.type for step in seen[0].test_dataloader.dataset.pipeline]
+    assert ('TestTimeAug' in steps) == (suffix == '_ms')

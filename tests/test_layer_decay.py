@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +8,7 @@ from torch import nn
 
 from convnext_mm import ConvNeXt, UserError, layer_decay
 from convnext_mm.layer_decay import LearningRateDecayOptimizerConstructor
-from tests.conftest import DETECTION, SEGMENTATION, build_without_memory
-
-DATA = Path(__file__).parent / 'data'
+from tests.conftest import DATA, DETECTION, SEGMENTATION, build_without_memory
 
 
 def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, float, float]]:
@@ -21,7 +18,9 @@ def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, flo
 
 
 @pytest.mark.parametrize(('config', 'scope', 'golden'), [
-    (SEGMENTATION, 'mmseg', 'upernet_tiny'), (DETECTION, 'mmdet', 'cascade_tiny')])
+    (SEGMENTATION, 'mmseg', 'upernet_tiny'), (DETECTION, 'mmdet', 'cascade_tiny'),
+    (SEGMENTATION.replace('tiny', 'base'), 'mmseg', 'upernet_base'),
+    (DETECTION.replace('tiny', 'base'), 'mmdet', 'cascade_base')])
 def test_every_parameter_of_the_recipes_as_the_authors_group_it(config, scope, golden):
     cfg, model = build_without_memory(config, scope)
     ours = groups_of(model, cfg.optim_wrapper)

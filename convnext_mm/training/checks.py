@@ -26,7 +26,8 @@ TRY_DEMO = 'To try the package without any data: make demo'
 
 RUNNER_KEYS = ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
                'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
-               'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg')
+               'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg',
+               'test_time_augmentation')
 """Top-level keys that mean something even where the config does not set them."""
 
 

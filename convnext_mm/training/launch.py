@@ -89,7 +89,7 @@ def test(args: argparse.Namespace) -> None:
             cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)
         elif args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
-    if args.tta:
+    if args.tta or cfg.get('test_time_augmentation'):  # the latter in the _ms recipes
         _use_tta(cfg)
     dump = _dump_predictions(cfg, args.out) if args.out else None
     runner = _build_runner(cfg, ('test',))

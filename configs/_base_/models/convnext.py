@@ -4,9 +4,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),
     backbone=dict(
         type='ConvNeXt',
-        in_chans=3,
-        depths=[3, 3, 9, 3],
-        dims=[96, 192, 384, 768],
+        arch='tiny',
         drop_path_rate=0.4,
         layer_scale_init_value=1.0,
         out_indices=[0, 1, 2, 3]))

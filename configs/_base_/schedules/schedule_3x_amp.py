@@ -1,0 +1,2 @@
+_base_ = './schedule_3x.py'
+optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic')

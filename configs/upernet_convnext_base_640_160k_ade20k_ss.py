@@ -1,0 +1,2 @@
+# One scale, sliding window: the recipe as it stands.
+_base_ = './upernet_convnext_base_640_160k_ade20k.py'

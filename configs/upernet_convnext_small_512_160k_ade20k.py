@@ -1,0 +1,12 @@
+_base_ = [
+    './_base_/models/upernet_convnext.py', './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k_amp.py', './_base_/runtime_mmseg.py'
+]
+model = dict(
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.3,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_small_1k_224.pth')))
+optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

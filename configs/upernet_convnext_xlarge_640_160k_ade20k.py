@@ -1,0 +1,14 @@
+_base_ = [
+    './_base_/models/upernet_convnext_640.py', './_base_/datasets/ade20k_640.py',
+    './_base_/schedules/schedule_160k.py', './_base_/runtime_mmseg.py'
+]
+dims = [256, 512, 1024, 2048]
+model = dict(
+    backbone=dict(
+        arch='xlarge',
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_xlarge_22k_224.pth')),
+    decode_head=dict(in_channels=dims),
+    auxiliary_head=dict(in_channels=dims[2]))
+optim_wrapper = dict(optimizer=dict(lr=8e-5), paramwise_cfg=dict(num_layers=12))
