@@ -36,6 +36,15 @@ def test_every_module_is_on_the_map():
     assert [m for m in sorted(modules) if f'`{m}`' not in text('CONTRIBUTING.md')] == []
 
 
+@pytest.mark.parametrize('name', READMES)
+def test_the_tables_of_recipes_are_those_of_the_configs(name):
+    from tests.test_configs import RECIPES
+    rows = dict(re.findall(r'\| \[`\S+`\]\(configs/(\S+)\.py\) \|.*\| ([\d.]+)M \|', text(name)))
+    assert rows.keys() == {r for r in RECIPES if not r.endswith(('_ss', '_ms'))}
+    for recipe, millions in rows.items():
+        assert float(millions) == pytest.approx(RECIPES[recipe][-1], abs=0.001)
+
+
 def test_the_sizes_are_those_of_the_backbone():
     import torch
 
