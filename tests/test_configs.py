@@ -7,6 +7,8 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
+from convnext_mm.archs import ARCHS
+from convnext_mm.layer_decay import convnext_layer_id
 from convnext_mm.training import launch
 from tests.conftest import (
     DEMO_DETECTION,
@@ -44,8 +46,31 @@ RECIPES = {
        for test in ('', '_ss', '_ms')}, **DETECTORS}
 
 
+V2 = sorted(Path(config).stem for config in ALL if 'convnextv2' in config)
+
+
 def test_every_recipe_is_in_the_table():
-    assert {Path(config).stem for config in ALL} == set(RECIPES)
+    assert {Path(config).stem for config in ALL} == {*RECIPES, *V2}
+    assert {(name.split('_')[0], name.split('convnextv2_')[1].split('_')[0]) for name in V2} == {
+        (task, size) for task in ('upernet', 'cascade')
+        for size in ('atto', 'nano', 'tiny', 'base', 'large')}
+
+
+@pytest.mark.parametrize('name', V2)
+def test_v2_recipe(name):
+    size = name.split('convnextv2_')[1].split('_')[0]
+    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py',
+                                      'mmseg' if name.startswith('upernet') else 'mmdet')
+    assert model.backbone.arch == ARCHS[f'v2_{size}']
+    assert f'/convnextv2_{size}_' in cfg.model.backbone.init_cfg.checkpoint
+    dims = list(model.backbone.arch.dims)
+    assert dims == (cfg.model.decode_head.in_channels if name.startswith('upernet')
+                    else cfg.model.neck.in_channels)
+    # The last stage is one step of the decay before the heads, and the one before it another.
+    layers = cfg.optim_wrapper.paramwise_cfg.num_layers
+    assert convnext_layer_id(f'backbone.stages.2.{model.backbone.arch.depths[2] - 1}.norm.weight',
+                             layers) == layers - 1
+    assert (ROOT / 'configs' / f'{name}.py').read_text().startswith('# Ours')
 
 
 @pytest.mark.parametrize('name', RECIPES)

@@ -1,0 +1,14 @@
+# Ours, after the authors' V1 recipes; not trained yet.
+_base_ = [
+    './_base_/models/cascade_mask_rcnn_convnextv2_fpn.py', './_base_/datasets/coco_instance.py',
+    './_base_/schedules/schedule_3x_amp.py', './_base_/runtime_mmdet.py'
+]
+weights = 'https://dl.fbaipublicfiles.com/convnext/convnextv2/im22k/convnextv2_base_22k_224_ema.pt'
+model = dict(
+    backbone=dict(
+        arch='v2_base',
+        drop_path_rate=0.6,
+        init_cfg=dict(type='Pretrained', checkpoint=weights)),
+    neck=dict(in_channels=[128, 256, 512, 1024]))
+optim_wrapper = dict(
+    paramwise_cfg=dict(decay_rate=0.8, decay_type='layer_wise', num_layers=12))

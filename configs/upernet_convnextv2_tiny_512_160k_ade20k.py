@@ -1,0 +1,9 @@
+# Ours, after the authors' V1 recipes; not trained yet.
+_base_ = [
+    './_base_/models/upernet_convnextv2.py', './_base_/datasets/ade20k.py',
+    './_base_/schedules/schedule_160k_amp.py', './_base_/runtime_mmseg.py'
+]
+weights = 'https://dl.fbaipublicfiles.com/convnext/convnextv2/im22k/convnextv2_tiny_22k_224_ema.pt'
+model = dict(
+    backbone=dict(
+        init_cfg=dict(type='Pretrained', checkpoint=weights)))
