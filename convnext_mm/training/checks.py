@@ -24,11 +24,13 @@ GET_DATA = {
 ELSEWHERE = 'Data in another place: --cfg-options data_root=/path/to/data'
 TRY_DEMO = 'To try the package without any data: make demo'
 
-RUNNER_KEYS = ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
-               'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
-               'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg',
-               'test_time_augmentation')
-"""Top-level keys that mean something even where the config does not set them."""
+UNSET_KEYS = {
+    '': ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
+         'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
+         'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg',
+         'test_time_augmentation'),
+    'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
+"""Keys of groups ('': the top) that mean something even where the config does not set them."""
 
 
 def load_config(path: str) -> Config:
@@ -76,10 +78,10 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
                     break
                 raise UserError(f'--cfg-options {key}: {here} is {node!r} and has no {part!r}')
             if part not in node:
-                names = [*node.keys(), *(RUNNER_KEYS if depth == 0 else ())]
+                names = [*node.keys(), *UNSET_KEYS.get('.'.join(parts[:depth]), ())]
                 close = difflib.get_close_matches(part, names, n=3,
                                                   cutoff=0.5 if depth == 0 else 0.75)
-                if (depth == 0 and part not in RUNNER_KEYS) or (close and part not in names):
+                if (depth == 0 and part not in names) or (close and part not in names):
                     known = ', '.join(sorted(n for n in names if not n.startswith('_')))
                     raise UserError(
                         f'--cfg-options {key}: {here} has no key {part!r}. ' +

@@ -24,7 +24,7 @@ def test_broken_config_is_named(tmp_path):
     ({'train_dataloader.batchsize': 4}, 'mean batch_size'),
     ({'model.decode_hed.num_classes': 4}, 'mean decode_head'),
     ({'param_scheduler.7.end': 4}, 'param_scheduler is a list of 2'),
-    ({'model.backbone.in_chans.x': 4}, 'model.backbone.in_chans is 3'),
+    ({'model.backbone.drop_path_rate.x': 4}, 'model.backbone.drop_path_rate is 0.4'),
     ({'zzz': 4}, 'Its keys: '),
     ({'model': 4}, 'is a group of keys')])
 def test_misspelt_options_are_named_and_change_nothing(option, message):
@@ -39,6 +39,9 @@ def test_misspelt_options_are_named_and_change_nothing(option, message):
     ({'optim_wrapper.optimizer.lr': 1}, lambda c: c.optim_wrapper.optimizer.lr == 1),
     ({'model.backbone.init_cfg': None}, lambda c: c.model.backbone.init_cfg is None),
     ({'optim_wrapper.clip_grad.max_norm': 1}, lambda c: c.optim_wrapper.clip_grad.max_norm == 1),
+    ({'optim_wrapper.dtype': 'bfloat16'}, lambda c: c.optim_wrapper.dtype == 'bfloat16'),
+    ({'optim_wrapper.accumulative_counts': 4}, lambda c: c.optim_wrapper.accumulative_counts == 4),
+    ({'model.backbone.with_cp': True}, lambda c: c.model.backbone.with_cp),
     ({'randomness.seed': 3}, lambda c: c.randomness.seed == 3),
     ({'find_unused_parameters': True}, lambda c: c.find_unused_parameters),
     ({'param_scheduler.0.end': 9}, lambda c: c.param_scheduler[0].end == 9),
