@@ -58,7 +58,7 @@ class ConvNeXt(BaseModule):
         UserError: An unknown ``arch``, or values that contradict each other.
     """
 
-    memory_format = torch.channels_last
+    memory_format = torch.channels_last  # of the maps inside; a subclass may change it
 
     def __init__(self,
                  arch: str = 'tiny',

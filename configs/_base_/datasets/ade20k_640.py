@@ -12,15 +12,15 @@ test_pipeline = [
     dict(step, **own.get(step['type'], {})) for step in _base_.test_pipeline
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    _base_.tta_pipeline[0],
     dict(
         type='TestTimeAug',
         transforms=[
             [
-                dict(type='Resize', scale=(round(scale[0] * r), round(scale[1] * r)),
-                     keep_ratio=True) for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+                dict(step, scale=(step['scale'][0] * 5 // 4, step['scale'][1] * 5 // 4))
+                for step in _base_.tta_pipeline[1]['transforms'][0]
             ],
-            *_base_.tta_pipeline[1].transforms[1:],
+            *_base_.tta_pipeline[1]['transforms'][1:],
         ]),
 ]
 

@@ -32,20 +32,11 @@ model = dict(
     train_cfg=dict(
         rcnn=[
             dict(
+                _base_.rcnn_training,
                 assigner=dict(
-                    type='MaxIoUAssigner',
+                    _base_.rcnn_training.assigner,
                     pos_iou_thr=iou,
                     neg_iou_thr=iou,
                     min_pos_iou=iou,
-                    match_low_quality=False,
-                    ignore_iof_thr=-1),
-                sampler=dict(
-                    type='RandomSampler',
-                    num=512,
-                    pos_fraction=0.25,
-                    neg_pos_ub=-1,
-                    add_gt_as_proposals=True),
-                mask_size=28,
-                pos_weight=-1,
-                debug=False) for iou in (0.5, 0.6, 0.7)
+                    match_low_quality=False)) for iou in (0.5, 0.6, 0.7)
         ]))

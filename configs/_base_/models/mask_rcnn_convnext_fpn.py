@@ -20,20 +20,4 @@ model = dict(
     train_cfg=dict(
         rpn=dict(allowed_border=-1),
         rpn_proposal=dict(max_per_img=1000),
-        rcnn=dict(
-            assigner=dict(
-                type='MaxIoUAssigner',
-                pos_iou_thr=0.5,
-                neg_iou_thr=0.5,
-                min_pos_iou=0.5,
-                match_low_quality=True,
-                ignore_iof_thr=-1),
-            sampler=dict(
-                type='RandomSampler',
-                num=512,
-                pos_fraction=0.25,
-                neg_pos_ub=-1,
-                add_gt_as_proposals=True),
-            mask_size=28,
-            pos_weight=-1,
-            debug=False)))
+        rcnn=_base_.rcnn_training))

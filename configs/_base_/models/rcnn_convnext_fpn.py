@@ -3,6 +3,24 @@ _base_ = './convnext.py'
 roi_extractor = dict(
     type='SingleRoIExtractor', out_channels=256, featmap_strides=[4, 8, 16, 32])
 nms = dict(type='nms', iou_threshold=0.7)
+# How boxes are matched and sampled for a head: Cascade's three move the threshold.
+rcnn_training = dict(
+    assigner=dict(
+        type='MaxIoUAssigner',
+        pos_iou_thr=0.5,
+        neg_iou_thr=0.5,
+        min_pos_iou=0.5,
+        match_low_quality=True,
+        ignore_iof_thr=-1),
+    sampler=dict(
+        type='RandomSampler',
+        num=512,
+        pos_fraction=0.25,
+        neg_pos_ub=-1,
+        add_gt_as_proposals=True),
+    mask_size=28,
+    pos_weight=-1,
+    debug=False)
 model = dict(
     data_preprocessor=dict(type='DetDataPreprocessor', pad_mask=True, pad_size_divisor=32),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
