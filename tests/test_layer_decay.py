@@ -17,12 +17,12 @@ def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, flo
             for g in groups for name in g['param_names']}
 
 
-@pytest.mark.parametrize(('config', 'scope', 'golden'), [
-    (SEGMENTATION, 'mmseg', 'upernet_tiny'), (DETECTION, 'mmdet', 'cascade_tiny'),
-    (SEGMENTATION.replace('tiny', 'base'), 'mmseg', 'upernet_base'),
-    (DETECTION.replace('tiny', 'base'), 'mmdet', 'cascade_base')])
-def test_every_parameter_of_the_recipes_as_the_authors_group_it(config, scope, golden):
-    cfg, model = build_without_memory(config, scope)
+@pytest.mark.parametrize(('config', 'golden'), [
+    (SEGMENTATION, 'upernet_tiny'), (DETECTION, 'cascade_tiny'),
+    (SEGMENTATION.replace('tiny', 'base'), 'upernet_base'),
+    (DETECTION.replace('tiny', 'base'), 'cascade_base')])
+def test_every_parameter_of_the_recipes_as_the_authors_group_it(config, golden):
+    cfg, model = build_without_memory(config)
     ours = groups_of(model, cfg.optim_wrapper)
     theirs = json.loads((DATA / f'{golden}.json').read_text())
     assert ours.keys() == theirs.keys()
@@ -88,14 +88,15 @@ def test_other_backbones_as_in_mmseg(backbone, decay_type):
     assert len(groups[0]) > 20
 
 
-@pytest.mark.parametrize(('name', 'layer', 'stage'), [
-    ('backbone.downsample_layers.0.0.weight', 0, 0), ('backbone.downsample_layers.3.1.bias', 12, 0),
-    ('backbone.stages.0.2.gamma', 1, 1), ('backbone.stages.2.26.norm.weight', 11, 3),
-    ('backbone.stages.3.0.dwconv.weight', 12, 4), ('backbone.norm3.weight', 13, 13),
-    ('decode_head.conv_seg.weight', 13, 13)])
-def test_depth_from_name(name, layer, stage):
+@pytest.mark.parametrize(('name', 'layer', 'stage', 'block'), [
+    ('downsample_layers.0.0.weight', 0, 0, 0), ('downsample_layers.1.1.bias', 2, 0, 4),
+    ('downsample_layers.3.1.bias', 12, 0, 34), ('stages.0.2.gamma', 1, 1, 3),
+    ('stages.2.26.norm.weight', 11, 3, 33), ('stages.3.0.dwconv.weight', 12, 4, 34),
+    ('stages.3.2.dwconv.weight', 12, 4, 36), ('norm3.weight', 13, 13, 37)])
+def test_depth_from_name(name, layer, stage, block):
     assert layer_decay.convnext_layer_id(name, 12) == layer
     assert layer_decay.convnext_stage_id(name, 12) == stage
+    assert layer_decay.convnext_block_id(name, (3, 3, 27, 3)) == block
 
 
 def test_v2_decays_no_grn_and_a_fifth_stage_counts_as_the_fourth():
@@ -128,12 +129,40 @@ def test_frozen_parameters_are_left_out():
     assert sorted(g['weight_decay'] for g in groups) == [0, 0.01]
 
 
-@pytest.mark.parametrize(('paramwise', 'key'), [
-    (dict(num_layers=6), 'decay_rate'), (dict(decay_rate=0.9), 'num_layers'),
-    (dict(decay_rate=0.9, num_layers=6, decay_type='layerwise'), 'decay_type')])
-def test_wrong_settings_are_named(paramwise, key):
-    with pytest.raises(UserError, match=f'paramwise_cfg.{key}'):
-        LearningRateDecayOptimizerConstructor(dict(optimizer={}), paramwise)
+@pytest.mark.parametrize(('paramwise', 'message'), [
+    (None, 'decay_rate must be a number above 0'),
+    (dict(num_layers=6), 'decay_rate must be a number above 0 and at most 1, got None: write'),
+    (dict(num_layers=6, decay_rate=0), 'decay_rate .* got 0:'),
+    (dict(num_layers=6, decay_rate=-0.9), 'decay_rate .* got -0.9'),
+    (dict(num_layers=6, decay_rate='0.9'), "decay_rate .* got '0.9'"),
+    (dict(decay_rate=0.9), 'num_layers must be .* got None'),
+    (dict(decay_rate=0.9, num_layers=0), 'num_layers must be .* got 0'),
+    (dict(decay_rate=0.9, num_layers=True), 'num_layers must be .* got True'),
+    (dict(decay_rate=0.9, num_layers=6.5), 'num_layers must be .* got 6.5'),
+    (dict(decay_rate=0.9, num_layers='all'), "num_layers must be .*'auto', got 'all'"),
+    (dict(decay_rate=0.9, num_layers=6, decay_type='layerwise'), 'decay_type=.layerwise.: expec'),
+    (dict(layer_decay_rate=0.9, num_layers=6), "no key 'layer_decay_rate': did you mean decay_ra"),
+    (dict(decay_rate=0.9, num_layers=6, xyz=1), "no key 'xyz'; its keys: decay_rate, num_layers"),
+    (dict(decay_rate=0.9, num_layers=6, norm_decay_mult=-1), 'norm_decay_mult=-1 must be a numb'),
+    (dict(decay_rate=0.9, num_layers=6, bypass_duplicate='yes'), "bypass_duplicate='yes' must be"),
+    (dict(decay_rate=0.9, num_layers=6, custom_keys=['head']), "custom_keys=.'head'. must be a"),
+    (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=10)), "custom_keys={'head': 10} mu"),
+    (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=dict(lr_mul=10))),
+     "custom_keys.head has no key 'lr_mul': did you mean lr_mult"),
+    (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=dict(lr_mult=-1))),
+     'custom_keys.head.lr_mult=-1 must be'),
+    (dict(decay_rate=0.9, num_layers=6, bias_decay_mult=1.0), 'set optim_wrapper.optimizer.weight'),
+])
+def test_wrong_settings_are_named(paramwise, message):
+    with pytest.raises(UserError, match=message):
+        LearningRateDecayOptimizerConstructor(
+            dict(optimizer=dict(type='AdamW', lr=1e-3)), paramwise)
+
+
+def test_a_learning_rate_is_needed():
+    with pytest.raises(UserError, match=r'optim_wrapper.optimizer.lr must be a number, got None'):
+        LearningRateDecayOptimizerConstructor(
+            dict(optimizer=dict(type='AdamW')), dict(decay_rate=0.9, num_layers=6))(Model(small()))
 
 
 def test_a_backbone_without_rule_is_named():
@@ -142,3 +171,230 @@ def test_a_backbone_without_rule_is_named():
     with pytest.raises(NotImplementedError, match='Swin') as error:
         built(Model(Swin()))
     assert isinstance(error.value, UserError), 'the tools would print a traceback'
+
+
+OPTIMIZER = dict(type='AdamW', lr=1e-3, weight_decay=0.05)
+
+
+def scales(model: nn.Module, **paramwise) -> dict[str, tuple[float, float]]:
+    """{parameter: (factor of the learning rate, weight decay)}."""
+    built = LearningRateDecayOptimizerConstructor(
+        dict(optimizer=dict(OPTIMIZER)), dict(dict(decay_rate=0.5, num_layers='auto'), **paramwise))
+    return {name: (g['lr'] / 1e-3, g['weight_decay'])
+            for g in built(model).optimizer.param_groups for name in g['param_names']}
+
+
+def small(**options) -> ConvNeXt:
+    return ConvNeXt(**dict(dict(depths=[1, 2, 4, 1], dims=[4] * 4), **options))
+
+
+def test_auto_gives_every_block_its_own_step():
+    found = scales(Model(small()))
+    order = ['downsample_layers.0.0', 'stages.0.0.norm', 'stages.1.0.norm', 'stages.1.1.norm',
+             *(f'stages.2.{i}.norm' for i in range(4)), 'stages.3.0.norm', 'norm3']
+    steps = [found[f'backbone.{name}.weight'][0] for name in order]
+    assert steps == pytest.approx([0.5 ** n for n in range(9, -1, -1)])
+    assert found['backbone.downsample_layers.2.1.weight'] == found[
+        'backbone.stages.2.0.pwconv1.weight']
+    assert found['decode_head.weight'][0] == 1
+    found = scales(Model(small()), decay_type='stage_wise')
+    assert [found[f'backbone.stages.{i}.0.pwconv1.weight'][0] for i in range(4)] == pytest.approx(
+        [0.5 ** 4, 0.5 ** 3, 0.5 ** 2, 0.5])
+    assert found['backbone.downsample_layers.3.1.weight'][0] == pytest.approx(0.5 ** 5)
+
+
+@pytest.mark.parametrize('options', [
+    dict(depths=[2, 1], dims=[4, 4]), dict(depths=[1, 2, 5], dims=[4] * 3),
+    dict(depths=[1] * 6, dims=[4] * 6), dict(out_indices=[1]),
+    dict(depths=[1, 1, 40, 1]), dict(use_grn=True)])
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+@pytest.mark.parametrize('num_layers', ['auto', 17])
+def test_any_depth_and_stage_count_rises_towards_the_heads(options, decay_type, num_layers):
+    model = Model(small(**options))
+    found = scales(model, decay_type=decay_type, num_layers=num_layers)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    steps = [found[f'backbone.stages.{s}.{b}.pwconv1.weight'][0]
+             for s, stage in enumerate(model.backbone.stages) for b in range(len(stage))]
+    assert steps == sorted(steps)
+    assert found['backbone.downsample_layers.0.0.weight'][0] < steps[0]
+    assert steps[-1] < found['decode_head.weight'][0] == 1
+
+
+@pytest.mark.parametrize(('decay_type', 'num_layers', 'needed'), [
+    ('layer_wise', 4, 6), ('layer_wise', 1, 6), ('stage_wise', 3, 4)])
+def test_too_few_layers_would_make_deep_layers_faster_than_heads(decay_type, num_layers, needed):
+    backbone = small(depths=[3, 3, 9, 3])
+    with pytest.raises(UserError, match=rf'Write num_layers={needed}, or .auto.'):
+        scales(Model(backbone), decay_type=decay_type, num_layers=num_layers)
+    assert scales(Model(backbone), decay_type=decay_type, num_layers=needed)
+
+
+@pytest.mark.parametrize('mults', [
+    dict(norm_decay_mult=0.5, bias_decay_mult=0.25, flat_decay_mult=0.75),
+    dict(norm_decay_mult=0.0, bias_decay_mult=2.0, flat_decay_mult=1.0, dwconv_decay_mult=0.5,
+         bias_lr_mult=2.0),
+    dict(norm_decay_mult=1.0, bias_decay_mult=1.0, flat_decay_mult=1.0, custom_keys={
+        'stages.1': dict(lr_mult=0.1, decay_mult=0.5), 'stages.1.0': dict(lr_mult=3, decay_mult=0),
+        'decode_head': dict(lr_mult=10.0, decay_mult=1.0, betas=(0.8, 0.9))})])
+def test_multipliers_are_those_of_mmengine(mults):
+    """With a decay rate of 1 ours is mmengine's constructor; else the layer's factor multiplies."""
+    from mmengine.optim import DefaultOptimWrapperConstructor
+    model = Model(small())
+    theirs = DefaultOptimWrapperConstructor(dict(optimizer=dict(OPTIMIZER)), mults)(model)
+    names = {id(param): name for name, param in model.named_parameters()}
+    theirs = {names[id(g['params'][0])]: (g['lr'] / 1e-3, g['weight_decay'], g['betas'])
+              for g in theirs.optimizer.param_groups}
+    ours = scales(model, decay_rate=1.0, **mults)
+    for name, (lr, decay, _) in theirs.items():
+        assert ours[name] == pytest.approx((lr, decay)), name
+    layered, plain = scales(model, **mults), scales(model)
+    for name, (lr, decay, _) in theirs.items():
+        assert layered[name] == pytest.approx((lr * plain[name][0], decay)), name
+    built = LearningRateDecayOptimizerConstructor(
+        dict(optimizer=dict(OPTIMIZER)), dict(mults, decay_rate=0.5, num_layers='auto'))(model)
+    assert {name: g['betas'] for g in built.optimizer.param_groups
+            for name in g['param_names']} == {name: v[2] for name, v in theirs.items()}
+
+
+def test_the_rule_of_weight_decay_holds_where_no_factor_is_given():
+    found = scales(Model(small(use_grn=True)), custom_keys=dict(backbone=dict(lr_mult=0.5)),
+                   norm_decay_mult=1.0)
+    assert found['backbone.stages.3.0.norm.weight'] == pytest.approx((0.25, 0))
+    assert found['backbone.stages.3.0.pwconv1.weight'] == pytest.approx((0.25, 0.05))
+    found = scales(Model(small(use_grn=True)), norm_decay_mult=1.0)
+    assert found['backbone.stages.3.0.norm.weight'][1] == 0.05
+    assert found['backbone.stages.3.0.grn.gamma'][1] == 0.05
+    assert found['decode_head.bias'][1] == 0
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What is logged."""
+    lines = []
+    monkeypatch.setattr(layer_decay, 'print_log', lambda line, **_: lines.append(line))
+    return lines
+
+
+def test_a_custom_key_that_matches_nothing_is_said(said):
+    scales(Model(small()), custom_keys=dict(decode_hed=dict(lr_mult=10.0)))
+    assert "'decode_hed' is in no name of a parameter" in said[0]
+
+
+def test_shared_parameters():
+    model = Model(small())
+    model.auxiliary_head = model.decode_head
+    expected = scales(Model(small()))
+    assert scales(model) == expected
+    assert scales(model, bypass_duplicate=True) == expected
+    with pytest.raises(UserError, match='auxiliary_head.weight shares its parameter'):
+        scales(model, bypass_duplicate=False)
+
+
+class Nested(nn.Module):
+    """A model that has a whole model in it, as for distillation or test-time augmentation."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.student = inner
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+def wrap_backbone(wrap):
+    def wrapped() -> nn.Module:
+        model = Model(small())
+        model.backbone = wrap(model.backbone)
+        return model
+    return wrapped
+
+
+class InData(nn.Module):
+    """What DistributedDataParallel does to names, without a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize('wrapped', [
+    lambda: InData(Model(small())), lambda: torch.compile(Model(small())),
+    lambda: InData(torch.compile(Model(small()))), wrap_backbone(torch.compile),
+    wrap_backbone(InData)])
+def test_wrapped_models_are_grouped_as_the_bare_one(wrapped):
+    assert scales(wrapped()) == scales(Model(small()))
+
+
+def test_checkpoint_wrappers_and_deeper_backbones():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    bare = scales(Model(small()))
+    model = Model(small())
+    for stage in model.backbone.stages:
+        stage[0] = checkpoint_wrapper(stage[0])
+    assert scales(model) == bare
+    assert scales(Nested(Model(small()))) == {
+        **{f'student.{name}': value for name, value in bare.items()}, 'scale': (1.0, 0.0)}
+    model = Model(nn.Sequential(small()))
+    assert {name.replace('backbone.0.', 'backbone.'): value
+            for name, value in scales(model).items()} == bare
+    assert scales(small()) == {name.removeprefix('backbone.'): value for name, value
+                               in bare.items() if name.startswith('backbone.')}
+
+
+def test_two_backbones_of_different_depth():
+    model = Model(small())
+    model.second = small(depths=[1, 1, 1, 1])
+    found = scales(model)
+    assert found['backbone.downsample_layers.0.0.weight'][0] == pytest.approx(0.5 ** 9)
+    assert found['second.downsample_layers.0.0.weight'][0] == pytest.approx(0.5 ** 5)
+    assert found['decode_head.weight'][0] == 1
+
+
+@pytest.mark.parametrize('original', [True, False])
+def test_fsdp(original, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from convnext_mm.layers import Block
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(
+            Model(small()), auto_wrap_policy=ModuleWrapPolicy([Block]), use_orig_params=original,
+            device_id=torch.device('cpu'))
+        if original:
+            assert scales(model) == scales(Model(small()))
+        else:
+            with pytest.raises(UserError, match='set use_orig_params=True'):
+                scales(model)
+    finally:
+        dist.destroy_process_group()
+
+
+class Layered(Vit):
+    """mmpretrain's convention: a backbone says the depth of its parameters itself."""
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        name = param_name.removeprefix(prefix)
+        if name.startswith('layers.'):
+            return int(name.split('.')[1]) + 1, 14
+        return (13 if name.startswith('norm') else 0), 14
+
+
+def test_backbones_that_say_their_layers_themselves():
+    found = scales(Model(Layered()))
+    assert found['backbone.cls_token'][0] == pytest.approx(0.5 ** 13)
+    assert found['backbone.layers.11.weight'][0] == 0.5
+    assert found['backbone.norm.weight'][0] == found['decode_head.weight'][0] == 1
+    assert scales(Model(Layered()), num_layers=12) == found
+    with pytest.raises(UserError, match="says by get_layer_depth that it has 12: write"):
+        scales(Model(Layered()), num_layers=6)
+
+
+def test_the_log_is_one_compact_table(said):
+    scales(Model(small()), custom_keys=dict(decode_head=dict(lr_mult=10.0)))
+    assert len(said) == 1
+    lines = said[0].splitlines()
+    assert lines[1].split() == ['group', 'parameters', 'scale', 'lr', 'weight', 'decay']
+    assert len(lines) == 2 + 2 * 9 + 3  # the norms behind the stages do not decay
+    assert lines[2].split() == ['layer_0_decay', '192', '0.001953', '1.953e-06', '0.05']
+    assert lines[-2].split() == [
+        'layer_9_decay_lr×10', '(decode_head)', '8', '10.000000', '1.000e-02', '0.05']
