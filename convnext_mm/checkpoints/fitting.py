@@ -190,15 +190,30 @@ def backbone_place(model: nn.Module) -> str | None:
                  if isinstance(module, ConvNeXt)), None)
 
 
-def check_complete(model: nn.Module, source: str) -> None:
-    """See that a checkpoint has every parameter of a whole model, in its shape.
-
-    Without this, a checkpoint of another task or size leaves parts of the model random.
+def load_model(model: nn.Module, source: str) -> None:
+    """Load a checkpoint into a whole model, all of it or nothing.
 
     Raises:
         UserError: Lists what is missing or differs.
     """
-    _complete(model, for_model(read(source), model, source)[0], source)
+    state = check_complete(model, source)
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+def check_complete(model: nn.Module, source: str) -> State:
+    """See that a checkpoint has every parameter of a whole model, in its shape.
+
+    Without this, a checkpoint of another task or size leaves parts of the model random.
+
+    Returns:
+        Its weights, under the model's names.
+
+    Raises:
+        UserError: Lists what is missing or differs.
+    """
+    state = for_model(read(source), model, source)[0]
+    _complete(model, state, source)
+    return state
 
 
 def _complete(model: nn.Module, state: State, source: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
+DPI = 80  # of every picture
 METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
 """The metrics that are drawn, as mmseg's and mmdet's evaluators name them."""
 
@@ -139,7 +141,7 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
     if not train:
         return False
 
-    plt = _pyplot()
+    plt = pyplot()
     figure, (loss_axis, score_axis, lr_axis) = plt.subplots(1, 3, figsize=(15, 4))
     steps = list(train)
     loss_axis.plot(steps, [train[s]['loss'] for s in steps])
@@ -164,47 +166,70 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
-def draw_sample(sample: Any, meta: dict[str, Any], path: Path) -> None:
+def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
+                panels: Sequence[str] = ('Input', 'Truth', 'Prediction'),
+                width: int = 400, score_threshold: float = 0.3) -> None:
     """Draw one SegDataSample or DetDataSample: input, truth, prediction.
 
     Args:
         sample: With ``img_path``, ``gt_*`` and ``pred_*``, at the picture's own size.
         meta: The data set's ``classes`` and ``palette``.
         path: The picture to write.
+        panels: Which of 'Input', 'Truth' and 'Prediction' stand beside each other.
+        width: Of a panel, in pixels.
+        score_threshold: Detections below it are left out.
     """
-    from matplotlib.patches import Patch
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    image = np.asarray(Image.open(io.BytesIO(fileio.get(sample.img_path))).convert('RGB'))
+    image = Image.open(io.BytesIO(fileio.get(sample.img_path)))
+    image = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))  # as mmcv reads it
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
-    plt = _pyplot()
-    height, width = image.shape[:2]
-    panel = (5.0, 5.0 * height / width)
-    figure, axes = plt.subplots(1, 3, figsize=(3 * panel[0], panel[1] + 1.1))
+    plt = pyplot()
+    inches = width / DPI
+    height = inches * image.shape[0] / image.shape[1]
+    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * inches, height + 1.1),
+                                squeeze=False)
     segmentation = 'pred_sem_seg' in sample
-    # Colours of labels are read off most easily on grey.
-    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
-    for axis, title in zip(axes, ('Input', 'Truth', 'Prediction'), strict=True):
-        axis.imshow(grey if segmentation and title != 'Input' else image)
+    shown: Counter[int] = Counter()
+    for axis, title in zip(axes[0], panels, strict=True):
+        axis.imshow(grey(image) if segmentation and title != 'Input' else image)
         axis.set_title(title, fontsize=15)
         axis.axis('off')
-    if segmentation:
-        shown = [_draw_segmentation(axes[1], sample.get('gt_sem_seg'), colors),
-                 _draw_segmentation(axes[2], sample.get('pred_sem_seg'), colors)]
-    else:
-        shown = [_draw_instances(axes[1], sample.get('gt_instances'), classes, colors),
-                 _draw_instances(axes[2], sample.get('pred_instances'), classes, colors)]
-    labels = [i for i in sorted(set().union(*shown)) if i < len(classes)][:16]
+        which = dict(Truth='gt', Prediction='pred').get(title)
+        if which and segmentation:
+            shown |= draw_labels(axis, sample.get(f'{which}_sem_seg'), colors)
+        elif which:
+            shown |= draw_instances(axis, sample.get(f'{which}_instances'), classes, colors,
+                                    score_threshold)
+    legend = add_legend(figure, shown, classes, colors, columns=max(1, int(len(panels) * inches)))
+    figure.set_figheight(height + 0.7 + 0.25 * legend)
+    whole = figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / whole,
+                           bottom=(0.2 + 0.25 * legend) / whole, wspace=0.03)
+    save(figure, path)
+
+
+def add_legend(figure: Any, shown: Counter[int], classes: Sequence[str], colors: np.ndarray,
+               columns: int = 8) -> int:
+    """Name the most frequent of the labels below a figure; returns the number of lines."""
+    from matplotlib.patches import Patch
+    labels = sorted(label for label, _ in shown.most_common(24) if label < len(classes))
+    if not labels:
+        return 0
+    columns = min(8, columns // 2 + 1, len(labels))
     figure.legend(handles=[Patch(color=colors[i], label=classes[i]) for i in labels],
-                  loc='lower center', ncols=min(8, max(1, len(labels))), frameon=False,
-                  fontsize=12)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.13, wspace=0.03)
-    _save(figure, path)
+                  loc='lower center', ncols=columns, frameon=False, fontsize=12)
+    return -(-len(labels) // columns)
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """A (H, W, 3) picture without its colours, on which those of labels are read off easily."""
+    return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
 
 
 def class_colors(palette: Any, count: int) -> np.ndarray:
@@ -215,33 +240,34 @@ def class_colors(palette: Any, count: int) -> np.ndarray:
     return colormaps['hsv'](np.linspace(0, 1, count, endpoint=False))[:, :3]
 
 
-def _draw_segmentation(axis: Any, mask: Any, colors: np.ndarray) -> set[int]:
-    """Lay (H, W) labels over the picture; returns the labels drawn."""
+def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
+    """Lay (H, W) labels over the picture; returns the pixels of each label."""
     if mask is None:
-        return set()
+        return Counter()
     labels = mask.data.squeeze(0).cpu().numpy()
     overlay = np.zeros((*labels.shape, 4))
     known = labels < len(colors)
     overlay[known] = np.concatenate(
         [colors[labels[known]], np.full((known.sum(), 1), 0.65)], axis=1)
     axis.imshow(overlay, interpolation='nearest')
-    return set(np.unique(labels[known]).tolist())
+    counts = np.bincount(labels[known].ravel())
+    return Counter({int(label): int(counts[label]) for label in np.flatnonzero(counts)})
 
 
-def _draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
-                    score_threshold: float = 0.3) -> set[int]:
-    """Draw boxes, masks and names of (N) instances; returns the labels drawn."""
+def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
+                    score_threshold: float = 0.3) -> Counter[int]:
+    """Draw boxes, masks and names of (N) instances; returns the boxes of each label."""
     from matplotlib.patches import Rectangle
 
     if instances is None or 'bboxes' not in instances:
-        return set()
+        return Counter()
     boxes, labels = instances.bboxes, instances.labels.cpu().numpy()
     boxes = getattr(boxes, 'tensor', boxes).cpu().numpy()
     scores = instances.scores.cpu().numpy() if 'scores' in instances else None
     masks = instances.masks if 'masks' in instances else None
     if masks is not None:
         masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
-    drawn = set()
+    drawn: Counter[int] = Counter()
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         if scores is not None and scores[i] < score_threshold:
             continue
@@ -256,11 +282,11 @@ def _draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: n
         axis.text(*box[:2], name, fontsize=11, color='black' if bright else 'white',
                   va='bottom', clip_on=True,
                   bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
-        drawn.add(int(label))
+        drawn[int(label)] += 1
     return drawn
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     """matplotlib without a screen, imported when the first picture is drawn."""
     import matplotlib
     matplotlib.use('Agg')
@@ -268,9 +294,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Write the picture whole or not at all."""
     part = path.with_suffix('.part.png')
-    figure.savefig(part, dpi=80)
-    _pyplot().close(figure)
+    figure.savefig(part, dpi=DPI)
+    pyplot().close(figure)
     part.replace(path)

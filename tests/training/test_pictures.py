@@ -85,7 +85,7 @@ def test_curves_of_a_resumed_run_are_one(tmp_path, monkeypatch):
     write_log(tmp_path / '20260102_000000', [line(30, 0.5), line(40), dict(mIoU=60.0, step=40)])
     log = pictures.read_log(tmp_path)
     drawn = {}
-    monkeypatch.setattr(pictures, '_save',
+    monkeypatch.setattr(pictures, 'save',
                         lambda figure, path: drawn.update(axes=figure.axes))
     assert pictures.draw_curves(log, tmp_path / 'curves.png')
     loss, score, rates = drawn['axes']
@@ -108,7 +108,7 @@ def test_a_picture_that_fails_does_not_stop_the_run(tmp_path, monkeypatch):
     def full(figure, path):
         raise OSError('No space left on device')
     said = []
-    monkeypatch.setattr(pictures, '_save', full)
+    monkeypatch.setattr(pictures, 'save', full)
     monkeypatch.setattr(pictures, 'print_log', lambda text, **kwargs: said.append(text))
     write_log(tmp_path / '20260101_000000', [line(10)])
     pictures.CurvesHook().after_train(SimpleNamespace(work_dir=str(tmp_path)))

@@ -1,0 +1,98 @@
+"""A model on one's own pictures."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convnext_mm import UserError
+from convnext_mm.prediction import Predictor, find_pictures, picture_names
+from convnext_mm.training.checks import read_config
+from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, run_tool
+
+
+@pytest.fixture(scope='module')
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Untrained weights of the demo's models: all that a picture of a prediction needs."""
+    from mmengine.registry import MODELS, init_default_scope
+    found = {}
+    for config in (DEMO_SEGMENTATION, DEMO_DETECTION):
+        cfg = read_config(config)
+        cfg.model.backbone.init_cfg = None
+        init_default_scope(cfg.default_scope)
+        from convnext_mm.training.fallbacks import adapt
+        adapt(cfg)
+        torch.manual_seed(0)
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+        found[config] = tmp_path_factory.mktemp('weights') / 'model.pth'
+        torch.save(dict(state_dict=model.state_dict()), found[config])
+    return found
+
+
+@pytest.mark.parametrize('config', [DEMO_SEGMENTATION, DEMO_DETECTION])
+def test_a_folder_with_a_broken_picture(config, checkpoints, tmp_path):
+    photos = tmp_path / 'photos'
+    (photos / 'deep').mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save(photos / 'a.jpg')
+    Image.fromarray(noise[..., 0]).save(photos / 'a.png')  # grey
+    Image.fromarray(noise).save(photos / 'deep' / 'b.JPG')
+    (photos / 'cut.jpg').write_bytes((photos / 'a.jpg').read_bytes()[:2000])
+    (photos / 'notes.txt').write_text('no picture')
+    done = run_tool('tools/image_demo.py', photos, config, checkpoints[config], '--out',
+                    tmp_path / 'out', '--score-threshold', '0', check=False)
+    assert done.returncode == 2
+    assert '3 pictures in' in done.stdout
+    assert '1 of 4 pictures could not be read' in done.stderr
+    assert f'{photos}/cut.jpg' in done.stderr
+    assert 'Traceback' not in done.stderr
+    names = sorted(str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.png'))
+    assert names == ['a.png', 'a.png.png', 'deep/b.png']
+    drawn = np.asarray(Image.open(tmp_path / 'out' / 'a.png').convert('RGB'), float)
+    left, right = drawn[60:300, 20:380], drawn[60:300, 420:780]
+    assert np.abs(left.mean((0, 1)) - right.mean((0, 1))).max() > 2, 'the prediction is drawn'
+
+
+def test_the_prediction_has_the_size_of_the_picture(checkpoints, tmp_path):
+    Image.fromarray(np.zeros((70, 333, 3), np.uint8)).save(tmp_path / 'wide.png')
+    predict = Predictor(read_config(DEMO_SEGMENTATION), str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
+    assert predict(str(tmp_path / 'wide.png')).pred_sem_seg.data.shape == (1, 70, 333)
+    assert predict.meta['classes'][0] == 'sand'
+    assert predict.meta['palette'][0] == (222, 203, 144)
+
+
+def test_weights_of_another_model_are_refused(checkpoints):
+    with pytest.raises(UserError, match='does not fit the model of this config'):
+        Predictor(read_config(DEMO_DETECTION, {'model.backbone.init_cfg': None}),
+                  str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
+
+
+def test_pictures_are_found(tmp_path):
+    for name in ('a.jpg', 'b.png', 'c.txt', 'sub/d.webp'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    inside = [str(tmp_path / name) for name in ('a.jpg', 'b.png', 'sub/d.webp')]
+    assert find_pictures([str(tmp_path)]) == inside
+    assert find_pictures([f'{tmp_path}/*']) == inside[:2]
+    assert find_pictures([f'{tmp_path}/**']) == inside
+    assert find_pictures([inside[1], str(tmp_path)]) == [inside[1], inside[0], inside[2]]
+    assert find_pictures([str(tmp_path / 'c.txt')]), 'a file that is named is taken as it is'
+    for place in ('nothing', '*.bmp'):
+        with pytest.raises(UserError, match=r'No picture: .*Expected a picture, a folder'):
+            find_pictures([str(tmp_path / place)])
+
+
+def test_every_picture_gets_a_name_of_its_own():
+    assert [str(name) for name in picture_names(['x/a.jpg', 'x/a.png', 'x/y/a.jpg', 'x/b.tif'])
+            ] == ['a.png', 'a.png.png', 'y/a.png', 'b.png']
+    assert [str(name) for name in picture_names(['one/p.jpg'])] == ['p.png']
+
+
+def test_no_picture_is_said_before_the_model_is_built(tmp_path):
+    done = run_tool('tools/image_demo.py', tmp_path / 'no.jpg', DEMO_SEGMENTATION, 'no.pth',
+                    check=False)
+    assert done.returncode == 2
+    assert 'No picture' in done.stderr
+    assert 'Traceback' not in done.stderr
