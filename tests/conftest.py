@@ -65,15 +65,10 @@ def run_tool(*args: object, env: dict[str, str] | None = None, check: bool = Tru
     return done
 
 
-def build_without_memory(config: str, scope: str):
+def build_without_memory(config: str):
     """A recipe's config, fitted to the CPU, and its model on the meta device."""
-    import torch
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
 
-    from convnext_mm.training.fallbacks import adapt
+    from convnext_mm.complexity import build
     cfg = Config.fromfile(config)
-    adapt(cfg)
-    init_default_scope(scope)
-    with torch.device('meta'):
-        return cfg, MODELS.build(cfg.model)
+    return cfg, build(cfg)

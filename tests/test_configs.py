@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from convnext_mm.archs import ARCHS
@@ -25,22 +25,23 @@ ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 CASCADE = ('cascade_mask_rcnn_convnext_{}_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_3x_'
            'coco_in')
 MASK = 'mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_adamw_3x_coco_in1k'
-# name: size, weights, lr, drop path, decay, layers, mixed precision, millions of parameters
+# name: size, weights, lr, drop path, decay, layers, mixed precision, millions of parameters,
+# published FLOPs in billions
 SEGMENTORS = {
-    'upernet_convnext_tiny_512': ('tiny', '1k', 1e-4, 0.4, 0.9, 6, True, 60.24),
-    'upernet_convnext_small_512': ('small', '1k', 1e-4, 0.3, 0.9, 12, True, 81.88),
-    'upernet_convnext_base_512': ('base', '1k', 1e-4, 0.4, 0.9, 12, True, 122.10),
-    'upernet_convnext_base_640': ('base', '22k', 1e-4, 0.4, 0.9, 12, True, 122.10),
-    'upernet_convnext_large_640': ('large', '22k', 1e-4, 0.4, 0.9, 12, False, 234.99),
-    'upernet_convnext_xlarge_640': ('xlarge', '22k', 8e-5, 0.4, 0.9, 12, False, 391.14)}
+    'upernet_convnext_tiny_512': ('tiny', '1k', 1e-4, 0.4, 0.9, 6, True, 60.24, 939),
+    'upernet_convnext_small_512': ('small', '1k', 1e-4, 0.3, 0.9, 12, True, 81.88, 1027),
+    'upernet_convnext_base_512': ('base', '1k', 1e-4, 0.4, 0.9, 12, True, 122.10, 1170),
+    'upernet_convnext_base_640': ('base', '22k', 1e-4, 0.4, 0.9, 12, True, 122.10, 1828),
+    'upernet_convnext_large_640': ('large', '22k', 1e-4, 0.4, 0.9, 12, False, 234.99, 2458),
+    'upernet_convnext_xlarge_640': ('xlarge', '22k', 8e-5, 0.4, 0.9, 12, False, 391.14, 3335)}
 DETECTORS = {
-    MASK: ('tiny', '1k', 1e-4, 0.4, 0.95, 6, True, 48.10),  # published: 48
-    CASCADE.format('tiny') + '1k': ('tiny', '1k', 2e-4, 0.4, 0.7, 6, True, 85.93),
-    CASCADE.format('small') + '1k': ('small', '1k', 2e-4, 0.6, 0.7, 12, True, 107.57),
-    CASCADE.format('base') + '1k': ('base', '1k', 2e-4, 0.7, 0.8, 12, True, 145.80),
-    CASCADE.format('base') + '22k': ('base', '22k', 1e-4, 0.6, 0.8, 12, True, 145.80),
-    CASCADE.format('large') + '22k': ('large', '22k', 1e-4, 0.7, 0.7, 12, False, 254.71),
-    CASCADE.format('xlarge') + '22k': ('xlarge', '22k', 1e-4, 0.8, 0.7, 12, False, 406.88)}
+    MASK: ('tiny', '1k', 1e-4, 0.4, 0.95, 6, True, 48.10, 262),  # published: 48
+    CASCADE.format('tiny') + '1k': ('tiny', '1k', 2e-4, 0.4, 0.7, 6, True, 85.93, 741),
+    CASCADE.format('small') + '1k': ('small', '1k', 2e-4, 0.6, 0.7, 12, True, 107.57, 827),
+    CASCADE.format('base') + '1k': ('base', '1k', 2e-4, 0.7, 0.8, 12, True, 145.80, 964),
+    CASCADE.format('base') + '22k': ('base', '22k', 1e-4, 0.6, 0.8, 12, True, 145.80, 964),
+    CASCADE.format('large') + '22k': ('large', '22k', 1e-4, 0.7, 0.7, 12, False, 254.71, 1354),
+    CASCADE.format('xlarge') + '22k': ('xlarge', '22k', 1e-4, 0.8, 0.7, 12, False, 406.88, 1898)}
 RECIPES = {
     **{f'{name}_160k_ade20k{test}': row for name, row in SEGMENTORS.items()
        for test in ('', '_ss', '_ms')}, **DETECTORS}
@@ -59,8 +60,7 @@ def test_every_recipe_is_in_the_table():
 @pytest.mark.parametrize('name', V2)
 def test_v2_recipe(name):
     size = name.split('convnextv2_')[1].split('_')[0]
-    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py',
-                                      'mmseg' if name.startswith('upernet') else 'mmdet')
+    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
     assert model.backbone.arch == ARCHS[f'v2_{size}']
     assert f'/convnextv2_{size}_' in cfg.model.backbone.init_cfg.checkpoint
     dims = list(model.backbone.arch.dims)
@@ -68,7 +68,7 @@ def test_v2_recipe(name):
                     else cfg.model.neck.in_channels)
     # The last stage is one step of the decay before the heads, and the one before it another.
     layers = cfg.optim_wrapper.paramwise_cfg.num_layers
-    assert convnext_layer_id(f'backbone.stages.2.{model.backbone.arch.depths[2] - 1}.norm.weight',
+    assert convnext_layer_id(f'stages.2.{model.backbone.arch.depths[2] - 1}.norm.weight',
                              layers) == layers - 1
     assert (ROOT / 'configs' / f'{name}.py').read_text().startswith('# Ours')
 
@@ -76,7 +76,7 @@ def test_v2_recipe(name):
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipe(name):
     """Sizes, weights, optimizer and parameters of every recipe against the published ones."""
-    size, weights, lr, drop_path, decay, layers, amp, millions = RECIPES[name]
+    size, weights, lr, drop_path, decay, layers, amp, millions, _ = RECIPES[name]
     segmentation = name.startswith('upernet')
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     backbone, wrapper = cfg.model.backbone, cfg.optim_wrapper
@@ -90,13 +90,18 @@ def test_recipe(name):
         decay_rate=decay, decay_type='stage_wise' if segmentation else 'layer_wise',
         num_layers=layers)
     assert wrapper.type == ('AmpOptimWrapper' if amp else 'OptimWrapper')
-    assert cfg.param_scheduler == Config.fromfile(
-        SEGMENTATION if segmentation else DETECTION).param_scheduler, 'whose rates are tested below'
+    twin = Config.fromfile(ROOT / 'configs' / f'{name.removesuffix("_ss").removesuffix("_ms")}.py')
+    assert (wrapper, cfg.param_scheduler) == (twin.optim_wrapper, twin.param_scheduler), (
+        'whose rates are tested below')
     assert cfg.train_dataloader.batch_size == 2
-    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py',
-                                      'mmseg' if segmentation else 'mmdet')
+    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.005)
+    if segmentation:
+        heads = cfg.model.decode_head, cfg.model.auxiliary_head
+        assert [(h.type, h.channels, h.num_classes, h.align_corners) for h in heads] == [
+            ('UPerHead', 512, 150, False), ('FCNHead', 256, 150, False)]
+        assert heads[0].pool_scales == (1, 2, 3, 6)
     dims = list(model.backbone.arch.dims)
     assert [dims, dims[2]] == ([cfg.model.decode_head.in_channels,
                                 cfg.model.auxiliary_head.in_channels] if segmentation else
@@ -127,6 +132,22 @@ def test_pictures_and_test_mode_of_segmentation(name):
         mode='slide', crop_size=(size, size), stride=(stride, stride)))
 
 
+@pytest.mark.parametrize('name', [*DETECTORS, *(n for n in V2 if n.startswith('cascade'))])
+def test_pictures_and_heads_of_detection_are_those_of_tiny(name):
+    """Whose values are tested below."""
+    cfg, tiny = (Config.fromfile(ROOT / 'configs' / f'{n}.py')
+                 for n in (name, CASCADE.format('tiny') + '1k'))
+    assert cfg.train_dataloader == tiny.train_dataloader
+    assert cfg.test_dataloader == cfg.val_dataloader == tiny.test_dataloader
+    assert cfg.model.test_cfg == tiny.model.test_cfg
+    assert cfg.model.data_preprocessor == tiny.model.data_preprocessor
+    mask_head = cfg.model.roi_head.mask_head
+    assert (mask_head.num_convs, mask_head.conv_out_channels, mask_head.num_classes) == (4, 256, 80)
+    if name != MASK:
+        assert cfg.model.roi_head == tiny.model.roi_head
+        assert cfg.model.train_cfg == tiny.model.train_cfg
+
+
 @pytest.mark.parametrize('config', ALL)
 def test_nothing_comes_from_an_installed_toolbox(config):
     def bases(path: Path):
@@ -136,40 +157,81 @@ def test_nothing_comes_from_an_installed_toolbox(config):
     assert all(path.is_relative_to(ROOT / 'configs') for path in bases(ROOT / config))
 
 
-def rates(cfg: Config, iterations: list[int], epoch_length: int | None = None) -> dict[int, float]:
-    """The learning rate of a group whose rate is 1 at the given iterations."""
-    param = torch.nn.Parameter(torch.zeros(1))
-    wrapper = OptimWrapper(torch.optim.SGD([param], lr=1.0))
-    schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=wrapper)) for s in cfg.param_scheduler]
+EPOCH = 600  # iterations an epoch in these tests: more than the warm-up
+ITERATIONS = {
+    'upernet': [0, 1, 750, 1499, 1500, 1501, 80000, 159999],
+    'mask': [0, 250, 499, 500, *(epoch * EPOCH for epoch in (26, 27, 33, 35))]}
+ITERATIONS['cascade'] = ITERATIONS['mask']
+
+
+def official_rate(name: str, lr: float, paramwise: dict, t: int, segmentation: bool) -> float:
+    """The authors' learning rate of the parameter ``name`` at iteration ``t``."""
+    part, layers = name.removeprefix('backbone.').split('.'), paramwise['num_layers']
+    depth = layers + 1
+    if part[0] in ('downsample_layers', 'stages') and name.startswith('backbone.'):
+        stage = int(part[1])
+        if segmentation:
+            depth = stage + 1 if part[0] == 'stages' else 0
+        elif part[0] == 'stages':
+            depth = [1, 2, 3 + int(part[2]) // 3, layers][stage]
+        else:
+            depth = [0, 2, 3, layers][stage]
+    scale = paramwise['decay_rate'] ** (layers + 2 - depth - 1)
+    length, start = (1500, 1e-6) if segmentation else (500, 0.001)
+    warmup = 1 - (1 - t / length) * (1 - start) if t < length else 1
+    fall = (1 - t / 160000 if segmentation else
+            0.1 ** sum(t // EPOCH >= step for step in (27, 33)))
+    return lr * scale * warmup * fall
+
+
+def rates(schedulers: list[dict], start: list[float], points: list[int]) -> dict[int, list[float]]:
+    """The learning rates of groups at the given iterations, by mmengine's schedulers."""
+    wrapper = OptimWrapper(torch.optim.SGD(
+        [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in start]))
+    schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=wrapper)) for s in schedulers]
     wrapper.optimizer.step()
     found = {}
-    for t in range(max(iterations) + 1):
-        if t in iterations:
-            found[t] = wrapper.optimizer.param_groups[0]['lr']
+    for t in range(max(points) + 1):
+        if t in points:
+            found[t] = [group['lr'] for group in wrapper.optimizer.param_groups]
         for scheduler in schedulers:
-            if not scheduler.by_epoch or (t + 1) % epoch_length == 0:
+            if not scheduler.by_epoch or (t + 1) % EPOCH == 0:
                 scheduler.step()
     return found
 
 
-def test_segmentation_learning_rate_is_the_authors():
-    def official(t: int) -> float:
-        warmup = 1 - (1 - t / 1500) * (1 - 1e-6) if t < 1500 else 1
-        return (1 - t / 160000) * warmup
-    points = [0, 1, 750, 1499, 1500, 1501, 80000, 159999]
-    for t, rate in rates(Config.fromfile(SEGMENTATION), points).items():
-        assert rate == pytest.approx(official(t), rel=1e-9), t
+def rate_errors() -> dict[str, dict[int, float]]:
+    """{recipe: {iteration: largest relative error of a parameter's rate to the authors'}}."""
+    recipes = [name for name in (*RECIPES, *V2) if not name.endswith(('_ss', '_ms'))]
+    errors: dict[str, dict[int, float]] = {}
+    for task in ITERATIONS:
+        groups = []
+        for name in recipes:
+            if name.startswith(task):
+                cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
+                groups += [(name, cfg, group) for group in build_optim_wrapper(
+                    model, cfg.optim_wrapper).optimizer.param_groups]
+        schedule = cfg.param_scheduler
+        # The groups of all recipes go through the schedule at once: a pass takes seconds.
+        assert all(cfg.param_scheduler == schedule for _, cfg, _ in groups)
+        for t, found in rates(schedule, [g['lr'] for *_, g in groups], ITERATIONS[task]).items():
+            for (name, cfg, group), rate in zip(groups, found, strict=True):
+                wrapper = cfg.optim_wrapper
+                for parameter in group['param_names']:
+                    official = official_rate(parameter, wrapper.optimizer.lr,
+                                             wrapper.paramwise_cfg, t, task == 'upernet')
+                    row = errors.setdefault(name, {})
+                    row[t] = max(row.get(t, 0.0), abs(rate / official - 1))
+    return errors
 
 
-def test_detection_learning_rate_is_the_authors():
-    length = 600  # iterations an epoch, more than the warm-up
-
-    def official(t: int) -> float:
-        warmup = 1 - (1 - t / 500) * (1 - 0.001) if t < 500 else 1
-        return warmup * 0.1 ** sum(t // length >= step for step in (27, 33))
-    points = [0, 1, 250, 499, 500, *(epoch * length for epoch in (26, 27, 33, 35))]
-    for t, rate in rates(Config.fromfile(DETECTION), points, length).items():
-        assert rate == pytest.approx(official(t), rel=1e-9), t
+def test_every_rate_of_every_recipe_is_the_authors():
+    errors = rate_errors()
+    assert errors.keys() | {f'{name}{test}' for name in errors for test in ('_ss', '_ms')
+                            if f'{name}{test}' in RECIPES} == {*RECIPES, *V2}
+    for name, row in errors.items():
+        assert list(row) == ITERATIONS[name.split('_')[0]]
+        assert max(row.values()) < 1e-9, name
 
 
 def test_segmentation_values():

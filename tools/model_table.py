@@ -1,0 +1,22 @@
+"""Print a table of configs: parameters and FLOPs (multiply-adds), counted without running them."""
+import argparse
+from pathlib import Path
+
+from convnext_mm.complexity import table
+from convnext_mm.training.launch import run
+
+
+def size(text: str) -> tuple[int, int]:
+    width, height = map(int, text.split('x'))
+    return width, height
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='*', help='config files (the recipes of configs/)')
+    parser.add_argument('--size', type=size, metavar='WxH',
+                        help="of the picture (the authors': 2048x512, 2560x640, 1280x800)")
+    args = parser.parse_args()
+    recipes = sorted(str(path) for path in (Path(__file__).parent.parent / 'configs').glob('*.py')
+                     if not path.stem.endswith(('_ss', '_ms')))
+    run(lambda args: print(table(args.configs or recipes, args.size)), args)
