@@ -1,0 +1,126 @@
+"""The authors' nineteen files, written anew in the old style, become our recipes."""
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from convnext_mm.archs import ARCHS
+from convnext_mm.datasets import as_written
+from convnext_mm.migration.writing import migrate
+from tests.conftest import ROOT
+from tests.test_configs import RECIPES
+
+SHORT = [(480 + 32 * i, 1333) for i in range(11)]
+
+
+def old_text(name: str) -> str:
+    """The authors' config of a recipe, in the style of mmcv 1.x."""
+    size, _, lr, drop_path, decay, layers, amp, *_ = RECIPES[name]
+    arch = ARCHS[size]
+    depths, dims = list(arch.depths), list(arch.dims)
+    backbone = (f"type='ConvNeXt', in_chans=3, depths={depths}, dims={dims}, "
+                f'drop_path_rate={drop_path}, layer_scale_init_value=1.0, '
+                'out_indices=[0, 1, 2, 3]')
+    kind = 'stage_wise' if name.startswith('upernet') else 'layer_wise'
+    text = f'''
+optimizer = dict(constructor='LearningRateDecayOptimizerConstructor', _delete_=True, type='AdamW',
+                 lr={lr}, betas=(0.9, 0.999), weight_decay=0.05,
+                 paramwise_cfg={{'decay_rate': {decay}, 'decay_type': '{kind}',
+                                'num_layers': {layers}}})
+'''
+    if amp:
+        text += '''fp16 = None
+optimizer_config = dict(type='DistOptimizerHook', update_interval=1, grad_clip=None, coalesce=True,
+                        bucket_size_mb=-1, use_fp16=True)
+'''
+    if name.startswith('upernet'):
+        side = 640 if '_640_' in name else 512
+        test = ("test_cfg=dict(_delete_=True, mode='whole')" if name.endswith('_ms') else
+                f"test_cfg=dict(mode='slide', crop_size=crop_size, "
+                f"stride=({side * 2 // 3}, {side * 2 // 3}))")
+        data = 'ade20k_640x640.py' if side == 640 else 'ade20k.py'
+        return f'''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/{data}',
+          '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py']
+crop_size = ({side}, {side})
+model = dict(
+    backbone=dict({backbone}),
+    decode_head=dict(in_channels={dims}, num_classes=150),
+    auxiliary_head=dict(in_channels={dims[2]}, num_classes=150), {test})
+{text}
+lr_config = dict(_delete_=True, policy='poly', warmup='linear', warmup_iters=1500,
+                 warmup_ratio=1e-6, power=1.0, min_lr=0.0, by_epoch=False)
+data = dict(samples_per_gpu=2)
+runner = dict(type='IterBasedRunner{'Amp' * amp}')
+'''
+    cascade = name.startswith('cascade')
+    heads = '' if not cascade else '''
+    roi_head=dict(bbox_head=[dict(
+        type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, in_channels=256,
+        conv_out_channels=256, fc_out_channels=1024, roi_feat_size=7, num_classes=80,
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.],
+                        target_stds=stds),
+        reg_class_agnostic=False, reg_decoded_bbox=True,
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+        loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+        loss_bbox=dict(type='GIoULoss', loss_weight=10.0)) for stds in (
+            [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])])'''
+    fragment = 'cascade_mask_rcnn_convnext_fpn' if cascade else 'mask_rcnn_convnext_fpn'
+    return f'''_base_ = ['../_base_/models/{fragment}.py', '../_base_/datasets/coco_instance.py',
+          '../_base_/schedules/schedule_1x.py', '../_base_/default_runtime.py']
+model = dict(backbone=dict({backbone}), neck=dict(in_channels={dims}),{heads})
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+sides = {SHORT}
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', flip_ratio=0.5),
+    dict(type='AutoAugment', policies=[
+        [dict(type='Resize', img_scale=sides, multiscale_mode='value', keep_ratio=True)],
+        [dict(type='Resize', img_scale=[(400, 1333), (500, 1333), (600, 1333)],
+              multiscale_mode='value', keep_ratio=True),
+         dict(type='RandomCrop', crop_type='absolute_range', crop_size=(384, 600),
+              allow_negative_crop=True),
+         dict(type='Resize', img_scale=sides, multiscale_mode='value', override=True,
+              keep_ratio=True)]]),
+    dict(type='Normalize', **img_norm_cfg),
+    dict(type='Pad', size_divisor=32),
+    dict(type='DefaultFormatBundle'),
+    dict(type='Collect', keys=['img', 'gt_bboxes', 'gt_labels', 'gt_masks'])]
+data = dict(train=dict(pipeline=train_pipeline))
+{text}
+lr_config = dict(step=[27, 33])
+runner = dict(type='EpochBasedRunner{'Amp' * amp}', max_epochs=36)
+'''
+
+
+def loaded(path: Path) -> dict:
+    with as_written():
+        cfg = Config.fromfile(path).to_dict()
+    def plain(value):  # a list and a tuple build the same
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+    # Variables that only stand for what is written elsewhere.
+    return plain({key: value for key, value in cfg.items() if key not in (
+        'dims', 'crop_size', 'scale', 'own', 'train_pipeline', 'test_pipeline', 'nms',
+        'roi_extractor', 'rcnn_training', 'short_sides', 'norm_cfg')})
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_a_file_of_the_authors_becomes_our_recipe(name, tmp_path):
+    (tmp_path / f'{name}.py').write_text(old_text(name))
+    said = migrate(tmp_path / f'{name}.py', tmp_path / 'new.py')
+    assert 'Nothing was lost.' in said
+    assert len((tmp_path / 'new.py').read_text().splitlines()) == 2, 'a comment and the base'
+    assert loaded(tmp_path / 'new.py') == loaded(ROOT / 'configs' / f'{name}.py')
+
+
+@pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith('_ss')])
+def test_a_fork_under_another_name_trains_the_same(name, tmp_path):
+    (tmp_path / 'fork.py').write_text(old_text(name))
+    said = migrate(tmp_path / 'fork.py', tmp_path / 'new.py')
+    assert 'training starts from noise' in said, 'its weights stood on the command line'
+    ours, new = loaded(ROOT / 'configs' / f'{name}.py'), loaded(tmp_path / 'new.py')
+    assert ours['model']['backbone'].pop('init_cfg')
+    ours.pop('test_time_augmentation', None)  # its pictures' scales stood in the old data set
+    assert new == ours

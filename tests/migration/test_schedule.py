@@ -1,0 +1,120 @@
+"""The learning rates of converted configs against mmcv's old formula, at every iteration."""
+import math
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+from mmengine.registry import PARAM_SCHEDULERS
+
+from convnext_mm import UserError
+from convnext_mm.migration.schedule import PolicyLR, schedulers
+
+ITERATIONS, EPOCHS, LENGTH = 400, 8, 50
+BASES = [1e-4, 3e-7]
+
+
+def old_rate(cfg: dict, base: float, iteration: int) -> float:
+    """mmcv 1.x, written from its documentation."""
+    by_epoch = cfg.get('by_epoch', True)
+    t, whole = (iteration // LENGTH, EPOCHS) if by_epoch else (iteration, ITERATIONS)
+    low = cfg.get('min_lr', base * cfg.get('min_lr_ratio', 0.0))
+    match cfg['policy']:
+        case 'poly':
+            lr = (base - low) * (1 - t / whole) ** cfg.get('power', 1.0) + low
+        case 'step' if isinstance(cfg['step'], int):
+            lr = max(base * cfg.get('gamma', 0.1) ** (t // cfg['step']), low)
+        case 'step':
+            lr = max(base * cfg.get('gamma', 0.1) ** sum(s <= t for s in cfg['step']), low)
+        case 'CosineAnnealing':
+            lr = low + (base - low) / 2 * (1 + math.cos(math.pi * t / whole))
+        case 'LinearAnnealing':
+            lr = base + (low - base) * t / whole
+        case 'exp':
+            lr = base * cfg['gamma'] ** t
+        case 'inv':
+            lr = base * (1 + cfg['gamma'] * t) ** -cfg.get('power', 1.0)
+        case _:
+            lr = base
+    length = cfg.get('warmup_iters', 0) * (LENGTH if cfg.get('warmup_by_epoch') else 1)
+    if cfg.get('warmup') and iteration < length:
+        ratio = cfg.get('warmup_ratio', 0.1)
+        lr *= {'linear': 1 - (1 - iteration / length) * (1 - ratio), 'constant': ratio,
+               'exp': ratio ** (1 - iteration / length)}[cfg['warmup']]
+    return lr
+
+
+def new_rates(cfg: dict) -> list[list[float]]:
+    wrapper = OptimWrapper(torch.optim.SGD([
+        dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in BASES]))
+    built = []
+    for one in schedulers(cfg, ITERATIONS, EPOCHS):
+        if one.pop('convert_to_iter_based', False):
+            one.pop('type')
+            built.append(PolicyLR.build_iter_from_epoch(wrapper, epoch_length=LENGTH, **one))
+        else:
+            built.append(PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper)))
+    rates = []
+    wrapper.optimizer.step()
+    for t in range(ITERATIONS):
+        rates.append([group['lr'] for group in wrapper.optimizer.param_groups])
+        for scheduler in built:
+            if not scheduler.by_epoch or (t + 1) % LENGTH == 0:
+                scheduler.step()
+    return rates
+
+
+CONFIGS = [dict(policy, **by, **warmup) for policy in (
+    dict(policy='poly', power=1.0, min_lr=0.0), dict(policy='poly', power=0.9, min_lr=1e-8),
+    dict(policy='step', step=[5, 7]), dict(policy='step', step=3, gamma=0.5),
+    dict(policy='step', step=[2], min_lr=1e-5), dict(policy='CosineAnnealing', min_lr=0),
+    dict(policy='CosineAnnealing', min_lr_ratio=1e-2), dict(policy='fixed'),
+    dict(policy='LinearAnnealing', min_lr=1e-9), dict(policy='exp', gamma=0.99),
+    dict(policy='inv', gamma=0.1, power=0.5)) for by in (
+    dict(by_epoch=True), dict(by_epoch=False)) for warmup in (
+    {}, dict(warmup='linear', warmup_iters=60, warmup_ratio=1e-6),
+    dict(warmup='constant', warmup_iters=75, warmup_ratio=0.3),
+    dict(warmup='exp', warmup_iters=30), dict(warmup='linear', warmup_iters=40, warmup_ratio=0.0))]
+CONFIGS.append(dict(policy='step', step=[5], warmup='linear', warmup_iters=2, warmup_by_epoch=True))
+
+
+@pytest.mark.parametrize('cfg', CONFIGS, ids=lambda cfg: '-'.join(map(str, cfg.values())))
+def test_rates_are_those_of_mmcv(cfg):
+    if cfg.get('by_epoch', True) is False and isinstance(cfg.get('step'), list):
+        cfg = dict(cfg, step=[s * LENGTH for s in cfg['step']])
+    for t, found in enumerate(new_rates(cfg)):
+        for base, rate in zip(BASES, found, strict=True):
+            assert rate == pytest.approx(old_rate(cfg, base, t), rel=1e-9, abs=0), t
+
+
+def test_mmengines_own_schedulers_are_used_where_they_are_exact():
+    made = schedulers(dict(policy='poly', warmup='linear', warmup_iters=1500, warmup_ratio=1e-6,
+                           power=1.0, min_lr=0.0, by_epoch=False), 160000, None)
+    assert [one['type'] for one in made] == ['LinearLR', 'PolyLR']
+    made = schedulers(dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=0.001,
+                           step=[27, 33]), None, 36)
+    assert [one['type'] for one in made] == ['LinearLR', 'MultiStepLR']
+
+
+def test_a_run_tells_the_length_of_an_epoch():
+    """As mmengine's Runner builds what is to go by iterations from epochs."""
+    wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    cfg, = schedulers(dict(policy='CosineAnnealing', min_lr=0), None, EPOCHS)
+    built = PARAM_SCHEDULERS.build(
+        dict(cfg, end=EPOCHS), default_args=dict(optimizer=wrapper, epoch_length=LENGTH))
+    assert isinstance(built, PolicyLR)
+    assert (built.epoch_length, built.by_epoch) == (LENGTH, False)
+
+
+@pytest.mark.parametrize(('cfg', 'message'), [
+    (dict(policy='OneCycle'), "lr_config.policy='OneCycle' is not known here: fixed, step, poly"),
+    (dict(), 'lr_config.policy=None'),
+    (dict(policy='poly', warmup='cosine'), "lr_config.warmup='cosine'"),
+    (dict(policy='poly', powr=0.9), 'lr_config.powr is no setting of the policy poly')])
+def test_what_is_not_known_is_named(cfg, message):
+    with pytest.raises(UserError, match=message):
+        schedulers(cfg, 100, None)
+
+
+def test_a_policy_by_what_the_runner_does_not_go_by():
+    with pytest.raises(UserError, match='the runner goes by epochs: set by_epoch=True'):
+        schedulers(dict(policy='poly', by_epoch=False), None, 36)
