@@ -6,12 +6,14 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 
 from .backbone import ConvNeXt
 from .checkpoints.fitting import FitCheckpointHook
 from .checkpoints.reading import use_safe_reader
+from .datasets import complete_when_read
 from .layer_decay import LearningRateDecayOptimizerConstructor
+from .migration.schedule import PolicyLR
 from .training.pictures import CurvesHook, PredictionsHook
 
 TOOLBOXES = ('mmseg', 'mmdet')
@@ -24,12 +26,14 @@ def register() -> None:
     MODELS.register_module(module=ConvNeXt, force=True)
     for hook in (FitCheckpointHook, CurvesHook, PredictionsHook):
         HOOKS.register_module(module=hook, force=True)
+    PARAM_SCHEDULERS.register_module(module=PolicyLR, force=True)
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(
         module=LearningRateDecayOptimizerConstructor, force=True)
     for toolbox in TOOLBOXES:
         if find_spec(toolbox):
             _override_constructor(toolbox)
     use_safe_reader()
+    complete_when_read()
 
 
 def _override_constructor(toolbox: str) -> None:

@@ -8,4 +8,6 @@ if __name__ == '__main__':
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help="scale the learning rate by GPUs × batch / the recipe's 16")
+    parser.add_argument('--migrate', action='store_true',
+                        help='convert a config for mmcv 0.x or 1.x first, into the work dir')
     run(train, parser.parse_args())

@@ -5,12 +5,8 @@ _base_ = ('../cascade_mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_gio
 
 # Data and classes; the files below data_root are named as in COCO.
 data_root = 'data/demo/coco/'
-demo_data = dict(
-    data_root=data_root,
-    metainfo=dict(
-        classes=('ball', 'crate', 'star', 'leaf'),
-        palette=[(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]))
-num_classes = 4
+classes = ('ball', 'crate', 'star', 'leaf')
+palette = [(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]
 
 # Crop: pictures of 128 to 160 pixels.
 train_pipeline = [
@@ -29,12 +25,9 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 in_this_process = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(
-    in_this_process, batch_size=4, dataset=dict(demo_data, pipeline=train_pipeline))
-val_dataloader = dict(in_this_process, dataset=dict(demo_data, pipeline=test_pipeline))
+train_dataloader = dict(in_this_process, batch_size=4, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(in_this_process, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
-test_evaluator = val_evaluator
 
 # Size: that of the segmentation demo, whose backbone this starts from, as the recipes start
 # from one trained on ImageNet; heads to match, for a CPU.
@@ -58,14 +51,12 @@ model = dict(
         bbox_head=[
             dict(
                 stage,
-                num_classes=num_classes,
                 in_channels=channels,
                 conv_out_channels=32,
                 fc_out_channels=256) for stage in _base_.model.roi_head.bbox_head
         ],
         mask_roi_extractor=dict(out_channels=channels),
-        mask_head=dict(
-            num_classes=num_classes, in_channels=channels, conv_out_channels=32)),
+        mask_head=dict(in_channels=channels, conv_out_channels=32)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=200),
         rcnn=[

@@ -3,15 +3,9 @@ _base_ = '../upernet_convnext_tiny_512_160k_ade20k.py'
 
 # Data and classes; the folders below data_root are named as in ADE20K, 0 in a mask is no class.
 data_root = 'data/demo/ADEChallengeData2016'
-demo_data = dict(
-    type='BaseSegDataset',
-    data_root=data_root,
-    reduce_zero_label=True,
-    metainfo=dict(
-        classes=('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf'),
-        palette=[[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
-                 [255, 167, 38], [255, 238, 88], [0, 150, 136]]))
-num_classes = 8
+classes = ('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf')
+palette = [[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
+           [255, 167, 38], [255, 238, 88], [0, 150, 136]]
 
 # Crop: pictures of 128 to 160 pixels, whose colours are varied as they are drawn.
 crop_size = (128, 128)
@@ -30,9 +24,8 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 in_this_process = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(
-    in_this_process, batch_size=8, dataset=dict(demo_data, pipeline=train_pipeline))
-val_dataloader = dict(in_this_process, dataset=dict(demo_data, pipeline=test_pipeline))
+train_dataloader = dict(in_this_process, batch_size=8, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(in_this_process, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # Size: a third of tiny's width, from scratch, for a CPU.
@@ -41,8 +34,8 @@ dims = [32, 64, 128, 256]
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(depths=depths, dims=dims, drop_path_rate=0.0, init_cfg=None),
-    decode_head=dict(in_channels=dims, channels=64, num_classes=num_classes),
-    auxiliary_head=dict(in_channels=dims[2], channels=32, num_classes=num_classes),
+    decode_head=dict(in_channels=dims, channels=64),
+    auxiliary_head=dict(in_channels=dims[2], channels=32),
     test_cfg=dict(mode='whole'))
 
 # Schedule.

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -10,7 +11,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from .. import checkpoints
+from .. import checkpoints, datasets, migration
+from ..backbone import ConvNeXt
 from ..errors import UserError
 
 GET_DATA = {
@@ -27,14 +29,29 @@ TRY_DEMO = 'To try the package without any data: make demo'
 UNSET_KEYS = {
     '': ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
          'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
-         'experiment_name', 'data_root', 'custom_hooks', 'val_cfg', 'test_cfg',
-         'test_time_augmentation'),
+         'experiment_name', 'custom_hooks', 'val_cfg', 'test_cfg', 'test_time_augmentation',
+         'check_data', *datasets.KEYS),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
 """Keys of groups ('': the top) that mean something even where the config does not set them."""
 
 
+def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """A config file with ``--cfg-options`` in it, completed for the user's data.
+
+    Raises:
+        UserError: As :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
+            :func:`check_backbones` and :func:`convnext_mm.datasets.complete`.
+    """
+    cfg = load_config(path)
+    apply_options(cfg, options)
+    check_toolbox(cfg)
+    check_backbones(cfg.get('model'))
+    datasets.complete(cfg)
+    return cfg
+
+
 def load_config(path: str) -> Config:
-    """Read a config file.
+    """Read a config file, as it is written.
 
     Raises:
         UserError: No such file, or one that cannot be read.
@@ -48,8 +65,17 @@ def load_config(path: str) -> Config:
                 else 'The recipes are in configs/, e.g. '
                      'configs/upernet_convnext_tiny_512_160k_ade20k.py.')
         raise UserError(f'Config not found: {file.absolute()}\n{hint}')
+    old = migration.old_keys(file)
+    if old:
+        new = file.with_name(f'{file.stem}_new.py')
+        raise UserError(
+            f'{file} is a config for mmcv 0.x or 1.x (it sets {", ".join(old[:4])}), which the '
+            f'OpenMMLab of today does not know. Convert it:\n'
+            f'  python tools/migrate_config.py {file} {new}\n'
+            'or train with --migrate, which keeps the new file in the work dir')
     try:
-        return Config.fromfile(file)
+        with datasets.as_written():
+            return Config.fromfile(file)
     except UserError:
         raise
     except Exception as error:  # a config is Python: anything can go wrong in it
@@ -93,22 +119,9 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
             if isinstance(node, dict) and value is not None and not isinstance(value, dict):
                 raise UserError(f'--cfg-options {key}={value!r}: {key} is a group of keys '
                                 f'({", ".join(node)}); set one of them, as {key}.KEY=VALUE')
-    if options and 'data_root' in options:
-        _move_data(cfg, cfg.get('data_root'), options['data_root'])
+    if options and options.get('data_root') and cfg.get('data_root'):
+        datasets.move_data(cfg, cfg.data_root, options['data_root'])
     cfg.merge_from_dict(options or {})
-
-
-def _move_data(node: Any, old: str | None, new: str) -> None:
-    """Replace ``old`` as the root of every path below ``node``."""
-    if isinstance(node, Config):
-        node = node._cfg_dict
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in list(items):
-        if isinstance(value, (dict, list)):
-            _move_data(value, old, new)
-        elif key in ('data_root', 'ann_file') and isinstance(value, str) and old and (
-                value.startswith(old)):
-            node[key] = os.path.join(new, value[len(old):].lstrip('/'))
 
 
 def check_toolbox(cfg: Config) -> None:
@@ -126,6 +139,24 @@ def check_toolbox(cfg: Config) -> None:
                         'without: python3 tools/install.py')
 
 
+def check_backbones(node: Any, path: str = 'model') -> None:
+    """See that every ConvNeXt below ``node`` has only settings that there are.
+
+    Raises:
+        UserError: Names the unknown one, and the nearest that there is.
+    """
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, (dict, list, tuple)):
+            check_backbones(value, f'{path}.{key}')
+    if isinstance(node, dict) and node.get('type') == 'ConvNeXt':
+        known = [*inspect.signature(ConvNeXt).parameters]
+        for key in node:
+            if key not in known and key != 'type':
+                close = difflib.get_close_matches(key, known, n=1)
+                raise UserError(f'{path} has {key!r}, which ConvNeXt does not know' + (
+                    f'. Did you mean {close[0]}?' if close else f'; its settings: {known}'))
+
+
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     """See that every folder and annotation file of the ``splits`` ('train', …) is there.
 
@@ -134,23 +165,49 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     """
     missing: dict[str, str] = {}
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        for dataset in _datasets(loader.get('dataset') if loader else None):
+        for dataset in datasets.of_split(cfg, split):
             for path, what in _paths(dataset):
                 if not os.path.exists(path):
                     missing.setdefault(path, f'{what} ({split})')
                 elif os.path.isdir(path) and not any(os.scandir(path)):
                     missing.setdefault(path, f'{what} ({split}), empty')
-        evaluator = cfg.get(f'{split}_evaluator')
-        for metric in evaluator if isinstance(evaluator, (list, tuple)) else [evaluator or {}]:
+        for metric in datasets.evaluators(cfg, split):
             path = metric.get('ann_file')
             if path and not os.path.exists(path):
                 missing.setdefault(path, f"evaluator's annotation file ({split})")
     if missing:
         listed = '\n'.join(f'  {os.path.abspath(path)}  {what}' for path, what in missing.items())
-        advice = GET_DATA.get(cfg.get('default_scope'), '')
-        raise UserError(f'Data not found, expected at:\n{listed}\n{advice}\n{ELSEWHERE}\n'
+        advice = '' if cfg.get('classes') else GET_DATA.get(cfg.get('default_scope'), '') + '\n'
+        raise UserError(f'Data not found, expected at:\n{listed}\n{advice}{ELSEWHERE}\n'
                         f'{TRY_DEMO}')
+
+
+def glance_at_data(cfg: Config, splits: tuple[str, ...], sample: int = 16) -> None:
+    """Look at some pictures of each split before it is used, and print what is found.
+
+    ``check_data=False`` in the config leaves it out.
+
+    Raises:
+        UserError: What would stop training, or have it learn something else.
+    """
+    if os.environ.get('RANK', '0') != '0' or not cfg.get('check_data', True):
+        return
+    from ..datasets import inspecting
+    try:
+        found = inspecting.inspect(cfg, sample, splits)
+    except Exception as error:  # a data set of the user's own class may be like no other
+        print(f'Data: not looked at ({type(error).__name__}: {error})')
+        return
+    whole = f'All of it, with a picture: {inspecting.WHOLE_CHECK} {cfg.filename}'
+    problems = [problem for one in found for problem in one.problems]
+    if any(problem.level == 'error' for problem in problems):
+        raise UserError(f'the data has errors (✗)\n{inspecting.report(found, frequencies=False)}\n'
+                        f'{whole}\nTo go on all the same: --cfg-options check_data=False')
+    if problems:
+        print(f'{inspecting.report(found, frequencies=False)}\n{whole}')
+    else:
+        counts = ', '.join(f'{one.split} {one.total} pictures' for one in found)
+        print(f'Data: {counts}; {sample} of each looked at, no problem. {whole}')
 
 
 def check_weights(cfg: Config, training: bool) -> None:
@@ -174,17 +231,6 @@ def check_weights(cfg: Config, training: bool) -> None:
     init_cfg = backbone.get('init_cfg')
     if training and backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
         checkpoints.locate(init_cfg['checkpoint'])
-
-
-def _datasets(dataset: Any) -> Iterator[dict]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
-    if not isinstance(dataset, dict):
-        return
-    inner = dataset.get('dataset') or dataset.get('datasets')
-    if inner is None:
-        yield dataset
-    for one in inner if isinstance(inner, (list, tuple)) else [inner]:
-        yield from _datasets(one)
 
 
 def _paths(dataset: dict) -> Iterator[tuple[str, str]]:

@@ -27,22 +27,29 @@ class Options(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def common_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that training and testing share."""
+def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentParser:
+    """The arguments that the tools share; ``launcher``: those of several processes as well."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file, such as '
                         'configs/upernet_convnext_tiny_512_160k_ade20k.py')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and pictures '
                         '(work_dirs/CONFIG)')
-    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE',
-                        help='change settings of the config, such as '
-                        'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
-                        'lists as key="[a,b]"')
+    add_options(parser)
+    if not launcher:
+        return parser
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='how the processes are started (none)')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``."""
+    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE',
+                        help='change settings of the config, such as '
+                        'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
+                        'lists as key="[a,b]"')
 
 
 def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -56,7 +63,8 @@ def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train by ``args``: those of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``."""
+    """Train by ``args``: those of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``,
+    ``migrate``."""
     cfg = _configure(args)
     if args.amp:
         if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
@@ -102,12 +110,32 @@ def test(args: argparse.Namespace) -> None:
     runner.test()
 
 
+def check_dataset(args: argparse.Namespace) -> None:
+    """Check the data by ``args``: those of :func:`common_parser`.
+
+    Raises:
+        UserError: There are errors, which have been printed.
+    """
+    from ..datasets import contact_sheet, inspecting
+    cfg = _configure(args)
+    checks.check_data(cfg, ('train', 'val'))
+    found = inspecting.inspect(cfg)
+    print(inspecting.report(found))
+    picture = Path(cfg.work_dir, 'dataset.png')
+    contact_sheet.draw(cfg, picture)
+    print(f'Pictures with their annotations: {picture}')
+    if any(problem.level == 'error' for one in found for problem in one.problems):
+        raise UserError('the data has errors (✗ above)')
+
+
 def _configure(args: argparse.Namespace) -> Config:
     """The config with the options of the command line in it."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = checks.load_config(args.config)
-    checks.apply_options(cfg, args.cfg_options)
-    cfg.launcher = args.launcher
+    if vars(args).get('migrate'):
+        args.config = _migrated(args)
+    cfg = checks.read_config(args.config, args.cfg_options)
+    if 'launcher' in args:
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
@@ -115,11 +143,27 @@ def _configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _migrated(args: argparse.Namespace) -> str:
+    """The new config for an old one, kept in the work dir; a new one as it is."""
+    from ..migration import old_keys
+    if not old_keys(args.config):
+        return args.config
+    from ..migration.writing import migrate
+    old = Path(args.config)
+    # In a folder of its own: mmengine writes the whole config it runs under the name of the file.
+    new = Path(args.work_dir or Path('work_dirs', old.stem), 'migrated', old.name)
+    said = migrate(old, new)
+    new.with_name('report.txt').write_text(said + '\n', encoding='utf-8')
+    if os.environ.get('RANK', '0') == '0':
+        print(said)
+    return str(new)
+
+
 def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     """Check the input, fit the config to the machine, and build the Runner."""
-    checks.check_toolbox(cfg)
     changes = fallbacks.adapt(cfg)
     checks.check_data(cfg, splits)
+    checks.glance_at_data(cfg, splits)
     checks.check_weights(cfg, training='train' in splits)
     fallbacks.start_processes(cfg)
     if 'runner_type' in cfg:

@@ -3,7 +3,7 @@ from mmengine.config import Config
 
 from convnext_mm import UserError
 from convnext_mm.training import checks
-from tests.conftest import DETECTION, SEGMENTATION
+from tests.conftest import DETECTION, ROOT, SEGMENTATION
 
 
 def test_unknown_config_suggests_a_near_one():
@@ -113,3 +113,12 @@ def test_what_is_not_installed_is_said(absent, message, monkeypatch):
     checks.check_toolbox(Config(dict(default_scope='mmseg')))
     with pytest.raises(UserError, match=message + '.*tools/install.py'):
         checks.check_toolbox(Config(dict(default_scope='mmdet')))
+
+
+def test_settings_that_the_backbone_does_not_know_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"model.backbone has 'zzz', .*; its settings: .'arch', 'i"):
+        checks.read_config(SEGMENTATION, {'model.backbone.zzz': 1})
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\nmodel = dict(backbone=dict(drop_rate=0.1))\n")
+    with pytest.raises(UserError, match=r"model.backbone has 'drop_rate'.*mean drop_path_rate"):
+        checks.read_config(str(path))

@@ -1,0 +1,125 @@
+"""What OpenMMLab's tools read of the recipes: model-index.yml, and the configs themselves."""
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT
+from tests.test_configs import RECIPES
+
+
+@pytest.fixture(scope='module')
+def models() -> list[dict]:
+    files = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    contents = [yaml.safe_load((ROOT / file).read_text()) for file in files]
+    collections = {c['Name'] for content in contents for c in content.get('Collections', ())}
+    found = [model for content in contents for model in content['Models']]
+    assert {model['In Collection'] for model in found} == collections
+    return found
+
+
+def test_every_recipe_is_there_with_the_figures_of_the_readme(models):
+    rows = {name: [cell.strip() for cell in cells.split('|')] for name, cells in re.findall(
+        r'\| \[`\S+`\]\(configs/(\S+)\.py\) \|(.*)\|', (ROOT / 'README.md').read_text())}
+    assert {model['Name'] for model in models} == rows.keys()
+    for model in models:
+        pretrained, *results, parameters, flops = rows[model['Name']]
+        assert model['Config'] == f'configs/{model["Name"]}.py'
+        meta = model['Metadata']
+        assert (meta['Pretrained On'], f'{meta["Parameters (M)"]:.2f}M', f'{meta["FLOPs (G)"]}G'
+                ) == (pretrained, parameters, flops)
+        assert meta['Batch Size'] == 16
+        metrics = [v for result in model.get('Results', ()) for v in result['Metrics'].values()]
+        assert metrics == [float(cell.split()[0]) for cell in results], model['Name']
+        if model['Name'] not in RECIPES:
+            assert 'Weights' not in model, 'ours were not trained'
+
+
+def test_weights_are_where_the_authors_published_them(models):
+    for model in models:
+        if 'Weights' not in model:
+            continue
+        size, weights = RECIPES[model['Name']][:2]
+        if model['Name'].startswith('upernet'):
+            side = 640 if '_640_' in model['Name'] else 512
+            place = f'ade20k/upernet_convnext_{size}_{weights}_{side}x{side}.pth'
+        else:
+            kind = model['Name'].split('_convnext')[0]
+            place = f'coco/{kind}_convnext_{size}_{weights}_3x.pth'
+        assert model['Weights'] == f'https://dl.fbaipublicfiles.com/convnext/{place}'
+
+
+def test_an_installed_package_has_what_mim_looks_for(tmp_path):
+    source = tmp_path / 'source'
+    for name in ('convnext_mm', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('.mim'))
+    for name in ('setup.py', 'pyproject.toml', 'README.md', 'model-index.yml'):
+        shutil.copy(ROOT / name, source)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation',
+                    '-w', tmp_path, source], check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    for name in ('model-index.yml', 'tools/train.py', 'tools/test.py', 'configs/metafile_coco.yml',
+                 'configs/_base_/default_runtime.py',
+                 'configs/upernet_convnext_tiny_512_160k_ade20k.py'):
+        assert f'convnext_mm/.mim/{name}' in names
+    assert not any('__pycache__' in name for name in names)
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'photo.png')
+    return str(tmp_path / 'photo.png')
+
+
+def weights(config: str, path) -> str:
+    """Untrained weights of a config's model, with the backbone in mmpretrain's naming."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    from convnext_mm.training.checks import read_config
+    from convnext_mm.training.fallbacks import adapt
+    cfg = read_config(config, {'model.backbone.init_cfg': None})
+    init_default_scope(cfg.default_scope)
+    adapt(cfg)
+    torch.manual_seed(0)
+    state = MODELS.build(cfg.model).state_dict()
+    for ours, theirs in (('dwconv', 'depthwise_conv'), ('pwconv1', 'pointwise_conv1'),
+                         ('pwconv2', 'pointwise_conv2')):
+        state = {name.replace(f'.{ours}.', f'.{theirs}.'): v for name, v in state.items()}
+    torch.save(dict(state_dict=state, meta={}), path)
+    return str(path)
+
+
+def test_inferencer_of_mmseg(photo, tmp_path):
+    from mmseg.apis import MMSegInferencer
+
+    from convnext_mm.prediction import Predictor
+    from convnext_mm.training.checks import read_config
+    checkpoint = weights(DEMO_SEGMENTATION, tmp_path / 'weights.pth')
+    inferencer = MMSegInferencer(DEMO_SEGMENTATION, weights=checkpoint, device='cpu')
+    theirs = inferencer(photo, return_datasamples=True).pred_sem_seg.data
+    ours = Predictor(read_config(DEMO_SEGMENTATION), checkpoint, 'cpu')(photo).pred_sem_seg.data
+    assert theirs.shape == (1, 90, 120)
+    assert torch.equal(ours, theirs)
+    assert ours.max() < 8
+
+
+def test_inferencer_of_mmdet(photo, tmp_path):
+    from mmdet.apis import DetInferencer
+
+    from convnext_mm.prediction import Predictor
+    from convnext_mm.training.checks import read_config
+    checkpoint = weights(DEMO_DETECTION, tmp_path / 'weights.pth')
+    inferencer = DetInferencer(DEMO_DETECTION, weights=checkpoint, device='cpu')
+    theirs = inferencer(photo, return_datasamples=True)['predictions'][0].pred_instances
+    ours = Predictor(read_config(DEMO_DETECTION), checkpoint, 'cpu')(photo).pred_instances
+    assert len(ours) == len(theirs) > 0
+    assert torch.allclose(ours.bboxes, theirs.bboxes, atol=1e-4)
+    assert torch.equal(ours.labels, theirs.labels)
