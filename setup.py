@@ -1,4 +1,5 @@
 """Package metadata, and the versions that tools/install.py sets up."""
+import shutil
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,6 +31,24 @@ EXTRAS = {
 
 if __name__ == '__main__':
     from setuptools import find_packages, setup
+    from setuptools.command.build_py import build_py
+
+    class BuildWithRecipes(build_py):
+        """Puts the recipes and tools into the package, in .mim, where OpenMMLab's mim looks."""
+
+        def run(self) -> None:
+            super().run()
+            target = (HERE if self.editable_mode else Path(self.build_lib)) / 'convnext_mm' / '.mim'
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            for name in ('configs', 'tools', 'model-index.yml'):
+                if self.editable_mode:
+                    (target / name).symlink_to(HERE / name)
+                elif (HERE / name).is_dir():
+                    shutil.copytree(HERE / name, target / name,
+                                    ignore=shutil.ignore_patterns('__pycache__'))
+                else:
+                    shutil.copy(HERE / name, target / name)
 
     version = next(line.split("'")[1] for line in
                    (HERE / 'convnext_mm' / '__init__.py').read_text().splitlines()
@@ -42,6 +61,7 @@ if __name__ == '__main__':
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
+        cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[
             TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16',
