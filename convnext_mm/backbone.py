@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from . import checkpoints
 from .archs import ARCHS, Arch
 from .errors import UserError
-from .layers import Block, DilatedDownsample, LayerNorm2d
+from .kernels import MEMORY
+from .layers import Block, DilatedDownsample, Downsample, LayerNorm2d
 
 
 class ConvNeXt(BaseModule):
@@ -50,6 +51,10 @@ class ConvNeXt(BaseModule):
             both: this is for norms with running statistics that a user puts in.
         output_stride: 8, 16 or 32: stages that would go beyond it keep the size of the map,
             and their convolutions are dilated. Not given: no limit.
+        memory: What is kept for the backward pass, of five maps a block ('lean': as fast as
+            any), one ('minimal': a sixth of the products is done again), or all that PyTorch
+            keeps ('plain': layer after layer). The numbers are the same.
+        triton: Whether the package's Triton kernels are used on a GPU that can.
         init_cfg: ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` loads backbone weights of
             every published naming (see :func:`convnext_mm.checkpoints.load_backbone`).
             Without it: truncated normal of std 0.02, zero biases (Section 3 of the paper).
@@ -73,6 +78,8 @@ class ConvNeXt(BaseModule):
                  with_cp: bool | Sequence[int] | Sequence[bool] = False,
                  norm_eval: bool = False,
                  output_stride: int | None = None,
+                 memory: str = 'lean',
+                 triton: bool = True,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         depths, dims, use_grn = self.arch = _architecture(arch, depths, dims, use_grn)
@@ -86,6 +93,8 @@ class ConvNeXt(BaseModule):
             raise UserError(f'ConvNeXt: drop_path_rate={drop_path_rate} must be from 0 to 1')
         if output_stride not in (None, 8, 16, 32):
             raise UserError(f'ConvNeXt: output_stride={output_stride} must be 8, 16 or 32')
+        if memory not in MEMORY:
+            raise UserError(f'ConvNeXt: memory={memory!r} must be one of {", ".join(MEMORY)}')
         if not -1 <= frozen_stages <= len(depths):
             raise UserError(f'ConvNeXt: frozen_stages={frozen_stages} must be from -1 (none) to '
                             f'{len(depths)} (the stem and {len(depths)} stages)')
@@ -111,10 +120,11 @@ class ConvNeXt(BaseModule):
                               DilatedDownsample(dims[i - 1], dims[i], dilation) if dilated else
                               nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2)]
                 dilation *= 2 if dilated else 1
-            self.downsample_layers.append(nn.Sequential(*downsample))
+            self.downsample_layers.append(Downsample(*downsample, memory=memory) if i else
+                                          nn.Sequential(*downsample))
             self.stages.append(nn.Sequential(*(
-                Block(dims[i], next(rates), layer_scale_init_value, use_grn, dilation)
-                for _ in range(depths[i]))))
+                Block(dims[i], next(rates), layer_scale_init_value, use_grn, dilation, memory,
+                      triton) for _ in range(depths[i]))))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(dims[i], eps=1e-6))
 

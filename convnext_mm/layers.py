@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
+from .kernels import functions
+
 
 class LayerNorm2d(nn.LayerNorm):
     """LayerNorm over the channels of a (N, C, H, W) map.
@@ -17,6 +20,27 @@ class LayerNorm2d(nn.LayerNorm):
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias,
                             self.eps).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Sequential):
+    """LayerNorm over channels, and the convolution between stages.
+
+    Args:
+        norm: A :class:`LayerNorm2d`.
+        conv: The convolution.
+        memory: One of :data:`convnext_mm.kernels.MEMORY`.
+    """
+
+    def __init__(self, norm: nn.Module, conv: nn.Module, memory: str = 'lean') -> None:
+        super().__init__(norm, conv)
+        self.memory = memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H / 2, W / 2)."""
+        norm, conv = self
+        if self.memory == 'plain' or not fusible(x, norm, conv):
+            return super().forward(x)
+        return functions.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps)
 
 
 class DilatedDownsample(nn.Conv2d):
@@ -47,11 +71,16 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
+        factors = self.factors(x)
+        return x if factors is None else x * factors.view(-1, *[1] * (x.ndim - 1))
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What each of the N samples of ``x`` is multiplied with, (N,); None: all with 1."""
         if self.drop_prob == 0.0 or not self.training:
-            return x
+            return None
         keep_prob = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
-        return x * mask.div_(keep_prob) if keep_prob > 0.0 else x * mask
+        mask = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
+        return mask.div_(keep_prob) if keep_prob > 0.0 else mask
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:.3f}'
@@ -91,11 +120,15 @@ class Block(nn.Module):
         layer_scale_init_value: Initial value of ``gamma``; 0 or less: no layer scale.
         use_grn: Whether there is a GRN, as in V2.
         dilation: Dilation of the depthwise convolution.
+        memory: One of :data:`convnext_mm.kernels.MEMORY`.
+        triton: Whether Triton's kernels are used on a GPU that can.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6,
-                 use_grn: bool = False, dilation: int = 1) -> None:
+                 use_grn: bool = False, dilation: int = 1, memory: str = 'lean',
+                 triton: bool = True) -> None:
         super().__init__()
+        self.memory, self.triton = memory, triton
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation,
                                 dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -109,8 +142,48 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
+        if self.memory != 'plain' and self._fusible(x):
+            return self._fused(x)
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+    def _fusible(self, x: Tensor) -> bool:
+        """Whether the layers are those of the authors, so that one function can stand for all."""
+        return (type(self.act) is nn.GELU and self.act.approximate == 'none'
+                and type(self.drop_path) is DropPath and type(self.grn) in (GRN, nn.Identity)
+                and fusible(x, self.dwconv, self.norm, self.pwconv1, self.pwconv2))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same as layer after layer, by :func:`convnext_mm.kernels.functions.block`."""
+        grn = self.grn if isinstance(self.grn, GRN) else None
+        dilation = self.dwconv.dilation[0]
+        return functions.block(
+            x, functions.Weights(
+                self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
+                self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
+                self.pwconv2.weight, self.pwconv2.bias, self.gamma),
+            functions.Settings(self.norm.eps, dilation, functions.compute_dtype(x),
+                               self.memory == 'lean',
+                               kernels.operations(x, dilation, self.triton)),
+            self.drop_path.factors(x))
+
+
+FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
+
+
+def fusible(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether a fused function may stand for ``layers``, called one after another on ``x``.
+
+    Not where somebody else is to see them: a compiler (which fuses by itself), a tracer, or the
+    user's hooks; and not where they are no longer the authors', or of another dtype than ``x``.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_floating_point():
+        return False
+    mixed = torch.is_autocast_enabled(x.device.type)
+    return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)
+               and layer.bias is not None and not (
+                   layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                   or layer._backward_pre_hooks) for layer in layers)

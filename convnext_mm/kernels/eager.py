@@ -1,0 +1,227 @@
+"""The operations of a block by PyTorch's own, arranged for few passes over memory.
+
+Maps are (N, H, W, C) and contiguous. Every function here has a namesake in
+:mod:`convnext_mm.kernels.nvidia`; :mod:`convnext_mm.kernels.functions` calls either.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 16
+"""Side of the tiles of :func:`_tiled_weight_gradient`; larger ones gained nothing on CPUs."""
+
+
+def dwconv_norm(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                eps: float, dilation: int = 1, keep: bool = False
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Depthwise 7x7 convolution, then LayerNorm over channels.
+
+    Args:
+        x: (N, H, W, C).
+        weight: (C, 1, 7, 7), in x's dtype.
+        bias: (C,), in x's dtype.
+        norm_weight: (C,).
+        norm_bias: (C,).
+        eps: Of the LayerNorm.
+        dilation: Of the convolution.
+        keep: Whether the three last of the results are wanted.
+
+    Returns:
+        The normalised map, the convolution's output, and each position's mean and 1 / std.
+    """
+    y = _depthwise(x, weight, bias, dilation)
+    n, mean, rstd = layer_norm(y, norm_weight, norm_bias, eps)
+    return n, y if keep else x.new_empty(0), mean, rstd
+
+
+def norm_backward(dn: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the LayerNorm: of its input (in y's dtype), weight and bias (C,)."""
+    wide, weight = _same_kind(y, norm_weight)
+    dy, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dn.to(wide.dtype), wide, (y.shape[-1],), mean, rstd, weight, weight, [True] * 3)
+    return dy.to(y.dtype), dw, db
+
+
+def dwconv_backward_input(dy: Tensor, weight: Tensor, g: Tensor, dilation: int = 1) -> Tensor:
+    """Gradient of the depthwise convolution's input, plus ``g``, in g's dtype.
+
+    It is a convolution with the kernel turned around, which is what is fast everywhere.
+    """
+    return g + _depthwise(dy, weight.flip(2, 3), None, dilation)
+
+
+def dwconv_backward_weight(dy: Tensor, x: Tensor, dilation: int = 1) -> tuple[Tensor, Tensor]:
+    """Gradients of the depthwise convolution's weight (C, 1, 7, 7) and bias (C,)."""
+    if dy.device.type == 'cpu' and dilation == 1:
+        return _tiled_weight_gradient(dy, x), _sum(dy)
+    weight = x.new_empty(x.shape[-1], 1, 7, 7)
+    _, dw, db = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [x.shape[-1]], [1, 1],
+        [3 * dilation] * 2, [dilation] * 2, False, [0, 0], x.shape[-1], [False, True, True])
+    return dw, db
+
+
+def linear_gelu(n: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """GELU of a linear layer, and with ``keep`` what the GELU is taken of."""
+    h = linear(n, weight, bias)
+    if keep:
+        return F.gelu(h), h
+    return torch.ops.aten.gelu_(h), n.new_empty(0)  # a second map would cost its page faults
+
+
+def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None,
+                    drop: Tensor | None, x: Tensor) -> Tensor:
+    """x + drop · gamma · (a weightᵀ + bias), in x's dtype.
+
+    Args:
+        a: (N, H, W, 4C).
+        weight: (C, 4C), in a's dtype.
+        bias: (C,), in a's dtype.
+        gamma: Layer scale, (C,); None: 1.
+        drop: Factor of each picture, (N,); None: 1.
+        x: (N, H, W, C).
+    """
+    if drop is not None:
+        factor = drop[:, None, None, None]
+        factor = factor if gamma is None else factor * gamma
+        return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), factor.to(x.dtype))
+    if gamma is not None and _rows(a) < weight.shape[1]:  # the map is smaller than the weight
+        return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), gamma.to(x.dtype))
+    if gamma is not None:
+        weight = (weight * gamma[:, None]).to(a.dtype)
+        bias = (bias * gamma).to(a.dtype)
+    if _onednn(a) and x.dtype == a.dtype:
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            a.flatten(0, 2), x.flatten(0, 2), weight, bias, 'add').view(x.shape)
+    return x + linear(a, weight, bias)
+
+
+def linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(g weight) · gelu'(h), and gelu(h): what the gradients of both weights are made of."""
+    return gelu_backward(matmul(g, weight), h), gelu(h)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """GELU by the error function."""
+    return F.gelu(h)
+
+
+def gelu_backward(da: Tensor, h: Tensor) -> Tensor:
+    """da · gelu'(h), in da's memory."""
+    return torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
+
+
+def matmul(g: Tensor, weight: Tensor) -> Tensor:
+    """g (N, H, W, K) times weight (K, L)."""
+    if _onednn(g) and g.dtype == torch.float32 and _rows(g) >= max(weight.shape):
+        return linear(g, weight.t().contiguous(), None)
+    return g @ weight
+
+
+def weight_gradient(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """gᵀ a over all positions, (K, L), and the sum of g over them, (K,)."""
+    return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum(g)
+
+
+def squares(a: Tensor) -> Tensor:
+    """Sum of squares over the map, (N, K), in fp32 at least."""
+    return torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
+
+
+def grn_apply(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    """a · scale + beta; scale (N, K), beta (K,)."""
+    return torch.addcmul(beta.to(a.dtype), a, scale[:, None, None].to(a.dtype))
+
+
+def grn_backward_sums(du: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ du · a over the map, (N, K), and Σ du over everything, (K,)."""
+    return torch.sum(du * a, (1, 2), dtype=_wide(a)), _sum(du)
+
+
+def grn_backward_apply(du: Tensor, a: Tensor, scale: Tensor, extra: Tensor) -> Tensor:
+    """du · scale + a · extra; scale and extra (N, K)."""
+    return torch.addcmul(du * scale[:, None, None].to(du.dtype), a,
+                         extra[:, None, None].to(du.dtype))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum((0, 1, 2), dtype=_wide(x))
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=3 * dilation, dilation=dilation,
+                    groups=x.shape[-1]).permute(0, 2, 3, 1).contiguous()
+
+
+def _same_kind(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """y and a norm's weight as the kernel takes them: fp32 statistics on every device."""
+    weight = weight.to(_wide(y))
+    return (y, weight) if y.device.type == 'cpu' else (y.to(weight.dtype), weight)
+
+
+def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float
+               ) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last axis; the map, each position's mean and 1 / std."""
+    wide, weight = _same_kind(y, weight)
+    n, mean, rstd = torch.native_layer_norm(wide, (y.shape[-1],), weight, bias.to(weight.dtype),
+                                            eps)
+    return n.to(y.dtype), mean, rstd
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether oneDNN's linear layer is there: faster in fp32 than the BLAS behind F.linear."""
+    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
+            and x.numel() > 0 and torch.backends.mkldnn.is_available()
+            and torch.backends.mkldnn.enabled
+            and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (N, H, W, K) by weight (L, K) and bias (L,)."""
+    if _onednn(x) and x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(
+            x.flatten(0, 2), weight, bias, 'none', [], '').view(*x.shape[:3], -1)
+    return F.linear(x, weight, bias)
+
+
+def _tiled_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The depthwise convolution's weight gradient as depthwise convolutions of tiles.
+
+    PyTorch's own takes many times as long on a CPU in channels_last. Here ``dy`` is cut into
+    tiles; each is the kernel of a convolution over the part of ``x`` that it has seen, whose 7x7
+    output is that tile's share. All tiles are channels of one convolution.
+
+    Args:
+        dy: (N, H, W, C).
+        x: (N, H, W, C).
+
+    Returns:
+        (C, 1, 7, 7), in fp32 at least.
+    """
+    n, height, width, c = x.shape
+    rows, columns = -(-height // TILE), -(-width // TILE)
+    th, tw = -(-height // rows), -(-width // columns)  # the smallest that this many cover
+    down, right = rows * th - height, columns * tw - width
+    x = F.pad(x, (0, 0, 3, 3 + right, 3, 3 + down))
+    if down or right:
+        dy = F.pad(dy, (0, 0, 0, right, 0, down))
+    s = x.stride()
+    seen = x.as_strided((th + 6, tw + 6, n, rows, columns, c),
+                        (s[1], s[2], s[0], s[1] * th, s[2] * tw, s[3]))
+    seen = seen.reshape(1, th + 6, tw + 6, -1).permute(0, 3, 1, 2)
+    kernels = dy.reshape(n, rows, th, columns, tw, c).permute(0, 1, 3, 5, 2, 4)
+    kernels = kernels.reshape(-1, 1, th, tw)
+    shares = F.conv2d(seen, kernels, groups=kernels.shape[0]).permute(0, 2, 3, 1)
+    shares = shares.reshape(7, 7, -1, c).sum(2, dtype=_wide(x))
+    return shares.permute(2, 0, 1)[:, None]
