@@ -27,6 +27,8 @@ EXTRAS = {
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is what the backbone is compared with.
     'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16', 'transformers>=5,<6'],
+    # Tests of the kernels without a GPU; a PyTorch for GPUs brings a Triton of its own.
+    'interpreter': ['triton>=3.6,<3.7'],
 }
 
 if __name__ == '__main__':

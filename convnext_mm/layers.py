@@ -38,7 +38,7 @@ class Downsample(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H / 2, W / 2)."""
         norm, conv = self
-        if self.memory == 'plain' or not fusible(x, norm, conv):
+        if self.memory == 'plain' or torch.compiler.is_compiling() or not fusible(x, norm, conv):
             return super().forward(x)
         return functions.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps)
 
@@ -145,13 +145,23 @@ class Block(nn.Module):
         if self.memory != 'plain' and self._fusible(x):
             return self._fused(x)
         y = self.dwconv(x).permute(0, 2, 3, 1)
-        y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
+        y = self.grn(self.act(self.pwconv1(self.norm(y))))
+        if self.gamma is not None and torch.compiler.is_compiling() and not (
+                torch.is_grad_enabled() or self.training):
+            # A compiler that freezes the weights computes this once, and fuses the sum.
+            y = F.linear(y, self.pwconv2.weight * self.gamma[:, None],
+                         self.pwconv2.bias * self.gamma)
+            return (x.permute(0, 2, 3, 1) + y).permute(0, 3, 1, 2)
+        y = self.pwconv2(y)
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
     def _fusible(self, x: Tensor) -> bool:
         """Whether the layers are those of the authors, so that one function can stand for all."""
+        if torch.compiler.is_compiling() and kernels.operations(
+                x, self.dwconv.dilation[0], self.triton) is kernels.eager:
+            return False  # the compiler fuses these operations by itself
         return (type(self.act) is nn.GELU and self.act.approximate == 'none'
                 and type(self.drop_path) is DropPath and type(self.grn) in (GRN, nn.Identity)
                 and fusible(x, self.dwconv, self.norm, self.pwconv1, self.pwconv2))
@@ -165,9 +175,10 @@ class Block(nn.Module):
                 self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
                 self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
                 self.pwconv2.weight, self.pwconv2.bias, self.gamma),
-            functions.Settings(self.norm.eps, dilation, functions.compute_dtype(x),
-                               self.memory == 'lean',
-                               kernels.operations(x, dilation, self.triton)),
+            functions.Settings(
+                self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
+                kernels.operations(x, dilation, self.triton),
+                {} if dilation == 1 else dict(dilation=dilation)),
             self.drop_path.factors(x))
 
 
@@ -177,10 +188,10 @@ FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
 def fusible(x: Tensor, *layers: nn.Module) -> bool:
     """Whether a fused function may stand for ``layers``, called one after another on ``x``.
 
-    Not where somebody else is to see them: a compiler (which fuses by itself), a tracer, or the
-    user's hooks; and not where they are no longer the authors', or of another dtype than ``x``.
+    Not where somebody else is to see them, a tracer or the user's hooks; and not where they are
+    no longer the authors', or of another dtype than ``x``.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_floating_point():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or not x.is_floating_point():
         return False
     mixed = torch.is_autocast_enabled(x.device.type)
     return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)

@@ -25,7 +25,7 @@ def test_the_stacks_share_no_package(install):
 
 def test_every_requirement_has_an_upper_bound(install):
     from setup import EXTRAS
-    for extra in ('forks', 'forks-seg', 'test'):
+    for extra in ('forks', 'forks-seg', 'test', 'interpreter'):
         assert all('<' in requirement for requirement in EXTRAS[extra]), extra
     assert not any('mmdet' in requirement for requirement in EXTRAS['forks-seg'])
 

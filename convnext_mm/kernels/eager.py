@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS = 8192
+"""Positions that :func:`mlp` takes at a time on a CPU."""
+
 TILE = 16
 """Side of the tiles of :func:`_tiled_weight_gradient`; larger ones gained nothing on CPUs."""
 
@@ -90,9 +93,36 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), factor.to(x.dtype))
     if gamma is not None and _rows(a) < weight.shape[1]:  # the map is smaller than the weight
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), gamma.to(x.dtype))
-    if gamma is not None:
-        weight = (weight * gamma[:, None]).to(a.dtype)
-        bias = (bias * gamma).to(a.dtype)
+    return _linear_add(a, *_scaled(weight, bias, gamma), x)
+
+
+def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+        gamma: Tensor | None, x: Tensor) -> Tensor:
+    """:func:`linear_gelu` and :func:`linear_residual` where nothing of them is kept.
+
+    On a CPU it goes through large maps piece by piece, so that a piece of the 4C map is still in
+    the cache when it is used, and there is never a whole one.
+    """
+    if n.device.type != 'cpu' or _rows(n) <= ROWS:
+        return linear_residual(linear_gelu(n, weight1, bias1, False)[0], weight2, bias2, gamma,
+                               None, x)
+    weight2, bias2 = _scaled(weight2, bias2, gamma)
+    out = torch.empty_like(x)
+    for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(ROWS, 2) for m in (n, x, out)),
+                            strict=True):
+        a, _ = linear_gelu(part, weight1, bias1, False)
+        to.copy_(_linear_add(a, weight2, bias2, of))
+    return out
+
+
+def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A linear layer that multiplies its output with ``gamma``."""
+    if gamma is None:
+        return weight, bias
+    return (weight * gamma[:, None]).to(weight.dtype), (bias * gamma).to(bias.dtype)
+
+
+def _linear_add(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     if _onednn(a) and x.dtype == a.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(
             a.flatten(0, 2), x.flatten(0, 2), weight, bias, 'add').view(x.shape)
@@ -101,7 +131,7 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
 
 def linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(g weight) · gelu'(h), and gelu(h): what the gradients of both weights are made of."""
-    return gelu_backward(matmul(g, weight), h), gelu(h)
+    return gelu_backward(matmul(g, weight), h, True)
 
 
 def gelu(h: Tensor) -> Tensor:
@@ -109,9 +139,10 @@ def gelu(h: Tensor) -> Tensor:
     return F.gelu(h)
 
 
-def gelu_backward(da: Tensor, h: Tensor) -> Tensor:
-    """da · gelu'(h), in da's memory."""
-    return torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
+def gelu_backward(da: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """da · gelu'(h), in da's memory, and with ``keep`` gelu(h)."""
+    dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
+    return dh, F.gelu(h) if keep else h.new_empty(0)
 
 
 def matmul(g: Tensor, weight: Tensor) -> Tensor:
@@ -126,9 +157,13 @@ def weight_gradient(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum(g)
 
 
-def squares(a: Tensor) -> Tensor:
-    """Sum of squares over the map, (N, K), in fp32 at least."""
-    return torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
+def gelu_squares(h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """gelu(h), and its sums of squares over the map, (N, K), in fp32 at least.
+
+    Without ``keep`` it may be in h's memory.
+    """
+    a = F.gelu(h) if keep or h.requires_grad else torch.ops.aten.gelu_(h)
+    return a, torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
 
 
 def grn_apply(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
@@ -180,16 +215,19 @@ def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 
 def _onednn(x: Tensor) -> bool:
-    """Whether oneDNN's linear layer is there: faster in fp32 than the BLAS behind F.linear."""
+    """Whether oneDNN's linear layer is there.
+
+    In fp32 it is faster than the BLAS behind F.linear, in bf16 it needs no copy of the bias.
+    """
     return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
-            and x.numel() > 0 and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled
+            and not torch.compiler.is_compiling() and x.numel() > 0
+            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
             and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, H, W, K) by weight (L, K) and bias (L,)."""
-    if _onednn(x) and x.dtype == torch.float32:
+    if _onednn(x):
         return torch.ops.mkldnn._linear_pointwise(
             x.flatten(0, 2), weight, bias, 'none', [], '').view(*x.shape[:3], -1)
     return F.linear(x, weight, bias)

@@ -46,15 +46,16 @@ class Weights(NamedTuple):
 class Settings(NamedTuple):
     """How a block computes.
 
-    ``eps`` and ``dilation`` are the layers'; ``dtype`` is that of convolution and products;
-    ``keep_hidden`` says whether the maps before the GELU are kept; ``ops`` has the operations.
+    ``eps`` is the norm's; ``dtype`` is that of convolution and products; ``keep_hidden`` says
+    whether the maps before the GELU are kept; ``ops`` has the operations; ``conv`` are further
+    settings of its convolutions: their dilation, where it is not 1.
     """
 
     eps: float
-    dilation: int
     dtype: torch.dtype
     keep_hidden: bool
     ops: ModuleType
+    conv: dict[str, int]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -133,7 +134,7 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
     stream = x.dtype if weights.gamma is None else torch.promote_types(
         x.dtype, weights.gamma.dtype)
     with autocast(x.device.type, enabled=False):
-        if drop is not None and x.device.type == 'cpu':
+        if drop is not None and ops is eager and x.device.type == 'cpu':
             # What drop path drops is not computed; on a GPU, asking which would cost a wait.
             pictures, factor, drop = _left(drop)
             if not factor:
@@ -143,15 +144,24 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
         w = weights.cast(settings.dtype)
         narrow = part.to(settings.dtype)
         n, *_ = ops.dwconv_norm(narrow, w.dwconv_weight, w.dwconv_bias, w.norm_weight,
-                                w.norm_bias, settings.eps, settings.dilation)
-        hidden, h = ops.linear_gelu(n, w.pwconv1_weight, w.pwconv1_bias,
-                                    keep and settings.keep_hidden)
-        norms = None
-        if w.grn_gamma is not None:
-            norms = ops.squares(hidden).sqrt()
-            hidden = ops.grn_apply(hidden, _grn_scale(norms, w.grn_gamma), w.grn_beta.flatten())
-        out = ops.linear_residual(hidden, w.pwconv2_weight, w.pwconv2_bias,
-                                  _scale(w.gamma, factor, part), drop, part.to(stream))
+                                w.norm_bias, settings.eps, keep=False, **settings.conv)
+        scale = _scale(w.gamma, factor, part)
+        h = norms = None
+        if not keep and drop is None and w.grn_gamma is None:
+            out = ops.mlp(n, w.pwconv1_weight, w.pwconv1_bias, w.pwconv2_weight, w.pwconv2_bias,
+                          scale, part.to(stream))
+        else:
+            keeps = keep and settings.keep_hidden
+            if w.grn_gamma is None:
+                hidden, h = ops.linear_gelu(n, w.pwconv1_weight, w.pwconv1_bias, keeps)
+            else:
+                h = eager.linear(n, w.pwconv1_weight, w.pwconv1_bias)
+                hidden, sums = ops.gelu_squares(h, keeps)
+                norms = sums.sqrt()
+                hidden = ops.grn_apply(hidden, _grn_scale(norms, w.grn_gamma),
+                                       w.grn_beta.flatten())
+            out = ops.linear_residual(hidden, w.pwconv2_weight, w.pwconv2_bias, scale, drop,
+                                      part.to(stream))
         if pictures is not None:
             out = whole.to(stream).index_copy(0, pictures, out)
     return out.permute(0, 3, 1, 2), Kept(
@@ -169,7 +179,7 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
         w.pwconv2_weight * scale[:, None]).to(settings.dtype)
 
     n, y, mean, rstd = ops.dwconv_norm(kept.x, w.dwconv_weight, w.dwconv_bias, w.norm_weight,
-                                       w.norm_bias, settings.eps, settings.dilation, keep=True)
+                                       w.norm_bias, settings.eps, keep=True, **settings.conv)
     h = kept.h if kept.h is not None else eager.linear(n, w.pwconv1_weight, w.pwconv1_bias)
     grn = (None, None)
     if w.grn_gamma is None:
@@ -182,7 +192,7 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
         sums, dbeta = ops.grn_backward_sums(du, a)
         extra, dgamma = _grn_backward(sums, kept.norms, w.grn_gamma)
         grn = dgamma.view_as(w.grn_gamma), dbeta.view_as(w.grn_beta)
-        dh = ops.gelu_backward(ops.grn_backward_apply(du, a, grn_scale, extra), h)
+        dh, _ = ops.gelu_backward(ops.grn_backward_apply(du, a, grn_scale, extra), h, False)
         del a, du
     dw2 = db2 = dscale = dw1 = db1 = None
     if wanted.pwconv2_weight or wanted.pwconv2_bias or wanted.gamma:
@@ -199,8 +209,8 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
     dy, dnw, dnb = ops.norm_backward(dn, y, mean, rstd, w.norm_weight)
     ddw = ddb = None
     if wanted.dwconv_weight or wanted.dwconv_bias:
-        ddw, ddb = ops.dwconv_backward_weight(dy, kept.x, settings.dilation)
-    dx = ops.dwconv_backward_input(dy, w.dwconv_weight, g, settings.dilation)
+        ddw, ddb = ops.dwconv_backward_weight(dy, kept.x, **settings.conv)
+    dx = ops.dwconv_backward_input(dy, w.dwconv_weight, g, **settings.conv)
     grads = Weights(ddw, ddb, dnw, dnb, dw1, db1, *grn, dw2, db2, dscale)
     return dx, [grad.to(weight.dtype) if want else None
                 for grad, weight, want in zip(grads, weights, wanted, strict=True)]

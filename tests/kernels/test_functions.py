@@ -1,0 +1,392 @@
+"""The fused block and downsampling: PyTorch's numbers, with less kept."""
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnext_mm import ConvNeXt, kernels
+from convnext_mm.kernels import eager, functions
+from convnext_mm.layers import Block, DropPath, LayerNorm2d
+
+SHAPES = [(1, 8, 1, 1), (2, 12, 7, 5), (3, 8, 20, 35), (1, 20, 16, 33)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def block(dim: int, use_grn: bool = False, dilation: int = 1, dtype=torch.float32,
+          **kwargs) -> Block:
+    made = Block(dim, layer_scale_init_value=0.0 if use_grn else 1.0, use_grn=use_grn,
+                 dilation=dilation, **kwargs).to(dtype)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def like(made: Block, **changes) -> Block:
+    other = copy.deepcopy(made)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    return other
+
+
+def run(module: nn.Module, x: Tensor, up: Tensor | None = None, autocast: bool = False
+        ) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Output, and gradients of the input and every parameter."""
+    x = x.detach().clone().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        out = module(x)
+    out.backward(torch.ones_like(out) if up is None else up.to(out.dtype))
+    return out.detach(), {'x': x.grad, **{n: p.grad for n, p in module.named_parameters()}}
+
+
+def same(found: tuple, expected: tuple, rel: float = 1e-5) -> None:
+    assert found[0].shape == expected[0].shape
+    assert found[1].keys() == expected[1].keys()
+    for name, a, b in [('output', found[0], expected[0]),
+                       *((k, found[1][k], expected[1][k]) for k in expected[1])]:
+        if b is None:
+            assert a is None, name
+            continue
+        assert a.dtype == b.dtype, name
+        assert (a - b).abs().max() <= rel * b.abs().max(), name
+
+
+@pytest.mark.parametrize('memory', ['lean', 'minimal'])
+@pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize('use_grn', [False, True])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_block_is_exact(shape, use_grn, dilation, memory):
+    made = block(shape[1], use_grn, dilation, memory=memory)
+    x, up = torch.randn(shape), torch.randn(shape)
+    expected = run(like(made, memory='plain'), x, up)
+    same(run(made, x, up), expected)
+    with torch.no_grad():
+        assert torch.allclose(made(x), expected[0], rtol=0, atol=1e-5 * expected[0].abs().max())
+    spread = x.contiguous(memory_format=torch.channels_last)
+    same(run(made, spread, up), expected)
+    same(run(made, torch.randn(*shape, 2)[..., 0].copy_(x), up), expected)
+
+
+@pytest.mark.parametrize('memory', ['lean', 'minimal'])
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_gradients_by_finite_differences(use_grn, memory):
+    made = block(4, use_grn, dtype=torch.float64, memory=memory)
+    names = [name for name, _ in made.named_parameters()]
+
+    def of(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(made, dict(zip(names, parameters, strict=True)), (x,))
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(of, (x, *made.parameters()))
+
+
+def test_downsampling_by_finite_differences():
+    def of(*args: Tensor) -> Tensor:
+        return functions.downsample(*args, 1e-6)
+    args = [torch.randn(s, dtype=torch.float64, requires_grad=True)
+            for s in ((2, 3, 5, 4), (3,), (3,), (4, 3, 2, 2), (4,))]
+    assert torch.autograd.gradcheck(of, args)
+
+
+@pytest.mark.parametrize('mode', ['train', 'infer'])
+def test_large_maps_go_through_in_pieces(mode, monkeypatch):
+    monkeypatch.setattr(eager, 'ROWS', 50)
+    made = block(8)
+    x = torch.randn(2, 8, 9, 11)
+    if mode == 'train':
+        same(run(made, x), run(like(made, memory='plain'), x))
+    with torch.no_grad():
+        assert torch.allclose(made(x), like(made, memory='plain')(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('factors', [[0.0, 1.5, 1.5], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_drop_path_is_that_of_the_plain_block(factors, use_grn, monkeypatch):
+    """What is dropped is not computed, and yet its parameters get gradients of zero."""
+    monkeypatch.setattr(DropPath, 'factors', lambda self, x: torch.tensor(factors, dtype=x.dtype))
+    made = block(8, use_grn)
+    x, up = torch.randn(3, 8, 6, 5), torch.randn(3, 8, 6, 5)
+    expected = run(like(made, memory='plain'), x, up)
+    assert expected[1]['pwconv1.weight'] is not None
+    same(run(made, x, up), expected)
+
+
+def test_the_same_seed_drops_the_same():
+    made = block(8, drop_path=0.5)
+    x = torch.randn(16, 8, 3, 3)
+    torch.manual_seed(3)
+    expected = run(like(made, memory='plain'), x)
+    torch.manual_seed(3)
+    same(run(made, x), expected)
+
+
+@pytest.mark.parametrize('frozen', ['pwconv', 'dwconv', 'gamma', 'norm', ''])
+def test_what_is_frozen_gets_no_gradient(frozen):
+    made = block(8)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    x = torch.randn(2, 8, 5, 5)
+    same(run(made, x), run(like(made, memory='plain'), x))
+
+
+def test_a_block_used_twice_in_one_graph_and_checkpointed():
+    from torch.utils.checkpoint import checkpoint
+
+    class Twice(nn.Module):
+        def __init__(self, made: Block, again: bool) -> None:
+            super().__init__()
+            self.made, self.again = made, again
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.again:
+                return checkpoint(lambda y: self.made(self.made(y)), x, use_reentrant=False)
+            return self.made(self.made(x))
+    made = block(8)
+    x = torch.randn(1, 8, 6, 6)
+    expected = run(Twice(like(made, memory='plain'), False), x)
+    same(run(Twice(made, False), x), expected)
+    same(run(Twice(made, True), x), expected)
+
+
+def test_a_graph_can_be_gone_through_again():
+    made = block(8)
+    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+    out = made(x).sum()
+    first, = torch.autograd.grad(out, x, retain_graph=True)
+    again, = torch.autograd.grad(out, x)
+    assert torch.equal(first, again)
+    g, = torch.autograd.grad(made(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        g.sum().backward()
+
+
+def test_the_users_changes_are_seen():
+    """Hooks, replaced layers and parametrised weights are not passed over."""
+    x = torch.randn(1, 8, 4, 4)
+    made = block(8)
+    assert made._fusible(x)
+    seen = []
+    handle = made.pwconv1.register_forward_hook(lambda *_: seen.append(1))
+    made(x)
+    assert seen == [1]
+    handle.remove()
+
+    class Adapter(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+    plain = made(x)
+    adapter = Adapter(8, 32)
+    adapter.load_state_dict(made.pwconv1.state_dict())
+    made.pwconv1 = adapter
+    assert not torch.allclose(made(x), plain)
+    made = block(8)
+    nn.utils.parametrizations.weight_norm(made.pwconv2)
+    assert not made._fusible(x)
+    made = block(8)
+    made.act = nn.GELU(approximate='tanh')
+    assert not made._fusible(x)
+    assert not block(8).bfloat16()._fusible(x)
+
+
+def test_tracing_and_export_see_the_layers():
+    model = ConvNeXt(depths=[1, 1], dims=[8, 16]).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        traced = torch.jit.trace(model, x)(x)
+        exported = torch.export.export(model, (x,)).module()(x)
+        compiled = torch.compile(model, backend='eager', fullgraph=True)(x)
+    for found in (traced, exported, compiled):
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    names = {node.target for node in torch.export.export(model, (x,)).graph.nodes}
+    assert torch.ops.aten.gelu.default in names
+
+
+# ------------------------------------------------------------------------ half precision
+
+
+class Reference(nn.Module):
+    """OpenMMLab's sequence of operations, with the parameters of a ConvNeXt."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+            x = F.layer_norm(x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight,
+                             layer.bias, layer.eps)
+            return x.permute(0, 3, 1, 2).contiguous()
+
+        outs = []
+        for i, (down, stage) in enumerate(
+                zip(self.model.downsample_layers, self.model.stages, strict=True)):
+            for layer in down:
+                x = norm(layer, x) if isinstance(layer, LayerNorm2d) else layer(x)
+            for b in stage:
+                y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
+                x = x + b.drop_path(y.permute(0, 3, 1, 2).mul(b.gamma.view(1, -1, 1, 1)))
+            outs.append(norm(getattr(self.model, f'norm{i}'), x))
+        return outs
+
+
+def errors(model: nn.Module, x: Tensor, exact: nn.Module, autocast: bool) -> dict[str, float]:
+    """Root mean square errors to float64, of features and of gradients by kind of parameter."""
+    def of(module: nn.Module, x: Tensor, autocast: bool):
+        module.zero_grad(set_to_none=True)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            outs = module(x)
+        generator = torch.Generator().manual_seed(7)
+        sum((o.double() * torch.randn(o.shape, generator=generator).double()).sum()
+            for o in outs).backward()
+        return outs, {name.removeprefix('model.'): p.grad.double()
+                      for name, p in module.named_parameters()}
+    outs, grads = of(model, x, autocast)
+    right, right_grads = of(exact, x.double(), False)
+    found: dict[str, list[float]] = {}
+    for a, b in zip(outs, right, strict=True):
+        found.setdefault('features', []).append(
+            float((a.double() - b).norm() / b.norm()))
+    for name, g in right_grads.items():
+        kind = name.split('.', 3)[-1] if name.startswith('stages') else name.split('.')[0][:4]
+        found.setdefault(kind, []).append(float((grads[name] - g).norm() / g.norm()))
+    return {kind: sum(v) for kind, v in found.items()}
+
+
+@pytest.mark.parametrize('autocast', [True, False], ids=['autocast', 'bfloat16'])
+@pytest.mark.parametrize('memory', ['lean', 'minimal'])
+def test_errors_in_half_precision_are_those_of_the_reference(memory, autocast):
+    kwargs = dict(depths=(2, 2, 2), dims=(32, 48, 64), layer_scale_init_value=1.0)
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    for seed in range(6):  # a single draw's roundings are luck
+        torch.manual_seed(seed)
+        model = ConvNeXt(memory=memory, **kwargs)
+        for p in model.parameters():
+            p.data = (torch.randn_like(p) / p[0].numel() ** 0.5 if p.ndim > 1
+                      else p + 0.2 * torch.randn_like(p))
+        x = torch.randn(2, 3, 96, 64)
+        exact = Reference(copy.deepcopy(model).double())
+        if not autocast:
+            model, x = model.bfloat16(), x.bfloat16()
+            exact = Reference(copy.deepcopy(model).double())
+        for total, module in ((ours, model), (theirs, Reference(copy.deepcopy(model)))):
+            for kind, error in errors(module, x, exact, autocast).items():
+                total[kind] = total.get(kind, 0.0) + error
+    for kind, error in theirs.items():
+        assert ours[kind] <= 1.1 * error, kind
+
+
+# -------------------------------------------------------------------------------- memory
+
+
+def saved(model: nn.Module, x: Tensor, autocast: bool) -> float:
+    """MiB that the backward pass keeps, parameters left out."""
+    sizes, alive = {}, []
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+            torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        model(x)
+    return sum(sizes.values()) / 2**20
+
+
+@pytest.mark.parametrize(('memory', 'autocast', 'least', 'most'), [
+    ('reference', True, 331, 332), ('reference', False, 544, 545.5), ('plain', True, 330, 332),
+    ('lean', True, 110, 130), ('lean', False, 200, 260), ('minimal', True, 30, 65),
+    ('minimal', False, 50, 65)])
+def test_what_is_kept_of_tiny_at_512(memory, autocast, least, most):
+    model = ConvNeXt('tiny', layer_scale_init_value=1.0,
+                     memory='plain' if memory == 'reference' else memory)
+    counted = saved(Reference(model) if memory == 'reference' else model,
+                    torch.randn(1, 3, 512, 512), autocast)
+    assert least <= counted <= most
+
+
+def test_no_product_is_done_twice():
+    """Lean: six products a block, as in plain autograd; minimal: one more."""
+    from torch.utils.flop_counter import FlopCounterMode
+    flops = {}
+    for memory in kernels.MEMORY:
+        made = block(16, memory=memory).double()  # oneDNN's products are not counted
+        x = torch.randn(1, 16, 8, 8, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            made(x).sum().backward()
+        flops[memory] = sum(count for op, count in counter.get_flop_counts()['Global'].items()
+                            if 'convolution' not in str(op))
+    product = 2 * 64 * 16 * 64
+    assert flops == dict(plain=6 * product, lean=6 * product, minimal=7 * product)
+
+
+def test_distributed_with_a_static_graph(tmp_path):
+    """One process is enough for DistributedDataParallel to look at every gradient."""
+    import torch.distributed as dist
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        model = ConvNeXt(depths=[1, 2], dims=[8, 16], drop_path_rate=1.0,
+                         layer_scale_init_value=1.0)
+        x = torch.randn(1, 3, 32, 32)
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), static_graph=True)
+        for module in (model, wrapped):
+            for _ in range(3):  # with all of the last block dropped
+                module.zero_grad()
+                sum(o.sum() for o in module(x)).backward()
+        for (name, a), b in zip(model.named_parameters(), wrapped.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad), name
+    finally:
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------- Triton's operations in the block
+
+
+@pytest.fixture
+def nvidia():
+    pytest.importorskip('triton', reason='the kernels need triton, which is not installed')
+    from convnext_mm.kernels import nvidia
+    if not nvidia.INTERPRETED:
+        pytest.skip('on a GPU, test_nvidia.py runs the block itself')
+    return nvidia
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+@pytest.mark.parametrize('memory', ['lean', 'minimal'])
+@pytest.mark.parametrize('how', ['eager', 'compiled', 'dropped'])
+def test_block_by_tritons_operations(nvidia, how, memory, use_grn, monkeypatch):
+    """torch.compile sees through them: one graph, forward and backward."""
+    monkeypatch.setattr(kernels, 'operations', lambda *_: nvidia)
+    if how == 'dropped':
+        monkeypatch.setattr(DropPath, 'factors', lambda self, x: torch.tensor([0.0, 1.5]))
+    made = block(8, use_grn, memory=memory)
+    x, up = torch.randn(2, 8, 4, 6), torch.randn(2, 8, 4, 6)
+    module = torch.compile(made, backend='aot_eager', fullgraph=True) if how == 'compiled' else made
+    found = run(module, x, up)
+    found[1].update({k.removeprefix('_orig_mod.'): v for k, v in found[1].items()})
+    expected = run(like(made, memory='plain'), x, up)
+    same((found[0], {k: found[1][k] for k in expected[1]}), expected)
+
+
+def test_which_operations_are_used(nvidia):
+    class OnGpu(NamedTuple):
+        is_cuda: bool = True
+    assert kernels.operations(OnGpu(), 1, True) is nvidia
+    assert kernels.operations(OnGpu(), 2, True) is eager, 'the kernels know no dilation'
+    assert kernels.operations(OnGpu(), 1, False) is eager, 'switched off'
+    assert kernels.operations(OnGpu(False), 1, True) is eager
