@@ -64,6 +64,7 @@ class ConvNeXt(BaseModule):
     """
 
     memory_format = torch.channels_last  # of the maps inside; a subclass may change it
+    contiguous_outputs = True  # else in memory_format; see forward
 
     def __init__(self,
                  arch: str = 'tiny',
@@ -148,6 +149,7 @@ class ConvNeXt(BaseModule):
 
         The maps are contiguous: mmcv's compiled ops (RoIAlign among them) read memory in that
         order whatever a tensor's strides say, and compute nonsense from channels_last maps.
+        Where nothing of that kind follows, ``contiguous_outputs = False`` saves the copies.
         """
         # In this layout the permutations around norms and linear layers copy nothing.
         x = x.contiguous(memory_format=self.memory_format)
@@ -161,7 +163,8 @@ class ConvNeXt(BaseModule):
                 else:
                     x = block(x)
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x).contiguous())
+                out = getattr(self, f'norm{i}')(x)
+                outs.append(out.contiguous() if self.contiguous_outputs else out)
         return tuple(outs)
 
     def train(self, mode: bool = True) -> ConvNeXt:

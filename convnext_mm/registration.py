@@ -11,10 +11,11 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_S
 from .backbone import ConvNeXt
 from .checkpoints.fitting import FitCheckpointHook
 from .checkpoints.reading import use_safe_reader
-from .datasets import complete_when_read
+from .datasets import complete, complete_when_read
 from .layer_decay import LearningRateDecayOptimizerConstructor
 from .migration.schedule import PolicyLR
 from .training.pictures import CurvesHook, PredictionsHook
+from .training.speed import SpeedHook, expand
 
 TOOLBOXES = ('mmseg', 'mmdet')
 
@@ -24,7 +25,7 @@ def register() -> None:
     # mmengine's registries are the parents of the toolboxes': what stands there is found
     # from every scope that has no class of that name itself.
     MODELS.register_module(module=ConvNeXt, force=True)
-    for hook in (FitCheckpointHook, CurvesHook, PredictionsHook):
+    for hook in (FitCheckpointHook, CurvesHook, PredictionsHook, SpeedHook):
         HOOKS.register_module(module=hook, force=True)
     PARAM_SCHEDULERS.register_module(module=PolicyLR, force=True)
     OPTIM_WRAPPER_CONSTRUCTORS.register_module(
@@ -33,7 +34,7 @@ def register() -> None:
         if find_spec(toolbox):
             _override_constructor(toolbox)
     use_safe_reader()
-    complete_when_read()
+    complete_when_read(complete, expand)
 
 
 def _override_constructor(toolbox: str) -> None:

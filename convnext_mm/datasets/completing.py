@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -56,7 +56,7 @@ def complete(cfg: Config) -> None:
     _spread_num_classes(cfg, inherited)
 
 
-def complete_when_read() -> None:
+def complete_when_read(*completions: Callable[[Config], None]) -> None:
     """Have mmengine complete every config file that imports this package, as it reads it.
 
     The tools of the package do so themselves, after their options. The scripts and inferencers of
@@ -71,7 +71,8 @@ def complete_when_read() -> None:
         construct(self, *args, **kwargs)
         imports = (self.get('custom_imports') or {}).get('imports') or ()
         if not _raw and self.filename and 'convnext_mm' in imports:
-            complete(self)
+            for completion in completions:
+                completion(self)
     completed.completes = True
     Config.__init__ = completed
 

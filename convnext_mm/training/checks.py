@@ -14,6 +14,7 @@ from mmengine.config import Config
 from .. import checkpoints, datasets, migration
 from ..backbone import ConvNeXt
 from ..errors import UserError
+from . import speed
 
 GET_DATA = {
     'mmseg': ('ADE20K: download ADEChallengeData2016.zip from '
@@ -30,7 +31,8 @@ UNSET_KEYS = {
     '': ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
          'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
          'experiment_name', 'custom_hooks', 'val_cfg', 'test_cfg', 'test_time_augmentation',
-         'check_data', *datasets.KEYS),
+         'check_data', 'fast', *datasets.KEYS),
+    'fast': tuple(speed.KEYS),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
 """Keys of groups ('': the top) that mean something even where the config does not set them."""
 
@@ -40,13 +42,15 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
     Raises:
         UserError: As :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
-            :func:`check_backbones` and :func:`convnext_mm.datasets.complete`.
+            :func:`check_backbones`, :func:`convnext_mm.datasets.complete` and
+            :func:`convnext_mm.training.speed.expand`.
     """
     cfg = load_config(path)
     apply_options(cfg, options)
     check_toolbox(cfg)
     check_backbones(cfg.get('model'))
     datasets.complete(cfg)
+    speed.expand(cfg)
     return cfg
 
 

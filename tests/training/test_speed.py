@@ -1,0 +1,121 @@
+"""``fast = dict(...)``: faster, and the same numbers."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from convnext_mm import UserError
+from convnext_mm.training import speed
+from convnext_mm.training.checks import read_config
+from convnext_mm.training.fallbacks import adapt
+from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, SEGMENTATION
+
+
+def with_fast(tmp_path, text: str = '') -> Config:
+    (tmp_path / 'mine.py').write_text(
+        f"_base_ = ['{ROOT}/{SEGMENTATION}', '{ROOT}/configs/_base_/fast.py']\n{text}")
+    return read_config(str(tmp_path / 'mine.py'))
+
+
+def test_the_fragment_is_spread(tmp_path):
+    plain = Config.fromfile(SEGMENTATION)
+    cfg = with_fast(tmp_path)
+    assert cfg.optim_wrapper.to_dict() == dict(
+        plain.optim_wrapper.to_dict(), type='AmpOptimWrapper', dtype='bfloat16',
+        loss_scale=dict(enabled=False),
+        optimizer=dict(plain.optim_wrapper.optimizer.to_dict(), fused=True))
+    assert cfg.custom_hooks[:-1] == plain.custom_hooks
+    assert cfg.custom_hooks[-1].to_dict() == dict(
+        type='SpeedHook', channels_last=True, compile=[], dynamic=False, cuda_graphs=False)
+    speed.expand(cfg)
+    assert len(cfg.custom_hooks) == len(plain.custom_hooks) + 1, 'once'
+    # As the toolboxes' own scripts read it.
+    assert Config.fromfile(tmp_path / 'mine.py').optim_wrapper == cfg.optim_wrapper
+
+
+def test_a_key_alone():
+    cfg = read_config(SEGMENTATION, {'fast.fused_optimizer': True})
+    assert cfg.optim_wrapper.optimizer.fused
+    assert 'dtype' not in cfg.optim_wrapper
+    assert not cfg.custom_hooks[-1].channels_last
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('fast = dict(chanels_last=True)', 'fast.chanels_last is not known: did you mean channels_l'),
+    ('fast = dict(zzz=True)', 'fast.zzz is not known; its keys: channels_last, fused_optimizer'),
+    ('fast = dict(cuda_graphs=True)', 'fast.cuda_graphs captures what fast.compile names'),
+    ("fast = dict(cuda_graphs=True, compile=['backbone'], dynamic=True)", 'pictures of one size')])
+def test_wrong_keys_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        with_fast(tmp_path, text)
+
+
+def built(config: str, seed: int = 0) -> nn.Module:
+    cfg = read_config(config, {'model.backbone.init_cfg': None})
+    adapt(cfg)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model.eval()
+
+
+def predicted(model: nn.Module, scope: str):
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randint(0, 255, (3, 96, 128), generator=generator, dtype=torch.uint8)
+    shape = dict(img_shape=(96, 128), ori_shape=(96, 128), pad_shape=(96, 128),
+                 batch_input_shape=(96, 128), scale_factor=(1.0, 1.0))
+    if scope == 'mmseg':
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmdet.structures import DetDataSample as Sample
+    with torch.no_grad():
+        return model.test_step(dict(inputs=[picture], data_samples=[Sample(metainfo=shape)]))[0]
+
+
+def test_segmentation_is_the_same_in_channels_last():
+    model = built(DEMO_SEGMENTATION)
+    before = predicted(model, 'mmseg')
+    speed.use_channels_last(model)
+    seen = []
+    model.decode_head.fpn_bottleneck.conv.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(
+            memory_format=torch.channels_last)))
+    after = predicted(model, 'mmseg')
+    assert seen == [True]
+    assert torch.allclose(before.seg_logits.data, after.seg_logits.data, atol=1e-4)
+
+
+def test_detection_is_the_same_in_channels_last():
+    """RoIAlign reads memory as contiguous: without care it computes nonsense here."""
+    model = built(DEMO_DETECTION)
+    before = predicted(model, 'mmdet').pred_instances
+    speed.use_channels_last(model)
+    after = predicted(model, 'mmdet').pred_instances
+    assert len(before) > 0
+    assert torch.allclose(before.scores, after.scores, atol=1e-4)
+    assert torch.allclose(before.bboxes, after.bboxes, atol=0.1)
+
+    for cutter in model.modules():
+        if hasattr(cutter, 'roi_layers'):
+            cutter._forward_pre_hooks.clear()
+    model.backbone.contiguous_outputs = False
+    without = predicted(model, 'mmdet').pred_instances
+    assert len(without) != len(before) or not torch.allclose(without.scores, before.scores,
+                                                             atol=1e-4), 'care was needed'
+
+
+def test_parts_are_compiled_in_place():
+    model = built(DEMO_SEGMENTATION)
+    names = list(model.state_dict())
+    hook = speed.SpeedHook(compile=['backbone', 'decode_head'])
+    hook.before_train(SimpleNamespace(model=model))
+    assert model.backbone._compiled_call_impl is not None
+    assert model.decode_head._compiled_call_impl is not None
+    assert model.auxiliary_head._compiled_call_impl is None
+    assert list(model.state_dict()) == names
+    with pytest.raises(UserError, match="the model has no 'neck'; its parts: data_preprocessor, b"):
+        speed.SpeedHook(compile=['neck']).before_train(SimpleNamespace(model=model))
