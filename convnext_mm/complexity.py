@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a config's model, counted on the meta device: nothing is run."""
+"""Parameters, multiply-adds and memory of a config's model, counted without running it."""
 from __future__ import annotations
 
 import warnings
@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .errors import UserError
+from .kernels import MEMORY
 from .training import checks, fallbacks
 
 PROPOSALS, MASKS = 1000, 100
@@ -72,6 +74,67 @@ def count(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
                       counter.get_total_flops() // 2, size)
 
 
+class Memory(NamedTuple):
+    """Bytes that a step of training takes at its peak.
+
+    ``states``: weights and gradients in fp32, AdamW's two moments. ``kept``: what the backward pass
+    of backbone and heads needs. ``loss``: each head's logits at the size of the pictures, as
+    cross-entropy keeps them, and two more while the decode head's are gone back through.
+    Workspaces of convolutions, copies of weights in half precision and fragmentation come on top.
+    """
+
+    states: int
+    kept: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> Memory:
+    """Reckon the memory that a segmentor trains in, from the tensors that autograd saves.
+
+    Args:
+        cfg: Of a segmentor; changed by :func:`build`.
+        pictures: A step's, at the size of its crops.
+        half: Whether it trains in mixed precision.
+
+    Raises:
+        UserError: The model is no segmentor.
+    """
+    if 'decode_head' not in cfg.model:
+        raise UserError('memory is reckoned for segmentors only: a detector\'s depends on what is '
+                        'in the pictures')
+    cfg.model.backbone.drop_path_rate = 0.0  # nothing is left out
+    width, height = size = tuple(cfg.model.data_preprocessor.size)[::-1]
+    model = build(cfg).train()
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # or a storage's number could come again
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+    # Tensors without values that say they were on a CPU, whose autocast knows them.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device='cpu')
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        picture = torch.empty(pictures, cfg.model.backbone.get('in_chans', 3), height, width)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                torch.autocast('cpu', torch.bfloat16, enabled=half):
+            features = model.extract_feat(picture)
+            heads = [head for head in (model.decode_head, getattr(model, 'auxiliary_head', None))
+                     if head is not None]
+            logits = [head(features) for head in heads]
+    area = pictures * size[0] * size[1] * 4
+    maps = [area * one.shape[1] for one in logits]
+    return Memory(16 * sum(p.numel() for p in model.parameters()),
+                  sum(size for key, size in kept.items() if key not in own),
+                  sum(maps) + 2 * maps[0])
+
+
 def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
     """Send ``rois`` feature maps through each 'bbox' or 'mask' head, without cutting them out."""
     heads, extractors = (getattr(roi_head, f'{kind}_{what}', None)
@@ -84,13 +147,21 @@ def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
         head(torch.empty(rois, extractor.out_channels, *extractor.roi_layers[0].output_size))
 
 
-def table(configs: Iterable[str], size: tuple[int, int] | None = None) -> str:
+def table(configs: Iterable[str], size: tuple[int, int] | None = None,
+          memory: bool = False) -> str:
     """A Markdown table of configs, a row each, made with a progress bar.
+
+    Args:
+        configs: Files.
+        size: Of the picture that FLOPs are counted for, see :func:`count`.
+        memory: Whether the memory of training is reckoned as well, in GB, by what is kept.
 
     Raises:
         UserError: A config cannot be read, or built here.
     """
-    rows = ['| config | parameters | FLOPs | picture |', '|---|---|---|---|']
+    rows = ['| config | parameters | FLOPs | picture |' + (
+        ''.join(f' training, {m} |' for m in MEMORY) if memory else '')]
+    rows.append('|---' * (rows[0].count('|') - 1) + '|')
     for path in tqdm(list(configs), unit='config', leave=False):
         cfg = checks.read_config(path)
         try:
@@ -101,8 +172,18 @@ def table(configs: Iterable[str], size: tuple[int, int] | None = None) -> str:
             raise UserError(f'{path}: its model cannot be counted: {type(error).__name__}: '
                             f'{error}') from error
         rows.append(f'| `{Path(path).stem}` | {found.parameters / 1e6:.2f}M | '
-                    f'{_billions(found.flops)} | {found.size[0]}×{found.size[1]} |')
+                    f'{_billions(found.flops)} | {found.size[0]}×{found.size[1]} |' + (
+                        _memories(path) if memory else ''))
     return '\n'.join(rows)
+
+
+def _memories(path: str) -> str:
+    """Cells with the memory of training for each way of keeping activations."""
+    cells = []
+    for kind in MEMORY:
+        cfg = checks.read_config(path, {'model.backbone.memory': kind})
+        cells.append(f' {training_memory(cfg).total / 1e9:.2f} GB |')
+    return ''.join(cells)
 
 
 def _billions(flops: int) -> str:

@@ -188,10 +188,11 @@ FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
 def fusible(x: Tensor, *layers: nn.Module) -> bool:
     """Whether a fused function may stand for ``layers``, called one after another on ``x``.
 
-    Not where somebody else is to see them, a tracer or the user's hooks; and not where they are
-    no longer the authors', or of another dtype than ``x``.
+    Not where somebody else is to see them, a tracer or the user's hooks; not where they are no
+    longer the authors', or of another dtype than ``x``; not where there are no values.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or not x.is_floating_point():
+    if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
+            or not x.is_floating_point()):
         return False
     mixed = torch.is_autocast_enabled(x.device.type)
     return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)

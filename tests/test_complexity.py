@@ -24,6 +24,7 @@ def test_the_count_is_that_of_a_run():
     from torch.utils.flop_counter import FlopCounterMode
     cfg = Config.fromfile(DEMO_SEGMENTATION)
     counted = complexity.count(cfg, (128, 96))
+    cfg.model.backbone.memory = 'plain'  # the counter knows no fused operations
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 96, 128), mode='tensor')
@@ -54,3 +55,40 @@ def test_the_tool_takes_ones_own_configs_and_sizes():
     assert done.returncode == 2
     assert 'Config not found' in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_memory_is_reckoned_from_what_autograd_keeps():
+    """On tensors without values as with them: the demo's segmentor, layer after layer."""
+    from mmengine.registry import MODELS
+
+    from tests.kernels.test_functions import saved
+    cfg = Config.fromfile(DEMO_SEGMENTATION)
+    cfg.model.backbone.memory = 'plain'
+    found = complexity.training_memory(cfg, pictures=2)
+    model = MODELS.build(cfg.model).train()
+    assert found.states == 16 * sum(p.numel() for p in model.parameters())
+    classes, area = 8, 2 * 128 * 128
+    assert found.loss == 4 * 4 * classes * area, 'of two heads, and twice of one'
+
+    def forward(picture):
+        features = model.extract_feat(picture)
+        return model.decode_head(features), model.auxiliary_head(features)
+    forward.parameters = model.parameters
+    # Norms' statistics are of other dtypes there: a five-hundredth.
+    assert found.kept == pytest.approx(saved(forward, torch.zeros(2, 3, 128, 128), True) * 2**20,
+                                       rel=0.003)
+
+
+@pytest.mark.parametrize(('name', 'limit'), [('large_640', 8.0), ('xlarge_640', 14.0)])
+def test_what_a_card_can_train(name, limit):
+    cfg = Config.fromfile(ROOT / 'configs' / f'upernet_convnext_{name}_160k_ade20k.py')
+    lean = complexity.training_memory(cfg).total
+    assert lean / 1e9 <= limit
+    cfg.model.backbone.memory = 'minimal'
+    assert complexity.training_memory(cfg).total < lean
+
+
+def test_memory_of_detectors_is_not_reckoned():
+    from convnext_mm import UserError
+    with pytest.raises(UserError, match='for segmentors only'):
+        complexity.training_memory(Config.fromfile(DEMO_DETECTION))

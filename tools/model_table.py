@@ -1,4 +1,4 @@
-"""Print a table of configs: parameters and FLOPs (multiply-adds), counted without running them."""
+"""Print a table of configs: parameters, FLOPs (multiply-adds), memory; nothing is run for it."""
 import argparse
 from pathlib import Path
 
@@ -16,7 +16,10 @@ if __name__ == '__main__':
     parser.add_argument('configs', nargs='*', help='config files (the recipes of configs/)')
     parser.add_argument('--size', type=size, metavar='WxH',
                         help="of the picture (the authors': 2048x512, 2560x640, 1280x800)")
+    parser.add_argument('--memory', action='store_true',
+                        help='reckon what a GPU holds in training, for 2 pictures in mixed '
+                        'precision, with each of model.backbone.memory (segmentors)')
     args = parser.parse_args()
     recipes = sorted(str(path) for path in (Path(__file__).parent.parent / 'configs').glob('*.py')
                      if not path.stem.endswith(('_ss', '_ms')))
-    run(lambda args: print(table(args.configs or recipes, args.size)), args)
+    run(lambda args: print(table(args.configs or recipes, args.size, args.memory)), args)
