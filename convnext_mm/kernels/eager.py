@@ -5,6 +5,8 @@ Maps are (N, H, W, C) and contiguous. Every function here has a namesake in
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,8 +203,9 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) ->
 
 def _same_kind(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """y and a norm's weight as the kernel takes them: fp32 statistics on every device."""
-    weight = weight.to(_wide(y))
-    return (y, weight) if y.device.type == 'cpu' else (y.to(weight.dtype), weight)
+    wide = _wide(y)
+    weight = weight if weight.dtype == wide else weight.to(wide)
+    return (y, weight) if y.is_cpu or y.dtype == wide else (y.to(wide), weight)
 
 
 def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -219,16 +222,21 @@ def _onednn(x: Tensor) -> bool:
 
     In fp32 it is faster than the BLAS behind F.linear, in bf16 it needs no copy of the bias.
     """
-    return (x.device.type == 'cpu' and x.dtype in (torch.float32, torch.bfloat16)
-            and not torch.compiler.is_compiling() and x.numel() > 0
-            and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-            and (x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    return (x.is_cpu and not torch.compiler.is_compiling() and x.dtype in _onednn_dtypes()
+            and torch.backends.mkldnn.enabled and x.numel() > 0)
+
+
+@functools.cache
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    return (torch.float32, *([torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, H, W, K) by weight (L, K) and bias (L,)."""
     if _onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(
+        return torch.ops.mkldnn._linear_pointwise.default(
             x.flatten(0, 2), weight, bias, 'none', [], '').view(*x.shape[:3], -1)
     return F.linear(x, weight, bias)
 

@@ -38,6 +38,8 @@ class Weights(NamedTuple):
 
     def cast(self, dtype: torch.dtype) -> Weights:
         """What convolution and products take, in ``dtype``; norms and scales as they are."""
+        if self.dwconv_weight.dtype == self.pwconv1_weight.dtype == dtype:
+            return self
         return self._replace(**{name: getattr(self, name).to(dtype) for name in (
             'dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight',
             'pwconv2_bias')})
@@ -134,7 +136,7 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
     stream = x.dtype if weights.gamma is None else torch.promote_types(
         x.dtype, weights.gamma.dtype)
     with autocast(x.device.type, enabled=False):
-        if drop is not None and ops is eager and x.device.type == 'cpu':
+        if drop is not None and ops is eager and x.is_cpu and not torch.compiler.is_compiling():
             # What drop path drops is not computed; on a GPU, asking which would cost a wait.
             pictures, factor, drop = _left(drop)
             if not factor:

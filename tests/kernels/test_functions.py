@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.peers import OpenMMLab
 from convnext_mm import ConvNeXt, kernels
 from convnext_mm.kernels import eager, functions
-from convnext_mm.layers import Block, DropPath, LayerNorm2d
+from convnext_mm.layers import Block, DropPath
 
 SHAPES = [(1, 8, 1, 1), (2, 12, 7, 5), (3, 8, 20, 35), (1, 20, 16, 33)]
 
@@ -214,31 +214,6 @@ def test_tracing_and_export_see_the_layers():
 # ------------------------------------------------------------------------ half precision
 
 
-class Reference(nn.Module):
-    """OpenMMLab's sequence of operations, with the parameters of a ConvNeXt."""
-
-    def __init__(self, model: ConvNeXt) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-            x = F.layer_norm(x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight,
-                             layer.bias, layer.eps)
-            return x.permute(0, 3, 1, 2).contiguous()
-
-        outs = []
-        for i, (down, stage) in enumerate(
-                zip(self.model.downsample_layers, self.model.stages, strict=True)):
-            for layer in down:
-                x = norm(layer, x) if isinstance(layer, LayerNorm2d) else layer(x)
-            for b in stage:
-                y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
-                x = x + b.drop_path(y.permute(0, 3, 1, 2).mul(b.gamma.view(1, -1, 1, 1)))
-            outs.append(norm(getattr(self.model, f'norm{i}'), x))
-        return outs
-
-
 def errors(model: nn.Module, x: Tensor, exact: nn.Module, autocast: bool) -> dict[str, float]:
     """Root mean square errors to float64, of features and of gradients by kind of parameter."""
     def of(module: nn.Module, x: Tensor, autocast: bool):
@@ -275,11 +250,11 @@ def test_errors_in_half_precision_are_those_of_the_reference(memory, autocast):
             p.data = (torch.randn_like(p) / p[0].numel() ** 0.5 if p.ndim > 1
                       else p + 0.2 * torch.randn_like(p))
         x = torch.randn(2, 3, 96, 64)
-        exact = Reference(copy.deepcopy(model).double())
+        exact = OpenMMLab(copy.deepcopy(model).double())
         if not autocast:
             model, x = model.bfloat16(), x.bfloat16()
-            exact = Reference(copy.deepcopy(model).double())
-        for total, module in ((ours, model), (theirs, Reference(copy.deepcopy(model)))):
+            exact = OpenMMLab(copy.deepcopy(model).double())
+        for total, module in ((ours, model), (theirs, OpenMMLab(copy.deepcopy(model)))):
             for kind, error in errors(module, x, exact, autocast).items():
                 total[kind] = total.get(kind, 0.0) + error
     for kind, error in theirs.items():
@@ -313,7 +288,7 @@ def saved(model: nn.Module, x: Tensor, autocast: bool) -> float:
 def test_what_is_kept_of_tiny_at_512(memory, autocast, least, most):
     model = ConvNeXt('tiny', layer_scale_init_value=1.0,
                      memory='plain' if memory == 'reference' else memory)
-    counted = saved(Reference(model) if memory == 'reference' else model,
+    counted = saved(OpenMMLab(model) if memory == 'reference' else model,
                     torch.randn(1, 3, 512, 512), autocast)
     assert least <= counted <= most
 

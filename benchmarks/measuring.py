@@ -1,0 +1,140 @@
+"""What the benchmarks share: turns, ceilings of the machine, result files."""
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / 'results'
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(step: Callable[[], object]) -> float:
+    """How long a step takes, with what it leaves on the GPU."""
+    synchronize()
+    begin = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def in_turns(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step; they take turns, so that a slow minute falls on all of them.
+
+    A step that fails in its first turn, which is for warming up, is left out with its reason.
+    """
+    for name in list(steps):
+        try:
+            seconds(steps[name])
+        except Exception as error:  # another library's, or out of memory
+            print(f'    {name}: {type(error).__name__}: {str(error)[:200]}', file=sys.stderr)
+            del steps[name]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(step))
+        print(f'\r    turn {turn + 1} of {repeats}', end='', file=sys.stderr, flush=True)
+    print('\r' + ' ' * 30, end='\r', file=sys.stderr)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def peak_memory(step: Callable[[], object]) -> float | None:
+    """MiB that a step holds at most on the GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def kept_memory(forward: Callable[[], object], parameters: list[Tensor]) -> float:
+    """MiB that a forward pass keeps for the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    sizes, alive = {}, []
+
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)  # or its address could come again
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(sizes.values()) / 2**20
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOPs and bytes a second of this machine: a large product, and a copy of 256 MiB."""
+    side = 8192 if device == 'cuda' else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in 'ab')
+    source = torch.empty(64 * 2**20, device=device)
+    target = torch.empty_like(source)
+    times = in_turns(dict(product=lambda: a @ b, copy=lambda: target.copy_(source)), 5)
+    return 2 * side**3 / times['product'], 2 * source.nbytes / times['copy']
+
+
+def machine() -> str:
+    """This machine and its versions, in a line."""
+    if torch.cuda.is_available():
+        chip = torch.cuda.get_device_name()
+    else:
+        chip = platform.processor() or platform.machine()
+        listed = Path('/proc/cpuinfo')
+        if listed.exists():
+            names = re.findall(r'model name\s*: (.*)', listed.read_text())
+            chip = names[0] if names else chip
+        chip += f', {torch.get_num_threads()} threads of {os.cpu_count()} cores'
+    return (f'{chip}; Python {platform.python_version()}, PyTorch {torch.__version__}, '
+            f'capability {torch.backends.cpu.get_cpu_capability()}')
+
+
+def write_results(name: str, title: str, text: str) -> Path:
+    """Keep a dated file with the machine, the versions and the command; returns its path."""
+    today = datetime.date.today().isoformat()
+    kind = 'gpu' if torch.cuda.is_available() else 'cpu'
+    path = RESULTS / f'{today}-{name}-{kind}.md'
+    RESULTS.mkdir(exist_ok=True)
+    script = os.path.relpath(sys.argv[0], Path(__file__).parent.parent)
+    path.write_text(f'# {title}, {today}\n\n`{" ".join(["python", script, *sys.argv[1:]])}`\n\n'
+                    f'{machine()}.\n\n{text}\n', encoding='utf-8')
+    return path
+
+
+def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = '') -> None:
+    """Bars of how many times as fast as the reference each is, a panel a group."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    rows = max(len(group) for group in groups.values())
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 0.34 * rows + 1.2),
+                                squeeze=False)
+    for axis, (title, group) in zip(axes[0], groups.items(), strict=True):
+        names = list(group)[::-1]
+        colors = ['tab:orange' if n.startswith('ours') else '0.85' if n == limit else '0.6'
+                  for n in names]
+        bars = axis.barh(names, [group[n] for n in names], color=colors)
+        axis.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
+        axis.axvline(1, color='black', linewidth=0.8)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlim(0, 1.18 * max(group.values()))
+        axis.spines[['top', 'right']].set_visible(False)
+    figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,119 @@
+"""What the backbone is measured against, with the parameters of one and the same ConvNeXt."""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnext_mm import ConvNeXt
+from convnext_mm.layers import LayerNorm2d
+
+
+class OpenMMLab(nn.Module):
+    """The reference: OpenMMLab's sequence of operations.
+
+    Maps are (N, C, H, W) throughout and permuted around the norm and the linear layers; norms over
+    channels are made contiguous.
+
+    Args:
+        model: Whose parameters are used.
+    """
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) → the feature maps."""
+        outs = []
+        for i, (down, stage) in enumerate(
+                zip(self.model.downsample_layers, self.model.stages, strict=True)):
+            for layer in down:
+                x = self.norm(layer, x) if isinstance(layer, LayerNorm2d) else layer(x)
+            for b in stage:
+                x = x + b.drop_path(self.branch(b, x))
+            outs.append(self.norm(getattr(self.model, f'norm{i}'), x))
+        return outs
+
+    def branch(self, b: nn.Module, x: Tensor) -> Tensor:
+        """What a block adds to its input."""
+        y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
+        y = y.permute(0, 3, 1, 2)
+        return y if b.gamma is None else y.mul(b.gamma.view(1, -1, 1, 1))
+
+    def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        """LayerNorm over channels."""
+        x = F.layer_norm(x.permute(0, 2, 3, 1), layer.normalized_shape, layer.weight, layer.bias,
+                         layer.eps)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+class Authors(OpenMMLab):
+    """The authors' sequence: their own norm over channels, step by step."""
+
+    def branch(self, b: nn.Module, x: Tensor) -> Tensor:
+        y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
+        return (y if b.gamma is None else b.gamma * y).permute(0, 3, 1, 2)
+
+    def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + layer.eps)
+        return layer.weight[:, None, None] * x + layer.bias[:, None, None]
+
+
+class Products(nn.Module):
+    """The limit: the matrix products of the blocks alone, on maps that are there already."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """One product after another; returns what has a gradient."""
+        outs = []
+        kind = x.device.type
+        dtype = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        for i, stage in enumerate(self.model.stages):
+            rows = x.shape[0] * -(-x.shape[2] // 2 ** (i + 2)) * -(-x.shape[3] // 2 ** (i + 2))
+            dim = self.model.arch.dims[i]
+            key = (rows, dim, dtype, torch.is_grad_enabled())
+            if key not in self.inputs:
+                self.inputs[key] = tuple(
+                    torch.randn(rows, width, device=x.device, dtype=dtype,
+                                requires_grad=torch.is_grad_enabled()) for width in (dim, 4 * dim))
+            narrow, wide = self.inputs[key]
+            for b in stage:
+                outs += [F.linear(narrow, b.pwconv1.weight), F.linear(wide, b.pwconv2.weight)]
+        return outs
+
+
+def transformers(model: ConvNeXt, arch: str) -> nn.Module:
+    """ConvNextBackbone of transformers, of this size with weights of its own."""
+    from transformers import ConvNextBackbone, ConvNextConfig
+    depths, dims, _ = model.arch
+    made = ConvNextBackbone(ConvNextConfig(
+        depths=list(depths), hidden_sizes=list(dims), layer_scale_init_value=1.0,
+        out_features=[f'stage{i + 1}' for i in range(len(depths))]))
+    return Wrapped(made, lambda out: out.feature_maps)
+
+
+def timm(model: ConvNeXt, arch: str) -> nn.Module:
+    """timm's features_only ConvNeXt, of this size with weights of its own."""
+    import timm as library
+    return Wrapped(library.create_model(f'convnext_{arch}', features_only=True), lambda out: out)
+
+
+class Wrapped(nn.Module):
+    """Another library's model, whose output is a list of maps."""
+
+    def __init__(self, model: nn.Module, maps: Callable) -> None:
+        super().__init__()
+        self.model, self.maps = model, maps
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) → the feature maps."""
+        return list(self.maps(self.model(x)))
