@@ -97,3 +97,37 @@ def test_the_four_lines_for_ones_own_data_work(scope, demo_data, tmp_path):
         assert len(dataset) == count
         assert len(dataset.metainfo['classes']) == 2
         assert dataset[0]['inputs'].shape[0] == 3
+
+
+def test_the_speeds_are_those_of_the_results():
+    section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
+    results = {step: (ROOT / 'benchmarks' / 'results' / link).read_text(encoding='utf-8')
+               for step, link in re.findall(r'\[(training|inference)\]\(benchmarks/results/(\S+)\)',
+                                            section)}
+    rows = dict(re.findall(r'^\| (OpenMMLab\S* sequence|ours|ours, `minimal`|the blocks.*?) (\|.*)',
+                           section, re.M))
+    names = dict(zip(rows, ('OpenMMLab (reference)', 'ours', 'ours, minimal',
+                            'products alone (limit)'), strict=True))
+    for row, name in names.items():
+        found = [re.findall(r'[\d.]+', cell) for cell in rows[row].strip('|').split('|')]
+        measured = {step: re.findall(rf'^\| {re.escape(name)} \| (\S+) \| \S+ \| \S+ \| (\d*) ?\|',
+                                     content, re.M) for step, content in results.items()}
+        for i, (ms, kept) in enumerate(measured['training']):
+            assert found[i] == [f'{float(ms):.0f}']
+            assert found[2 + i] == ([kept] if kept else [])
+        for i, (ms, _) in enumerate(measured['inference']):
+            assert found[4 + i] == [f'{float(ms):.0f}']
+
+
+def test_the_memory_is_what_the_tool_reckons():
+    from convnext_mm.complexity import training_memory
+    from convnext_mm.kernels import MEMORY
+    from convnext_mm.training.checks import read_config
+    rows = re.findall(r'^\| (\w+) (512|640) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|',
+                      text('README.md'), re.M)
+    assert len(rows) == 4
+    for size, crop, *cells in rows:
+        config = f'{ROOT}/configs/upernet_convnext_{size}_{crop}_160k_ade20k.py'
+        for memory, cell in zip(MEMORY, cells, strict=True):
+            cfg = read_config(config, {'model.backbone.memory': memory})
+            assert cell == f'{training_memory(cfg).total / 1e9:.2f}'

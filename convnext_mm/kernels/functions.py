@@ -99,8 +99,9 @@ class BlockFunction(torch.autograd.Function):
         weights = Weights(*weights)
         wanted = Weights(*ctx.needs_input_grad[3:])
         if x is None:  # drop path has dropped every picture
-            return g.to(ctx.dtype), None, None, *(torch.zeros_like(w) if want else None
-                                    for w, want in zip(weights, wanted, strict=True))
+            zeros = (torch.zeros_like(w) if want else None
+                     for w, want in zip(weights, wanted, strict=True))
+            return g.to(ctx.dtype), None, None, *zeros
         with autocast(g.device.type, enabled=False):
             g = _nhwc(g)
             part = g if pictures is None else g[pictures]
@@ -138,7 +139,8 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
     with autocast(x.device.type, enabled=False):
         if drop is not None and ops is eager and x.is_cpu and not torch.compiler.is_compiling():
             # What drop path drops is not computed; on a GPU, asking which would cost a wait.
-            pictures, factor, drop = _left(drop)
+            pictures, factor = _left(drop)
+            drop = None
             if not factor:
                 return x.to(stream, copy=True), Kept(pictures, None, 0.0, None, None, None)
         whole = _nhwc(x)
@@ -175,8 +177,12 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
     """Gradients of a block's input (N, H, W, C) and of its parameters, in their order."""
     ops, w = settings.ops, weights.cast(settings.dtype)
     gz = g if kept.drop is None else g * kept.drop[:, None, None, None].to(g.dtype)
+    scale, unit = _scale(w.gamma, kept.factor, g), None
+    if settings.dtype == torch.float16 and scale is not None:
+        # Behind a small layer scale gradients are small; before it they may leave fp16's range.
+        unit = scale.abs().clamp_min(1e-4)
+        gz, scale = gz * unit, scale / unit
     gz = gz.to(settings.dtype)
-    scale = _scale(w.gamma, kept.factor, g)
     w2 = w.pwconv2_weight if scale is None else (
         w.pwconv2_weight * scale[:, None]).to(settings.dtype)
 
@@ -203,6 +209,7 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
         dw2, db2 = (m, s) if scale is None else (m * scale[:, None], s * scale)
         if w.gamma is not None:
             dscale = kept.factor * ((m * weights.pwconv2_weight).sum(1) + s * weights.pwconv2_bias)
+            dscale = dscale if unit is None else dscale / unit
     del u, gz
     if wanted.pwconv1_weight or wanted.pwconv1_bias:
         dw1, db1 = eager.weight_gradient(dh, n)
@@ -218,11 +225,11 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
                 for grad, weight, want in zip(grads, weights, wanted, strict=True)]
 
 
-def _left(drop: Tensor) -> tuple[Tensor | None, float, None]:
+def _left(drop: Tensor) -> tuple[Tensor | None, float]:
     """The pictures that drop path has left (None: all), and the factor of their branches."""
     left = drop.nonzero().flatten()
     factor = float(drop.max()) if drop.numel() else 1.0
-    return (None if left.numel() == drop.numel() else left), factor, None
+    return (None if left.numel() == drop.numel() else left), factor
 
 
 def _scale(gamma: Tensor | None, factor: float, like: Tensor) -> Tensor | None:

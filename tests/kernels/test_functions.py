@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -42,7 +43,7 @@ def run(module: nn.Module, x: Tensor, up: Tensor | None = None, autocast: bool =
     """Output, and gradients of the input and every parameter."""
     x = x.detach().clone().requires_grad_()
     module.zero_grad(set_to_none=True)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, torch.bfloat16) if autocast else nullcontext():
         out = module(x)
     out.backward(torch.ones_like(out) if up is None else up.to(out.dtype))
     return out.detach(), {'x': x.grad, **{n: p.grad for n, p in module.named_parameters()}}
@@ -259,6 +260,20 @@ def test_errors_in_half_precision_are_those_of_the_reference(memory, autocast):
                 total[kind] = total.get(kind, 0.0) + error
     for kind, error in theirs.items():
         assert ours[kind] <= 1.1 * error, kind
+
+
+@pytest.mark.parametrize('gamma', [1e-3, -1e-3, 0.0, 1.0])
+def test_gradients_before_a_small_layer_scale_stay_in_the_range_of_fp16(gamma):
+    made = block(16)
+    made.gamma.data.fill_(gamma)
+    x = torch.randn(1, 16, 12, 12)
+    # A loss scale's worth: what is behind the layer scale is fine, what is before it is not.
+    up = torch.randn(1, 16, 12, 12) * (1e4 if abs(gamma) < 1 else 10)
+    exact = run(copy.deepcopy(made).double(), x.double(), up.double())
+    with torch.autocast('cpu', torch.float16):
+        found = run(made, x, up)
+    for name, gradient in exact[1].items():
+        assert (found[1][name] - gradient).abs().max() <= 0.01 * gradient.abs().max(), name
 
 
 # -------------------------------------------------------------------------------- memory
