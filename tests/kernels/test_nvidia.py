@@ -288,9 +288,10 @@ def test_layouts_and_empty_batches():
 def calls() -> dict[str, list[tuple]]:
     """Arguments of every operator, with and without what is optional."""
     x, k, w, c = rand(1, 2, 3, 8), rand(1, 2, 3, 32), rand(8, 1, 7, 7), rand(8)
+    wide = rand(1, 1, 2, 520), rand(520, 1, 7, 7), *[rand(520)] * 3, 1e-6, True
     m, up, down, s, b = rand(6), rand(32, 8), rand(8, 32), rand(1, 32), rand(32)
     return dict(
-        dwconv_norm=[(x, w, c, c, c, 1e-6, True), (x.half(), w, c, c, c, 1e-6, False)],
+        dwconv_norm=[(x, w, c, c, c, 1e-6, True), (x.half(), w, c, c, c, 1e-6, False), wide],
         norm_backward=[(x, x, m, m, c)],
         dwconv_backward_input=[(x.half(), w, x), (x, w, None)],
         dwconv_backward_weight=[(x.half(), x.half())],
