@@ -129,16 +129,11 @@ def training_of(model: nn.Module, forward: Callable[[], list[Tensor]]) -> Callab
     return train
 
 
-def pair(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split('x'))
-    return width, height
-
-
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--archs', nargs='+', default=['tiny'])
-    parser.add_argument('--inputs', nargs='+', type=pair, default=[(512, 512)], metavar='WxH')
+    parser.add_argument('--inputs', nargs='+', type=measuring.pair, default=[(512, 512)], metavar='WxH')
     parser.add_argument('--batches', nargs='+', type=int, default=[1])
     parser.add_argument('--dtypes', nargs='+', choices=measuring.DTYPES, default=['fp32', 'bf16'])
     parser.add_argument('--steps', nargs='+', choices=['infer', 'train'],

@@ -18,6 +18,12 @@ RESULTS = Path(__file__).parent / 'results'
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
+def pair(text: str) -> tuple[int, int]:
+    """WxH of the command line."""
+    width, height = map(int, text.split('x'))
+    return width, height
+
+
 def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():

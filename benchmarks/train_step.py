@@ -116,17 +116,12 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, kind: torch.dtyp
     return step
 
 
-def pair(text: str) -> tuple[int, int]:
-    width, height = map(int, text.split('x'))
-    return width, height
-
-
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path,
                         default=Path('configs/upernet_convnext_tiny_512_160k_ade20k.py'))
-    parser.add_argument('--size', type=pair, default=(512, 512), metavar='WxH')
+    parser.add_argument('--size', type=measuring.pair, default=(512, 512), metavar='WxH')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--dtypes', nargs='+', choices=measuring.DTYPES, default=['fp32', 'bf16'])
     parser.add_argument('--drop-path', type=float, help="instead of the recipe's")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measuring import kept_memory
 from benchmarks.peers import OpenMMLab
 from convnext_mm import ConvNeXt, kernels
 from convnext_mm.kernels import eager, functions
@@ -281,19 +282,8 @@ def test_gradients_before_a_small_layer_scale_stay_in_the_range_of_fp16(gamma):
 
 def saved(model: nn.Module, x: Tensor, autocast: bool) -> float:
     """MiB that the backward pass keeps, parameters left out."""
-    sizes, alive = {}, []
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t: Tensor) -> Tensor:
-        alive.append(t)
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
-            torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        model(x)
-    return sum(sizes.values()) / 2**20
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        return kept_memory(lambda: model(x), list(model.parameters()))
 
 
 @pytest.mark.parametrize(('memory', 'autocast', 'least', 'most'), [
