@@ -133,7 +133,8 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--archs', nargs='+', default=['tiny'])
-    parser.add_argument('--inputs', nargs='+', type=measuring.pair, default=[(512, 512)], metavar='WxH')
+    parser.add_argument('--inputs', nargs='+', type=measuring.pair, default=[(512, 512)],
+                        metavar='WxH')
     parser.add_argument('--batches', nargs='+', type=int, default=[1])
     parser.add_argument('--dtypes', nargs='+', choices=measuring.DTYPES, default=['fp32', 'bf16'])
     parser.add_argument('--steps', nargs='+', choices=['infer', 'train'],

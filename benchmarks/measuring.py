@@ -128,7 +128,7 @@ def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = ''
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     rows = max(len(group) for group in groups.values())
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 0.34 * rows + 1.2),
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 0.34 * rows + 1.4),
                                 squeeze=False)
     for axis, (title, group) in zip(axes[0], groups.items(), strict=True):
         names = list(group)[::-1]
@@ -137,7 +137,7 @@ def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = ''
         bars = axis.barh(names, [group[n] for n in names], color=colors)
         axis.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
         axis.axvline(1, color='black', linewidth=0.8)
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title.replace(', ', '\n', 1), fontsize=10, loc='right')
         axis.set_xlim(0, 1.18 * max(group.values()))
         axis.spines[['top', 'right']].set_visible(False)
     figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
