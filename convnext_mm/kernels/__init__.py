@@ -1,9 +1,11 @@
 """The block's operations fused: less kept for the backward pass, fewer passes over memory."""
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import eager
@@ -20,8 +22,17 @@ def operations(x: Tensor, dilation: int, allowed: bool) -> ModuleType:
         dilation: Of its convolution; Triton's kernels know 1.
         allowed: Whether Triton may be used.
     """
-    if allowed and dilation == 1 and x.is_cuda and find_spec('triton'):
+    if allowed and dilation == 1 and x.is_cuda and triton_runs():
         from . import nvidia
-        if nvidia.available():
-            return nvidia
+        return nvidia
     return eager
+
+
+@torch.compiler.assume_constant_result  # a compiler need not look for modules
+@functools.cache  # nor every block of every step
+def triton_runs() -> bool:
+    """Whether Triton is there, and a GPU that its kernels can run on."""
+    if not find_spec('triton'):
+        return False
+    from . import nvidia
+    return nvidia.available()

@@ -341,21 +341,27 @@ def test_distributed_with_a_static_graph(tmp_path):
 def nvidia():
     pytest.importorskip('triton', reason='the kernels need triton, which is not installed')
     from convnext_mm.kernels import nvidia
-    if not nvidia.INTERPRETED:
-        pytest.skip('on a GPU, test_nvidia.py runs the block itself')
     return nvidia
+
+
+class OnGpu(NamedTuple):
+    """Stands for a tensor where only its place is asked for."""
+
+    is_cuda: bool = True
 
 
 @pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('memory', ['lean', 'minimal'])
 @pytest.mark.parametrize('how', ['eager', 'compiled', 'dropped'])
 def test_block_by_tritons_operations(nvidia, how, memory, use_grn, monkeypatch):
-    """torch.compile sees through them: one graph, forward and backward."""
+    """On a GPU or in the interpreter; torch.compile sees through: one graph, both ways."""
+    device = 'cpu' if nvidia.INTERPRETED else 'cuda'
     monkeypatch.setattr(kernels, 'operations', lambda *_: nvidia)
     if how == 'dropped':
-        monkeypatch.setattr(DropPath, 'factors', lambda self, x: torch.tensor([0.0, 1.5]))
-    made = block(8, use_grn, memory=memory)
-    x, up = torch.randn(2, 8, 4, 6), torch.randn(2, 8, 4, 6)
+        monkeypatch.setattr(DropPath, 'factors',
+                            lambda self, x: torch.tensor([0.0, 1.5], device=device))
+    made = block(8, use_grn, memory=memory).to(device)
+    x, up = (torch.randn(2, 8, 4, 6, device=device) for _ in 'xu')
     module = torch.compile(made, backend='aot_eager', fullgraph=True) if how == 'compiled' else made
     found = run(module, x, up)
     found[1].update({k.removeprefix('_orig_mod.'): v for k, v in found[1].items()})
@@ -364,9 +370,18 @@ def test_block_by_tritons_operations(nvidia, how, memory, use_grn, monkeypatch):
 
 
 def test_which_operations_are_used(nvidia):
-    class OnGpu(NamedTuple):
-        is_cuda: bool = True
     assert kernels.operations(OnGpu(), 1, True) is nvidia
     assert kernels.operations(OnGpu(), 2, True) is eager, 'the kernels know no dilation'
     assert kernels.operations(OnGpu(), 1, False) is eager, 'switched off'
     assert kernels.operations(OnGpu(False), 1, True) is eager
+
+
+def test_the_choice_of_operations_is_compiled_away(nvidia):
+    here = OnGpu()
+
+    def act(h: Tensor) -> Tensor:
+        return kernels.operations(here, 1, True).gelu(h)
+    h = torch.randn(1, 2, 3, 8, device='cpu' if nvidia.INTERPRETED else 'cuda')
+    torch._dynamo.reset()
+    compiled = torch.compile(act, backend='aot_eager', fullgraph=True)
+    assert torch.equal(compiled(h), nvidia.gelu(h))
