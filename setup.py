@@ -27,8 +27,9 @@ EXTRAS = {
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is what the backbone is compared with.
     'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16', 'transformers>=5,<6'],
-    # Tests of the kernels without a GPU; a PyTorch for GPUs brings a Triton of its own.
-    'interpreter': ['triton>=3.6,<3.7'],
+    # Tests of the kernels without a GPU; a PyTorch for GPUs brings a Triton of its own. This one's
+    # interpreter makes numbers of arrays with one value, which numpy 2.4 no longer does.
+    'interpreter': ['triton>=3.6,<3.7', 'numpy<2.4'],
 }
 
 if __name__ == '__main__':

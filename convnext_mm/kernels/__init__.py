@@ -5,7 +5,6 @@ import functools
 from importlib.util import find_spec
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from . import eager
@@ -28,11 +27,15 @@ def operations(x: Tensor, dilation: int, allowed: bool) -> ModuleType:
     return eager
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look for modules
-@functools.cache  # nor every block of every step
+@functools.cache  # not every block of every step need look
 def triton_runs() -> bool:
     """Whether Triton is there, and a GPU that its kernels can run on."""
     if not find_spec('triton'):
         return False
     from . import nvidia
     return nvidia.available()
+
+
+# A compiler takes the answer as it is. What torch.compiler.assume_constant_result does, without
+# importing the compiler, and Triton, wherever this package is imported.
+triton_runs._dynamo_marked_constant = True

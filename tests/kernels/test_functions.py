@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from benchmarks.peers import OpenMMLab
 from convnext_mm import ConvNeXt, kernels
 from convnext_mm.kernels import eager, functions
 from convnext_mm.layers import Block, DropPath
+from tests.conftest import run_tool
 
 SHAPES = [(1, 8, 1, 1), (2, 12, 7, 5), (3, 8, 20, 35), (1, 20, 16, 33)]
 
@@ -385,3 +387,10 @@ def test_the_choice_of_operations_is_compiled_away(nvidia):
     torch._dynamo.reset()
     compiled = torch.compile(act, backend='aot_eager', fullgraph=True)
     assert torch.equal(compiled(h), nvidia.gelu(h))
+
+
+def test_no_compiler_is_imported_with_the_package():
+    """It takes seconds, and Triton reads its settings then."""
+    done = run_tool(sys.executable, '-c', 'import sys, convnext_mm; '
+                    "print([m for m in ('torch._dynamo', 'triton') if m in sys.modules])")
+    assert done.stdout.splitlines()[-1] == '[]'
