@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GRN_EPS = 1e-6
+
 ROWS = 8192
 """Positions that :func:`mlp` takes at a time on a CPU."""
 
@@ -99,22 +101,23 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
 
 
 def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-        gamma: Tensor | None, x: Tensor) -> Tensor:
-    """:func:`linear_gelu` and :func:`linear_residual` where nothing of them is kept.
+        gamma: Tensor | None, drop: Tensor | None, x: Tensor, keep: bool
+        ) -> tuple[Tensor, Tensor]:
+    """:func:`linear_gelu` and :func:`linear_residual`: the output, and with ``keep`` h.
 
-    On a CPU it goes through large maps piece by piece, so that a piece of the 4C map is still in
-    the cache when it is used, and there is never a whole one.
+    Where nothing is kept, a CPU goes through large maps piece by piece, so that a piece of the 4C
+    map is still in the cache when it is used, and there is never a whole one.
     """
-    if n.device.type != 'cpu' or _rows(n) <= ROWS:
-        return linear_residual(linear_gelu(n, weight1, bias1, False)[0], weight2, bias2, gamma,
-                               None, x)
+    if keep or drop is not None or n.device.type != 'cpu' or _rows(n) <= ROWS:
+        a, h = linear_gelu(n, weight1, bias1, keep)
+        return linear_residual(a, weight2, bias2, gamma, drop, x), h
     weight2, bias2 = _scaled(weight2, bias2, gamma)
     out = torch.empty_like(x)
     for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(ROWS, 2) for m in (n, x, out)),
                             strict=True):
         a, _ = linear_gelu(part, weight1, bias1, False)
         to.copy_(_linear_add(a, weight2, bias2, of))
-    return out
+    return out, n.new_empty(0)
 
 
 def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,18 +136,12 @@ def _linear_add(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 def linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(g weight) · gelu'(h), and gelu(h): what the gradients of both weights are made of."""
-    return gelu_backward(matmul(g, weight), h, True)
+    return _gelu_backward(matmul(g, weight), h), F.gelu(h)
 
 
-def gelu(h: Tensor) -> Tensor:
-    """GELU by the error function."""
-    return F.gelu(h)
-
-
-def gelu_backward(da: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """da · gelu'(h), in da's memory, and with ``keep`` gelu(h)."""
-    dh = torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
-    return dh, F.gelu(h) if keep else h.new_empty(0)
+def _gelu_backward(da: Tensor, h: Tensor) -> Tensor:
+    """da · gelu'(h), in da's memory."""
+    return torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
 
 
 def matmul(g: Tensor, weight: Tensor) -> Tensor:
@@ -159,29 +156,61 @@ def weight_gradient(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum(g)
 
 
-def gelu_squares(h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """gelu(h), and its sums of squares over the map, (N, K), in fp32 at least.
+def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, keep: bool
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_gelu`, and its sums of squares over each map, (N, 4C), in fp32 at least."""
+    a, h = linear_gelu(n, weight, bias, keep)
+    return a, h, torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
 
-    Without ``keep`` it may be in h's memory.
+
+def grn_linear_residual(a: Tensor, scale: Tensor, beta: Tensor, weight: Tensor, bias: Tensor,
+                        gamma: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor:
+    """:func:`linear_residual` of GRN's output, a · scale + beta; scale (N, 4C), beta (4C,)."""
+    return linear_residual(_grn(a, scale, beta), weight, bias, gamma, drop, x)
+
+
+def grn_linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor, norms: Tensor, gamma: Tensor,
+                             beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_gelu_backward` with a GRN behind the GELU.
+
+    Args:
+        g: (N, H, W, C), gradient of the second linear layer's output.
+        weight: (C, 4C), that layer's.
+        h: (N, H, W, 4C), what the GELU is taken of.
+        norms: Those of the GELU's maps, (N, 4C).
+        gamma: GRN's, (4C,).
+        beta: GRN's, (4C,).
+
+    Returns:
+        The gradient of h; GRN's output; gamma's gradient.
     """
-    a = F.gelu(h) if keep or h.requires_grad else torch.ops.aten.gelu_(h)
-    return a, torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
+    a, du = F.gelu(h), matmul(g, weight)
+    extra, dgamma = grn_gradient(torch.sum(du * a, (1, 2), dtype=_wide(a)), norms, gamma)
+    scale = grn_scale(norms, gamma)
+    u = _grn(a, scale, beta)
+    da = du.mul_(scale[:, None, None].to(du.dtype)).addcmul_(a, extra[:, None, None].to(du.dtype))
+    return _gelu_backward(da, h), u, dgamma
 
 
-def grn_apply(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    """a · scale + beta; scale (N, K), beta (K,)."""
+def grn_scale(norms: Tensor, gamma: Tensor) -> Tensor:
+    """What GRN multiplies its input with, (N, 4C): 1 + gamma · norm / mean norm."""
+    return 1 + gamma * norms / (norms.mean(-1, keepdim=True) + GRN_EPS)
+
+
+def grn_gradient(sums: Tensor, norms: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """From Σ du · a over the map, (N, 4C): what of a's gradient is proportional to a, and gamma's.
+
+    GRN's scale is 1 + γ r / m with r the norms and m their mean: the gradient runs through r, and
+    through m to every channel's r.
+    """
+    mean = norms.mean(-1, keepdim=True) + GRN_EPS
+    dratio = sums * gamma
+    dnorms = dratio / mean - (dratio * norms).mean(-1, keepdim=True) / mean.square()
+    return (dnorms / norms).where(norms > 0, 0), (sums * norms / mean).sum(0)
+
+
+def _grn(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(beta.to(a.dtype), a, scale[:, None, None].to(a.dtype))
-
-
-def grn_backward_sums(du: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ du · a over the map, (N, K), and Σ du over everything, (K,)."""
-    return torch.sum(du * a, (1, 2), dtype=_wide(a)), _sum(du)
-
-
-def grn_backward_apply(du: Tensor, a: Tensor, scale: Tensor, extra: Tensor) -> Tensor:
-    """du · scale + a · extra; scale and extra (N, K)."""
-    return torch.addcmul(du * scale[:, None, None].to(du.dtype), a,
-                         extra[:, None, None].to(du.dtype))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -18,8 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from . import eager
 
-GRN_EPS = 1e-6
-
 
 class Weights(NamedTuple):
     """A block's parameters; those that it has not are None."""
@@ -150,26 +148,20 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
         n, *_ = ops.dwconv_norm(narrow, w.dwconv_weight, w.dwconv_bias, w.norm_weight,
                                 w.norm_bias, settings.eps, keep=False, **settings.conv)
         scale = _scale(w.gamma, factor, part)
-        h = norms = None
-        if not keep and drop is None and w.grn_gamma is None:
-            out = ops.mlp(n, w.pwconv1_weight, w.pwconv1_bias, w.pwconv2_weight, w.pwconv2_bias,
-                          scale, part.to(stream))
+        stream_part, keeps, norms = part.to(stream), keep and settings.keep_hidden, None
+        if w.grn_gamma is None:
+            out, h = ops.mlp(n, w.pwconv1_weight, w.pwconv1_bias, w.pwconv2_weight, w.pwconv2_bias,
+                             scale, drop, stream_part, keeps)
         else:
-            keeps = keep and settings.keep_hidden
-            if w.grn_gamma is None:
-                hidden, h = ops.linear_gelu(n, w.pwconv1_weight, w.pwconv1_bias, keeps)
-            else:
-                h = eager.linear(n, w.pwconv1_weight, w.pwconv1_bias)
-                hidden, sums = ops.gelu_squares(h, keeps)
-                norms = sums.sqrt()
-                hidden = ops.grn_apply(hidden, _grn_scale(norms, w.grn_gamma),
-                                       w.grn_beta.flatten())
-            out = ops.linear_residual(hidden, w.pwconv2_weight, w.pwconv2_bias, scale, drop,
-                                      part.to(stream))
+            a, h, squares = ops.linear_gelu_squares(n, w.pwconv1_weight, w.pwconv1_bias, keeps)
+            norms = squares.sqrt()
+            out = ops.grn_linear_residual(
+                a, eager.grn_scale(norms, w.grn_gamma.flatten()), w.grn_beta.flatten(),
+                w.pwconv2_weight, w.pwconv2_bias, scale, drop, stream_part)
         if pictures is not None:
             out = whole.to(stream).index_copy(0, pictures, out)
     return out.permute(0, 3, 1, 2), Kept(
-        pictures, drop, factor, narrow, h if keep and settings.keep_hidden else None, norms)
+        pictures, drop, factor, narrow, h if keeps else None, norms)
 
 
 def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wanted: Weights
@@ -189,22 +181,17 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
     n, y, mean, rstd = ops.dwconv_norm(kept.x, w.dwconv_weight, w.dwconv_bias, w.norm_weight,
                                        w.norm_bias, settings.eps, keep=True, **settings.conv)
     h = kept.h if kept.h is not None else eager.linear(n, w.pwconv1_weight, w.pwconv1_bias)
-    grn = (None, None)
+    dgamma = None
     if w.grn_gamma is None:
         dh, u = ops.linear_gelu_backward(gz, w2, h)
     else:
-        a = ops.gelu(h)
-        grn_scale = _grn_scale(kept.norms, w.grn_gamma)
-        u = ops.grn_apply(a, grn_scale, w.grn_beta.flatten())
-        du = eager.matmul(gz, w2)
-        sums, dbeta = ops.grn_backward_sums(du, a)
-        extra, dgamma = _grn_backward(sums, kept.norms, w.grn_gamma)
-        grn = dgamma.view_as(w.grn_gamma), dbeta.view_as(w.grn_beta)
-        dh, _ = ops.gelu_backward(ops.grn_backward_apply(du, a, grn_scale, extra), h, False)
-        del a, du
-    dw2 = db2 = dscale = dw1 = db1 = None
-    if wanted.pwconv2_weight or wanted.pwconv2_bias or wanted.gamma:
+        dh, u, dgamma = ops.grn_linear_gelu_backward(gz, w2, h, kept.norms, w.grn_gamma.flatten(),
+                                                     w.grn_beta.flatten())
+    dw2 = db2 = dscale = dw1 = db1 = dbeta = None
+    if wanted.pwconv2_weight or wanted.pwconv2_bias or wanted.gamma or wanted.grn_beta:
         m, s = eager.weight_gradient(gz, u)
+        if w.grn_gamma is not None:
+            dbeta = s @ w2.to(s.dtype)
         m = m.to(weights.pwconv2_weight.dtype)
         dw2, db2 = (m, s) if scale is None else (m * scale[:, None], s * scale)
         if w.gamma is not None:
@@ -220,8 +207,8 @@ def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wante
     if wanted.dwconv_weight or wanted.dwconv_bias:
         ddw, ddb = ops.dwconv_backward_weight(dy, kept.x, **settings.conv)
     dx = ops.dwconv_backward_input(dy, w.dwconv_weight, g, **settings.conv)
-    grads = Weights(ddw, ddb, dnw, dnb, dw1, db1, *grn, dw2, db2, dscale)
-    return dx, [grad.to(weight.dtype) if want else None
+    grads = Weights(ddw, ddb, dnw, dnb, dw1, db1, dgamma, dbeta, dw2, db2, dscale)
+    return dx, [grad.to(weight.dtype).view_as(weight) if want else None
                 for grad, weight, want in zip(grads, weights, wanted, strict=True)]
 
 
@@ -237,23 +224,6 @@ def _scale(gamma: Tensor | None, factor: float, like: Tensor) -> Tensor | None:
     if gamma is None:
         return None if factor == 1 else like.new_full((like.shape[-1],), factor)
     return gamma if factor == 1 else gamma * factor
-
-
-def _grn_scale(norms: Tensor, gamma: Tensor) -> Tensor:
-    """What GRN multiplies its input with, (N, 4C): 1 + gamma · norm / mean norm."""
-    return 1 + gamma.flatten() * norms / (norms.mean(-1, keepdim=True) + GRN_EPS)
-
-
-def _grn_backward(sums: Tensor, norms: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """From Σ du · a over the map, (N, 4C): what of a's gradient is proportional to a, and gamma's.
-
-    GRN's scale is 1 + γ r / m with r the norms and m their mean: the gradient runs through r, and
-    through m to every channel's r.
-    """
-    mean = norms.mean(-1, keepdim=True) + GRN_EPS
-    dratio = sums * gamma.flatten()
-    dnorms = dratio / mean - (dratio * norms).mean(-1, keepdim=True) / mean.square()
-    return (dnorms / norms).where(norms > 0, 0), (sums * norms / mean).sum(0)
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ LIBRARY = torch.library.Library('convnext_mm', 'FRAGMENT')
 FUSED_CHANNELS = 512
 PARTIALS = 256  # Most programs that each write a partial sum over all rows or strips.
 CHUNK = 256  # Positions of a map that one program of a GRN kernel goes through.
+GROUP = tl.constexpr(32)  # Rows of a product whose sums are written as one; no tile has fewer.
+ON_CHIP = 128  # Most channels of a map whose two products are one kernel; 256 spill registers.
 
 
 def available() -> bool:
@@ -418,9 +420,8 @@ def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -
 
 CONFIGS = [_config(64, 64, 32, 4, 4)]
 if not INTERPRETED:
-    CONFIGS += [_config(128, 256, 64, 8, 3), _config(128, 128, 64, 8, 3),
-                _config(128, 128, 32, 8, 4), _config(128, 64, 64, 4, 4),
-                _config(64, 128, 64, 4, 4), _config(32, 64, 64, 4, 4)]
+    CONFIGS += [_config(128, 128, 64, 8, 3), _config(128, 128, 32, 8, 4),
+                _config(128, 64, 64, 4, 4), _config(64, 128, 64, 4, 4), _config(32, 64, 64, 4, 4)]
 
 
 def _fitting(configs: list[triton.Config], tensors: dict, PRECISION: str,
@@ -436,6 +437,14 @@ tuned = triton.autotune(CONFIGS, key=['bucket', 'N', 'K', 'PRECISION'],
                         prune_configs_by=dict(early_config_prune=_fitting))
 
 
+ROW_CONFIGS = [triton.Config(dict(BLOCK_M=64, BLOCK_K=32), num_warps=4, num_stages=2)]
+if not INTERPRETED:
+    ROW_CONFIGS += [triton.Config(dict(BLOCK_M=m, BLOCK_K=k), num_warps=warps, num_stages=stages)
+                    for m, k, warps, stages in ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3),
+                                                (64, 64, 4, 3), (64, 32, 4, 3))]
+tuned_rows = triton.autotune(ROW_CONFIGS, key=['bucket', 'C', 'PRECISION'])
+
+
 @triton.jit
 def _corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """First row and column of this program's tile; eight rows of tiles at a time share L2."""
@@ -448,9 +457,10 @@ def _corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, row, col, M, N, K, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+def _product(a, b, scale, row, col, M, N, K, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile of a @ b in float32: a (M, K), b (K, N), or (N, K) with TRANSPOSED."""
+    """A tile of (a · scale) @ b in float32: a (M, K), scale (K,) or None, b (K, N), or (N, K)
+    with TRANSPOSED."""
     rows = tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -464,6 +474,8 @@ def _product(a, b, row, col, M, N, K, TRANSPOSED: tl.constexpr, PRECISION: tl.co
     for start in range(0, K, BLOCK_K):
         inside = ks < K - start
         left = tl.load(a, mask=(rows < M - row)[:, None] & inside[None, :], other=0.0)
+        if scale is not None:
+            left = (left.to(tl.float32) * _vector(scale, start + ks, K)).to(left.dtype)
         right = tl.load(b, mask=(cols < N)[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         a += BLOCK_K
@@ -481,6 +493,36 @@ def _tile(row, col, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _of_image(matrix, M, N):
+    """Where this program's image begins in (images · M, N)."""
+    return matrix + tl.program_id(1).to(tl.int64) * M * N
+
+
+@triton.jit
+def _store_sums(values, sums, row, cols, M, N, BLOCK_M: tl.constexpr):
+    """Sums over a tile's rows, to sums (images, groups of M rows, N).
+
+    The first of the tile's groups gets them and the others zeros, so that what is written is
+    whole, whichever tile is tuned for.
+    """
+    first = tl.arange(0, BLOCK_M // GROUP)
+    groups = row // GROUP + first
+    sums = _of_image(sums, tl.cdiv(M, GROUP), N)
+    tl.store(sums + groups[:, None] * N + cols[None, :],
+             tl.where((first == 0)[:, None], tl.sum(values, 0)[None, :], 0.0),
+             mask=(groups < tl.cdiv(M, GROUP))[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile's left and right half.
+
+    An erf of a whole tile is worked out twice, in two layouts, and registers spill.
+    """
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def _cdf(h):
     """Φ(h) of the normal distribution, by erf, as exact GELU has it."""
     return 0.5 * (1 + tl.math.erf(h * 0.7071067811865476))
@@ -494,27 +536,31 @@ def _slope(h, cdf):
 
 @tuned
 @triton.jit(do_not_specialize=['bucket'])
-def _linear_gelu(n, weight, bias, a, h, M, N, K, bucket, PRECISION: tl.constexpr,
+def _linear_gelu(n, weight, bias, a, h, squares, M, N, K, bucket, PRECISION: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """h is None where it is not kept, squares where there is no GRN."""
     row, col = _corner(M, N, BLOCK_M, BLOCK_N)
-    acc = _product(n, weight, row, col, M, N, K, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    offsets, mask, cols = _tile(row, col, M, N, BLOCK_M, BLOCK_N)
-    acc += _vector(bias, cols, N)
-    # GELU is of h as it is kept, so that the backward pass differentiates what was computed.
-    rounded = acc.to(a.dtype.element_ty)
-    if h is not None:
-        tl.store(h + offsets, rounded, mask=mask)
-    value = rounded.to(tl.float32)
-    tl.store(a + offsets, value * _cdf(value), mask=mask)
+    acc = _product(_of_image(n, M, K), weight, None, row, col, M, N, K, True, PRECISION,
+                   BLOCK_M, BLOCK_N, BLOCK_K)
+    halves = _halves(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(2):
+        offsets, mask, cols = _tile(row, col + i * (BLOCK_N // 2), M, N, BLOCK_M, BLOCK_N // 2)
+        # GELU is of h as it is kept, so that the backward pass differentiates what was computed.
+        rounded = (halves[i] + _vector(bias, cols, N)).to(a.dtype.element_ty)
+        if h is not None:
+            tl.store(_of_image(h, M, N) + offsets, rounded, mask=mask)
+        value = rounded.to(tl.float32)
+        out = (value * _cdf(value)).to(a.dtype.element_ty)
+        tl.store(_of_image(a, M, N) + offsets, out, mask=mask)
+        if squares is not None:
+            value = tl.where(mask, out.to(tl.float32), 0.0)
+            _store_sums(value * value, squares, row, cols, M, N, BLOCK_M)
 
 
-@tuned
-@triton.jit(do_not_specialize=['bucket'])
-def _linear_residual(a, weight, bias, gamma, drop, x, out, M, N, K, area, bucket,
-                     PRECISION: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    row, col = _corner(M, N, BLOCK_M, BLOCK_N)
-    acc = _product(a, weight, row, col, M, N, K, True, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+@triton.jit
+def _add_residual(acc, bias, gamma, drop, x, out, row, col, M, N, area,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out = x + drop · gamma · (acc + bias) for a tile; x and out are this image's."""
     offsets, mask, cols = _tile(row, col, M, N, BLOCK_M, BLOCK_N)
     acc += _vector(bias, cols, N)
     if gamma is not None:
@@ -528,12 +574,28 @@ def _linear_residual(a, weight, bias, gamma, drop, x, out, M, N, K, area, bucket
 
 @tuned
 @triton.jit(do_not_specialize=['bucket'])
+def _linear_residual(a, scale, weight, bias, gamma, drop, x, out, M, N, K, area, bucket,
+                     PRECISION: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """scale (images, K) is GRN's, or None."""
+    row, col = _corner(M, N, BLOCK_M, BLOCK_N)
+    if scale is not None:
+        scale = _of_image(scale, 1, K)
+    if drop is not None:
+        drop = _of_image(drop, 1, 1)
+    acc = _product(_of_image(a, M, K), weight, scale, row, col, M, N, K, True, PRECISION,
+                   BLOCK_M, BLOCK_N, BLOCK_K)
+    _add_residual(acc, bias, gamma, drop, _of_image(x, M, N), _of_image(out, M, N), row, col, M, N,
+                  area, BLOCK_M, BLOCK_N)
+
+
+@tuned
+@triton.jit(do_not_specialize=['bucket'])
 def _linear_gelu_backward(g, weight, h, dh, a, M, N, K, bucket, PRECISION: tl.constexpr,
                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     row, col = _corner(M, N, BLOCK_M, BLOCK_N)
-    acc = _product(g, weight, row, col, M, N, K, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    # In halves, or the compiler works erf out twice, in two layouts, and registers spill.
-    halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    acc = _product(g, weight, None, row, col, M, N, K, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    halves = _halves(acc, BLOCK_M, BLOCK_N)
     for i in tl.static_range(2):
         offsets, mask, _ = _tile(row, col + i * (BLOCK_N // 2), M, N, BLOCK_M, BLOCK_N // 2)
         value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -542,15 +604,60 @@ def _linear_gelu_backward(g, weight, h, dh, a, M, N, K, bucket, PRECISION: tl.co
         tl.store(a + offsets, value * cdf, mask=mask)
 
 
+@tuned
+@triton.jit(do_not_specialize=['bucket'])
+def _grn_linear_backward(g, weight, h, du, sums, M, N, K, bucket, PRECISION: tl.constexpr,
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    row, col = _corner(M, N, BLOCK_M, BLOCK_N)
+    acc = _product(_of_image(g, M, K), weight, None, row, col, M, N, K, False, PRECISION,
+                   BLOCK_M, BLOCK_N, BLOCK_K)
+    offsets, mask, cols = _tile(row, col, M, N, BLOCK_M, BLOCK_N)
+    rounded = acc.to(du.dtype.element_ty)
+    tl.store(_of_image(du, M, N) + offsets, rounded, mask=mask)
+    value = tl.load(_of_image(h, M, N) + offsets, mask=mask, other=0.0).to(tl.float32)
+    # Outside of the map, this is zero.
+    _store_sums(rounded.to(tl.float32) * value * _cdf(value), sums, row, cols, M, N, BLOCK_M)
+
+
+@tuned_rows
+@triton.jit(do_not_specialize=['bucket'])
+def _mlp(n, weight1, bias1, weight2, bias2, gamma, drop, x, out, h, M, C, K, area, bucket,
+         PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+         BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Both products of some rows, all channels at once: the map between stays on the chip."""
+    row = tl.program_id(0) * BLOCK_M
+    rows = row + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_C)
+    inside = channels < C
+    start = rows.to(tl.int64)[:, None]
+    left = tl.load(n + start * C + channels[None, :],
+                   mask=(rows < M)[:, None] & inside[None, :], other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        mask = (ks < K)[None, :]
+        right = tl.load(weight1 + ks[None, :] * C + channels[:, None],
+                        mask=inside[:, None] & mask, other=0.0)
+        value = tl.dot(left, right, input_precision=PRECISION) + _vector(bias1, ks, K)
+        rounded = value.to(n.dtype.element_ty)
+        if h is not None:
+            tl.store(h + start * K + ks[None, :], rounded, mask=(rows < M)[:, None] & mask)
+        value = rounded.to(tl.float32)
+        value *= _cdf(value)
+        right = tl.load(weight2 + channels[None, :] * K + ks[:, None],
+                        mask=(ks < K)[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(value.to(n.dtype.element_ty), right, acc, input_precision=PRECISION)
+    _add_residual(acc, bias2, gamma, drop, x, out, row, 0, M, C, area, BLOCK_M, BLOCK_C)
+
+
 @triton.jit
 def _gelu(h, da, dh, a, count, BLOCK: tl.constexpr):
-    """a = gelu(h) where it is wanted; dh = da · gelu'(h) where there is a da."""
+    """a = gelu(h), and dh = da · gelu'(h) where there is a da."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < count
     value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
     cdf = _cdf(value)
-    if a is not None:
-        tl.store(a + offsets, value * cdf, mask=mask)
+    tl.store(a + offsets, value * cdf, mask=mask)
     if da is not None:
         up = tl.load(da + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(dh + offsets, up * _slope(value, cdf), mask=mask)
@@ -577,14 +684,26 @@ def _faster(kind: str, a: Tensor, weight: Tensor, ours: Callable, theirs: Callab
     return ours() if FASTER[key] else theirs()
 
 
-def _launch_product(kernel: Callable, tensors: tuple, M: int, N: int, K: int,
-                    **others: int) -> None:
-    """Run a kernel of a tiled product: tuned once for each power of two of rows M."""
-    def grid(meta: dict) -> tuple[int]:
-        return (triton.cdiv(M, meta['BLOCK_M']) * triton.cdiv(N, meta['BLOCK_N']),)
+def _precision() -> str:
+    return 'tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee'
 
-    kernel[grid](*tensors, M, N, K, bucket=M.bit_length(),
-                 PRECISION='tf32' if torch.backends.cuda.matmul.allow_tf32 else 'ieee', **others)
+
+def _launch_product(kernel: Callable, tensors: tuple, M: int, N: int, K: int, images: int = 1,
+                    **others: int) -> None:
+    """Run a kernel of a tiled product: tuned once for each power of two of rows.
+
+    With ``images``, M rows each, no tile has rows of two of them.
+    """
+    def grid(meta: dict) -> tuple[int, int]:
+        return triton.cdiv(M, meta['BLOCK_M']) * triton.cdiv(N, meta['BLOCK_N']), images
+
+    kernel[grid](*tensors, M, N, K, bucket=(M * images).bit_length(), PRECISION=_precision(),
+                 **others)
+
+
+def _sums_by_group(x: Tensor, channels: int) -> Tensor:
+    """Where a product's kernel puts its sums: (N, groups of positions, channels)."""
+    return _floats(x, x.shape[0], triton.cdiv(x.shape[1] * x.shape[2], GROUP.value), channels)
 
 
 @op(lambda n, weight, bias, keep: (
@@ -606,7 +725,7 @@ def linear_gelu(n: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Te
 
     def ours() -> tuple[Tensor, Tensor]:
         a, h = _empty(n, channels), _empty(n, channels) if keep else None
-        _launch_product(_linear_gelu, (n, weight, bias, a, h), n.shape[:-1].numel(), channels,
+        _launch_product(_linear_gelu, (n, weight, bias, a, h, None), n.shape[:-1].numel(), channels,
                         inner)
         return a, n.new_empty(0) if h is None else h
 
@@ -634,7 +753,7 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
 
     def ours() -> Tensor:
         out = _empty(x)
-        _launch_product(_linear_residual, (a, weight, bias, gamma, drop, x, out),
+        _launch_product(_linear_residual, (a, None, weight, bias, gamma, drop, x, out),
                         x.shape[:-1].numel(), channels, inner, area=x.shape[1] * x.shape[2])
         return out
     return _faster('linear_residual', a, weight, ours, lambda: eager.linear_residual(
@@ -659,14 +778,34 @@ def linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, 
                         channels, inner)
         return dh, a
     return _faster('linear_gelu_backward', g, weight, ours,
-                   lambda: gelu_backward(g @ weight, h, True))
+                   lambda: gelu_backward(g @ weight, h))
 
 
+@op(lambda n, weight1, bias1, weight2, bias2, gamma, drop, x, keep: (
+    _empty(x), _empty(n, weight1.shape[0]) if keep else n.new_empty(0)))
 def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-        gamma: Tensor | None, x: Tensor) -> Tensor:
-    """:func:`linear_gelu` and :func:`linear_residual` where nothing of them is kept."""
-    return linear_residual(linear_gelu(n, weight1, bias1, False)[0], weight2, bias2, gamma, None,
-                           x)
+        gamma: Tensor | None, drop: Tensor | None, x: Tensor, keep: bool
+        ) -> tuple[Tensor, Tensor]:
+    """:func:`linear_gelu`, then :func:`linear_residual`; on the chip where the width allows.
+
+    Returns:
+        The output, like x; h (N, H, W, 4C), or an empty tensor.
+    """
+    def theirs() -> tuple[Tensor, Tensor]:
+        a, h = linear_gelu(n, weight1, bias1, keep)
+        return linear_residual(a, weight2, bias2, gamma, drop, x), h
+    inner, channels = weight1.shape
+    if channels > ON_CHIP:
+        return theirs()
+
+    def ours() -> tuple[Tensor, Tensor]:
+        out, h, rows = _empty(x), _empty(n, inner) if keep else None, n.shape[:-1].numel()
+        _mlp[lambda meta: (triton.cdiv(rows, meta['BLOCK_M']),)](
+            n, weight1.to(n.dtype), bias1, weight2.to(n.dtype), bias2, gamma, drop, x, out, h,
+            rows, channels, inner, area=x.shape[1] * x.shape[2], bucket=rows.bit_length(),
+            PRECISION=_precision(), BLOCK_C=_pow2(channels, 16))
+        return out, n.new_empty(0) if h is None else h
+    return _faster(f'mlp, keep={keep}', n, weight1, ours, theirs)
 
 
 @op(lambda h: _empty(h))
@@ -677,12 +816,12 @@ def gelu(h: Tensor) -> Tensor:
     return a
 
 
-@op(lambda da, h, keep: (_empty(h), _empty(h) if keep else h.new_empty(0)))
-def gelu_backward(da: Tensor, h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """da · gelu'(h), and gelu(h) with ``keep``, else an empty tensor."""
-    dh, a = _empty(h), _empty(h) if keep else None
+@op(lambda da, h: (_empty(h), _empty(h)))
+def gelu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """da · gelu'(h), and gelu(h)."""
+    dh, a = _empty(h), _empty(h)
     _gelu[(triton.cdiv(h.numel(), 1024),)](h, da, dh, a, h.numel(), BLOCK=1024)
-    return dh, h.new_empty(0) if a is None else a
+    return dh, a
 
 
 # ------------------------------------------------------- global response normalisation
@@ -698,75 +837,45 @@ def _chunk(area, K, chunks, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _map_sums(x, du, a, partial, area, K, chunks, GELU: tl.constexpr, CHUNK: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Sums over a chunk of each map: of x², or of du · x and du, or of gelu(x)², written to a.
-
-    partial is (1 or 2, N, chunks, K).
-    """
+def _map_sums(h, du, a, sums, area, K, chunks, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_K: tl.constexpr):
+    """sums (N, chunks, K) over chunks of each map: of du · gelu(h), or of a² with a = gelu(h)."""
     _, start, count, ks = _chunk(area, K, chunks, CHUNK, BLOCK_K)
-    products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for position in range(0, count, BLOCK_M):
         rows = position + tl.arange(0, BLOCK_M)
         mask = (rows < count)[:, None] & (ks < K)[None, :]
         offsets = start + rows[:, None] * K + ks[None, :]
-        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        if GELU:
-            rounded = (value * _cdf(value)).to(a.dtype.element_ty)
+        value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+        value *= _cdf(value)
+        if du is None:
+            rounded = value.to(a.dtype.element_ty)
             tl.store(a + offsets, rounded, mask=mask)
             value = rounded.to(tl.float32)
-        if du is None:
-            products += value * value
+            total += value * value
         else:
-            up = tl.load(du + offsets, mask=mask, other=0.0).to(tl.float32)
-            products += up * value
-            total += up
-    partial += tl.program_id(0).to(tl.int64) * K + ks
-    tl.store(partial, tl.sum(products, 0), mask=ks < K)
-    if du is not None:
-        partial += tl.num_programs(0).to(tl.int64) * K
-        tl.store(partial, tl.sum(total, 0), mask=ks < K)
+            total += tl.load(du + offsets, mask=mask, other=0.0).to(tl.float32) * value
+    tl.store(sums + tl.program_id(0).to(tl.int64) * K + ks, tl.sum(total, 0), mask=ks < K)
 
 
 @triton.jit
-def _map_apply(x, scale, beta, a, extra, out, area, K, chunks, CHUNK: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out = x · scale + beta, or x · scale + a · extra where there is no beta."""
+def _grn_gelu_backward(du, h, scale, beta, extra, dh, u, area, K, chunks, CHUNK: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """With a = gelu(h): dh = (du · scale + a · extra) · gelu'(h), and u = a · scale + beta."""
     sample, start, count, ks = _chunk(area, K, chunks, CHUNK, BLOCK_K)
     scales = _vector(scale + sample * K, ks, K)
-    if beta is not None:
-        plus = _vector(beta, ks, K)
-    else:
-        plus = _vector(extra + sample * K, ks, K)
+    extras = _vector(extra + sample * K, ks, K)
+    betas = _vector(beta, ks, K)
     for position in range(0, count, BLOCK_M):
         rows = position + tl.arange(0, BLOCK_M)
         mask = (rows < count)[:, None] & (ks < K)[None, :]
         offsets = start + rows[:, None] * K + ks[None, :]
-        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) * scales
-        if beta is not None:
-            value += plus
-        else:
-            value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32) * plus
-        tl.store(out + offsets, value, mask=mask)
-
-
-def _run_sums(x: Tensor, du: Tensor | None = None, a: Tensor | None = None) -> Tensor:
-    """Partial sums of one quantity, or, with a du, two: (1 or 2, N, chunks, K)."""
-    chunks, grid, blocks = _map_blocks(x)
-    partial = _floats(x, 1 if du is None else 2, x.shape[0], chunks, x.shape[-1])
-    _map_sums[grid](x, du, a, partial, x.shape[1] * x.shape[2], x.shape[-1], chunks,
-                    GELU=a is not None, **blocks)
-    return partial
-
-
-def _run_apply(x: Tensor, scale: Tensor, beta: Tensor | None, a: Tensor | None,
-               extra: Tensor | None) -> Tensor:
-    out = _empty(x)
-    chunks, grid, blocks = _map_blocks(x)
-    _map_apply[grid](x, scale, beta, a, extra, out, x.shape[1] * x.shape[2], x.shape[-1], chunks,
-                     **blocks)
-    return out
+        value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(du + offsets, mask=mask, other=0.0).to(tl.float32)
+        cdf = _cdf(value)
+        a = value * cdf
+        tl.store(dh + offsets, (up * scales + a * extras) * _slope(value, cdf), mask=mask)
+        tl.store(u + offsets, a * scales + betas, mask=mask)
 
 
 def _map_blocks(x: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
@@ -778,30 +887,99 @@ def _map_blocks(x: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
             dict(CHUNK=CHUNK, BLOCK_M=2048 // block_k, BLOCK_K=block_k, num_warps=4))
 
 
-@op(lambda h, keep: (_empty(h), _floats(h, h.shape[0], h.shape[-1])))
-def gelu_squares(h: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """a = gelu(h), and its sums of squares over each map, (N, K), float32, in one pass.
+def _run_sums(h: Tensor, du: Tensor | None, a: Tensor | None) -> Tensor:
+    chunks, grid, blocks = _map_blocks(h)
+    sums = _floats(h, h.shape[0], chunks, h.shape[-1])
+    _map_sums[grid](h, du, a, sums, h.shape[1] * h.shape[2], h.shape[-1], chunks, **blocks)
+    return sums.sum(1)
 
-    ``keep`` (whether h is needed later) changes nothing here.
+
+@op(lambda n, weight, bias, keep: (
+    _empty(n, weight.shape[0]), _empty(n, weight.shape[0]) if keep else n.new_empty(0),
+    _floats(n, n.shape[0], weight.shape[0])))
+def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, keep: bool
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`linear_gelu`, and the sums of a's squares over each map, (N, K), float32."""
+    channels, inner = weight.shape
+    weight = weight.to(n.dtype)
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        a, h = _empty(n, channels), _empty(n, channels) if keep else None
+        sums = _sums_by_group(n, channels)
+        _launch_product(_linear_gelu, (n, weight, bias, a, h, sums), n.shape[1] * n.shape[2],
+                        channels, inner, images=n.shape[0])
+        return a, n.new_empty(0) if h is None else h, sums.sum(1)
+
+    def theirs() -> tuple[Tensor, Tensor, Tensor]:
+        h = eager.linear(n, weight, bias.to(n.dtype))
+        a = _empty(h)
+        return a, h if keep else n.new_empty(0), _run_sums(h, None, a)
+    return _faster('linear_gelu_squares', n, weight, ours, theirs)
+
+
+@op(lambda a, scale, beta, weight, bias, gamma, drop, x: _empty(x))
+def grn_linear_residual(a: Tensor, scale: Tensor, beta: Tensor, weight: Tensor, bias: Tensor,
+                        gamma: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor:
+    """:func:`linear_residual` of GRN's output, a · scale + beta: scale (N, K), beta (K,)."""
+    channels, inner = weight.shape
+    weight = weight.to(a.dtype)
+
+    def ours() -> Tensor:
+        out, area = _empty(x), x.shape[1] * x.shape[2]
+        shifted = bias.float() + weight.float() @ beta.float()  # what beta comes to
+        _launch_product(_linear_residual, (a, scale, weight, shifted, gamma, drop, x, out), area,
+                        channels, inner, images=x.shape[0], area=area)
+        return out
+    return _faster('grn_linear_residual', a, weight, ours, lambda: eager.grn_linear_residual(
+        a, scale, beta, weight, bias.to(a.dtype), gamma, drop, x))
+
+
+@op(lambda g, weight, h: (_empty(h), _floats(h, h.shape[0], h.shape[-1])))
+def grn_linear_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """du = g W, of h's type, and the sums of du · gelu(h) over each map, (N, K), float32.
+
+    Args:
+        g: (N, H, W, C), gradient of the second linear layer's output.
+        weight: (C, K) of that layer, taken in g's type.
+        h: (N, H, W, K).
     """
-    a = _empty(h)
-    return a, _run_sums(h, a=a)[0].sum(1)
+    inner, channels = weight.shape
+    weight = weight.to(g.dtype)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        du, sums = _empty(h), _sums_by_group(h, channels)
+        _launch_product(_grn_linear_backward, (g, weight, h, du, sums), h.shape[1] * h.shape[2],
+                        channels, inner, images=h.shape[0])
+        return du, sums.sum(1)
+
+    def theirs() -> tuple[Tensor, Tensor]:
+        du = g @ weight
+        return du, _run_sums(h, du, None)
+    return _faster('grn_linear_backward', g, weight, ours, theirs)
 
 
-@op(lambda a, scale, beta: _empty(a))
-def grn_apply(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    """a · scale + beta: a (N, H, W, K), scale (N, K), beta (K,)."""
-    return _run_apply(a, scale, beta, None, None)
+@op(lambda du, h, scale, beta, extra: (_empty(h), _empty(h)))
+def grn_gelu_backward(du: Tensor, h: Tensor, scale: Tensor, beta: Tensor, extra: Tensor
+                      ) -> tuple[Tensor, Tensor]:
+    """With a = gelu(h): (du · scale + a · extra) · gelu'(h), and a · scale + beta, in one pass.
+
+    Args:
+        du: (N, H, W, K), gradient of the GRN's output.
+        h: (N, H, W, K).
+        scale: (N, K).
+        beta: (K,).
+        extra: (N, K).
+    """
+    dh, u = _empty(h), _empty(h)
+    chunks, grid, blocks = _map_blocks(h)
+    _grn_gelu_backward[grid](du, h, scale, beta, extra, dh, u, h.shape[1] * h.shape[2],
+                             h.shape[-1], chunks, **blocks)
+    return dh, u
 
 
-@op(lambda du, a: (_floats(a, a.shape[0], a.shape[-1]), _floats(a, a.shape[-1])))
-def grn_backward_sums(du: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of du · a over each map, (N, K), and of du over everything, (K,), in float32."""
-    partial = _run_sums(a, du)
-    return partial[0].sum(1), partial[1].sum((0, 1))
-
-
-@op(lambda du, a, scale, extra: _empty(a))
-def grn_backward_apply(du: Tensor, a: Tensor, scale: Tensor, extra: Tensor) -> Tensor:
-    """du · scale + a · extra: du and a (N, H, W, K), scale and extra (N, K)."""
-    return _run_apply(du, scale, None, a, extra)
+def grn_linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor, norms: Tensor, gamma: Tensor,
+                             beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`convnext_mm.kernels.eager.grn_linear_gelu_backward`."""
+    du, sums = grn_linear_backward(g, weight, h)
+    extra, dgamma = eager.grn_gradient(sums, norms, gamma)
+    return *grn_gelu_backward(du, h, eager.grn_scale(norms, gamma), beta, extra), dgamma

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 pytest.importorskip('triton', reason='the kernels need triton, which is not installed')
 
-from convnext_mm.kernels import nvidia
+from convnext_mm.kernels import eager, nvidia
 
 DEVICE = 'cuda' if torch.cuda.is_available() and not nvidia.INTERPRETED else 'cpu'
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -223,36 +223,102 @@ def test_gelu(dtype):
     h, da = 3 * rand(1, 9, 3, 100, dtype=dtype), rand(1, 9, 3, 100, dtype=dtype)
     h[0, 0, 0, :4] = torch.tensor([-200.0, 200.0, 0.0, -6.0])
     against((nvidia.gelu(h),), lambda h: (F.gelu(h),), h)
-    ours = nvidia.gelu_backward(da, h, True)
+    ours = nvidia.gelu_backward(da, h)
     against(ours, lambda da, h: (*gradients(F.gelu, da, h), F.gelu(h)), da, h)
     assert torch.equal(ours[1], nvidia.gelu(h))
-    alone, nothing = nvidia.gelu_backward(da, h, False)
-    assert torch.equal(alone, ours[0])
-    assert nothing.numel() == 0
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('shape', [(1, 1, 1, 32), (2, 5, 7, 160), (1, 17, 18, 100)])
-def test_grn(shape, dtype):
-    N, _, _, K = shape
-    a, du = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype)
-    scale, extra, beta = rand(N, K), rand(N, K), rand(K)
-    activated, sums = nvidia.gelu_squares(a, True)
-    assert torch.equal(activated, nvidia.gelu(a))
-    check(sums, activated.double().square().sum((1, 2)))
-    products, total = nvidia.grn_backward_sums(du, a)
-    check(products, (du.double() * a.double()).sum((1, 2)))
-    check(total, du.double().sum((0, 1, 2)))
-    against((nvidia.grn_apply(a, scale, beta),),
-            lambda a, scale, beta: (a * scale[:, None, None] + beta,), a, scale, beta)
-    against((nvidia.grn_backward_apply(du, a, scale, extra),),
-            lambda du, a, scale, extra: (du * scale[:, None, None] + a * extra[:, None, None],),
-            du, a, scale, extra)
+@pytest.mark.parametrize('shape', FLAT)
+def test_mlp(shape, dtype):
+    N, C = shape[0], shape[-1]
+    n, x = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype)
+    first = rand(4 * C, C) / C ** 0.5, rand(4 * C)
+    second = rand(C, 4 * C) / (4 * C) ** 0.5, rand(C)
+    drop = torch.arange(N, device=DEVICE) / 0.7
+
+    def plain(n, weight1, bias1, weight2, bias2, gamma, drop, x):
+        h = F.linear(n, weight1, bias1)
+        y = F.linear(F.gelu(h), weight2, bias2)
+        y = y if gamma is None else y * gamma
+        return x + (y if drop is None else y * drop[:, None, None, None]), h
+
+    optional = [(rand(C), drop, True), (None, None, False)]
+    for gamma, factor, keep in optional if dtype == torch.float32 else optional[:1]:
+        inputs = n, *first, *second, gamma, factor, x
+        out, h = nvidia.mlp(*inputs, keep)
+        against((out, h) if keep else (out,), lambda *args, k=keep: plain(*args)[:1 + k], *inputs)
+        assert keep or h.numel() == 0
+
+
+def grn_inputs(shape, dtype):
+    N, C = shape[0], shape[-1]
+    return (rand(*shape, dtype=dtype), rand(*shape[:-1], 4 * C, dtype=dtype), rand(N, 4 * C),
+            rand(4 * C), rand(C, 4 * C) / (4 * C) ** 0.5)
+
+
+# Maps that fill groups of rows and tiles, and such that end within them.
+MAPS = [(1, 1, 1, 8), (2, 5, 7, 40), (3, 8, 8, 20), (1, 17, 18, 24)]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', MAPS)
+def test_sums_of_squares_with_the_product(shape, dtype):
+    C = shape[-1]
+    n, weight, bias = rand(*shape, dtype=dtype), rand(4 * C, C) / C ** 0.5, rand(4 * C)
+    a, h, sums = nvidia.linear_gelu_squares(n, weight, bias, True)
+    for mine, alone in zip((a, h), nvidia.linear_gelu(n, weight, bias, True), strict=True):
+        assert torch.equal(mine, alone)
+    check(sums, a.double().square().sum((1, 2)))
+    again, nothing, _ = nvidia.linear_gelu_squares(n, weight, bias, False)
+    assert nothing.numel() == 0
+    assert torch.equal(again, a)
+    # The pass behind a product of cuBLAS's.
+    written = torch.empty_like(h)
+    check(nvidia._run_sums(h, None, written), a.double().square().sum((1, 2)))
+    assert torch.equal(written, a)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', MAPS)
+def test_product_of_grns_output(shape, dtype):
+    N, C = shape[0], shape[-1]
+    x, a, scale, beta, weight = grn_inputs(shape, dtype)
+    bias, drop = rand(C), torch.arange(1, N + 1, device=DEVICE) / 0.7
+
+    def plain(a, scale, beta, weight, bias, gamma, drop, x):
+        y = F.linear(a * scale[:, None, None] + beta, weight, bias)
+        y = y if gamma is None else y * gamma
+        return (x + (y if drop is None else y * drop[:, None, None, None]),)
+
+    for gamma, factor in [(rand(C), drop), (None, None)]:
+        inputs = a, scale, beta, weight, bias, gamma, factor, x
+        against((nvidia.grn_linear_residual(*inputs),), plain, *inputs)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('shape', MAPS)
+def test_backward_through_grn(shape, dtype):
+    g, h, scale, beta, weight = grn_inputs(shape, dtype)
+    du, sums = nvidia.grn_linear_backward(g, weight, h)
+    against((du,), lambda g, weight: (g @ weight,), g, weight)
+    exact = (du.double() * F.gelu(h.double())).sum((1, 2))
+    check(sums, exact)
+    check(nvidia._run_sums(h, du, None), exact)
+    extra = rand(*scale.shape)
+
+    def plain(du, h, scale, beta, extra):
+        a = F.gelu(h)
+        da = du * scale[:, None, None] + a * extra[:, None, None]
+        return *gradients(F.gelu, da, h), a * scale[:, None, None] + beta
+    inputs = du, h, scale, beta, extra
+    against(nvidia.grn_gelu_backward(*inputs), plain, *inputs)
 
 
 def test_large_sums_of_half_precision_do_not_overflow():
-    a = torch.full((1, 4, 4, 8), 200.0, dtype=torch.float16, device=DEVICE)
-    check(nvidia.gelu_squares(a, True)[1],
+    n = torch.full((1, 4, 4, 8), 50.0, dtype=torch.float16, device=DEVICE)
+    weight, bias = torch.eye(8, device=DEVICE) * 4, torch.zeros(8, device=DEVICE)
+    check(nvidia.linear_gelu_squares(n, weight, bias, True)[2],
           torch.full((1, 8), 16 * 200.0 ** 2, dtype=torch.float64, device=DEVICE))
 
 
@@ -264,8 +330,10 @@ def test_programs_share_what_is_more_than_they_are(monkeypatch):
     dweight, dbias = nvidia.dwconv_backward_weight(dy, x)
     check(dweight, gradients(lambda w: conv(x.double(), w), dy.double(), weight.double())[0])
     check(dbias, dy.double().sum((0, 1, 2)))
-    check(nvidia.gelu_squares(x, True)[1], F.gelu(x.double()).square().sum((1, 2)))
-    check(nvidia.grn_apply(x, rand(2, 8).fill_(2), rand(8).fill_(1)), 2 * x.double() + 1)
+    check(nvidia._run_sums(x, dy, None), (dy.double() * F.gelu(x.double())).sum((1, 2)))
+    factor = rand(2, 8)
+    check(nvidia.grn_gelu_backward(dy, x, factor, rand(8).fill_(1), factor)[1],
+          F.gelu(x.double()) * factor[:, None, None].double() + 1)
     y, dn = rand(5, 5, 7, 520), rand(5, 5, 7, 520)
     mean = y.mean(-1).flatten()
     rstd = (y.var(-1, correction=0).flatten() + 1e-6).rsqrt()
@@ -299,9 +367,14 @@ def calls() -> dict[str, list[tuple]]:
         linear_residual=[(k, down, c, c, rand(1), x),
                          (k.half(), down, c, None, None, x)],
         linear_gelu_backward=[(x, down, k), (x.half(), down, k.half())],
-        gelu=[(k,)], gelu_backward=[(k, k, True), (k, k, False)], gelu_squares=[(k.half(), True)],
-        grn_apply=[(k.half(), s, b)], grn_backward_sums=[(k.half(), k.half())],
-        grn_backward_apply=[(k, k, s, s)])
+        mlp=[(x, up, b, down, c, c, rand(1), x, True),
+             (x.half(), up, b, down, c, None, None, x, False)],
+        gelu=[(k,)], gelu_backward=[(k, k)],
+        linear_gelu_squares=[(x, up, b, True), (x.half(), up, b, False)],
+        grn_linear_residual=[(k, s, b, down, c, c, rand(1), x),
+                             (k.half(), s, b, down, c, None, None, x)],
+        grn_linear_backward=[(x, down, k), (x.half(), down, k.half())],
+        grn_gelu_backward=[(k.half(), k.half(), s, b, s)])
 
 
 def test_every_operator_is_called():
@@ -382,24 +455,15 @@ def test_gradients_of_a_block_with_grn():
     gamma, beta = p['grn.gamma'].flatten(), p['grn.beta'].flatten()
     n, *kept = nvidia.dwconv_norm(x, p['dwconv.weight'], p['dwconv.bias'], p['norm.weight'],
                                   p['norm.bias'], 1e-6, True)
-    h = F.linear(n, p['pwconv1.weight'], p['pwconv1.bias'])
-    a, sums = nvidia.gelu_squares(h, True)
-    length = sums.sqrt()
-    mean = length.mean(1, keepdim=True) + 1e-6
-    scale = 1 + gamma * length / mean
-    u = nvidia.grn_apply(a, scale, beta)
-    out = nvidia.linear_residual(u, p['pwconv2.weight'], p['pwconv2.bias'], None, None, x)
-
-    du = up @ p['pwconv2.weight']
-    products, d_beta = nvidia.grn_backward_sums(du, a)
-    d_response = gamma * products
-    d_length = d_response / mean - (d_response * length).mean(1, keepdim=True) / mean ** 2
-    da = nvidia.grn_backward_apply(du, a, scale, d_length / length)
-    dh, again = nvidia.gelu_backward(da, h, True)
-    assert torch.equal(again, a)
+    a, h, squares = nvidia.linear_gelu_squares(n, p['pwconv1.weight'], p['pwconv1.bias'], True)
+    norms = squares.sqrt()
+    scale = eager.grn_scale(norms, gamma)
+    second = p['pwconv2.weight'], p['pwconv2.bias']
+    out = nvidia.grn_linear_residual(a, scale, beta, *second, None, None, x)
+    dh, u, dgamma = nvidia.grn_linear_gelu_backward(up, second[0], h, norms, gamma, beta)
     ours = backward_of_conv_norm(p, x, dh @ p['pwconv1.weight'], kept, up)
-    ours.update({'grn.gamma': (products * length / mean).sum(0).view_as(p['grn.gamma']),
-                 'grn.beta': d_beta.view_as(p['grn.beta']),
+    ours.update({'grn.gamma': dgamma.view_as(p['grn.gamma']),
+                 'grn.beta': (up.sum((0, 1, 2)) @ second[0]).view_as(p['grn.beta']),
                  'pwconv2.weight': up.flatten(0, 2).t() @ u.flatten(0, 2),
                  'pwconv2.bias': up.sum((0, 1, 2)),
                  'pwconv1.weight': dh.flatten(0, 2).t() @ n.flatten(0, 2),
@@ -465,9 +529,10 @@ def compile_only(self, *args, warmup, **kwargs):
 
 compiled, run, JITFunction.run = set(), JITFunction.run, compile_only
 driver.set_active(Driver())
-nvidia._faster = lambda kind, a, weight, ours, theirs: ours()
-for name in '_linear_gelu', '_linear_residual', '_linear_gelu_backward':
-    del getattr(nvidia, name).configs[1:-1]
+nvidia._faster = lambda kind, a, weight, ours, theirs: (theirs(), ours())[1]
+for name in dir(nvidia):
+    if hasattr(getattr(nvidia, name), 'configs'):
+        del getattr(nvidia, name).configs[1:-1]
 for name, calls in test_nvidia.calls().items():
     for args in calls:
         getattr(nvidia, name)(*args)
@@ -483,5 +548,6 @@ def test_kernels_compile_for_a_gpu(tmp_path):
                                             'TRITON_CACHE_DIR': str(tmp_path)})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [
-        '_conv', '_conv_norm', '_conv_weight', '_gelu', '_linear_gelu', '_linear_gelu_backward',
-        '_linear_residual', '_map_apply', '_map_sums', '_norm', '_norm_backward']
+        '_conv', '_conv_norm', '_conv_weight', '_gelu', '_grn_gelu_backward',
+        '_grn_linear_backward', '_linear_gelu', '_linear_gelu_backward', '_linear_residual',
+        '_map_sums', '_mlp', '_norm', '_norm_backward']
