@@ -27,9 +27,10 @@ REFERENCE, LIMIT = 'OpenMMLab (reference)', 'products alone (limit)'
 def candidates(arch: str, compiled: bool, train: bool, drop_path: float
                ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """(name, maker of a model) pairs."""
-    def ours(memory: str) -> ConvNeXt:
+    def ours(memory: str, **kwargs) -> ConvNeXt:
         torch.manual_seed(0)
-        return ConvNeXt(arch, drop_path_rate=drop_path, layer_scale_init_value=1.0, memory=memory)
+        return ConvNeXt(arch, drop_path_rate=drop_path, layer_scale_init_value=1.0, memory=memory,
+                        **kwargs)
 
     def spread(model: nn.Module) -> nn.Module:
         return model.to(memory_format=torch.channels_last)
@@ -42,6 +43,8 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
     yield 'ours', lambda: ours('lean')
     if train:
         yield 'ours, minimal', lambda: ours('minimal')
+    elif DEVICE == 'cpu':
+        yield 'ours, packed', lambda: ours('lean', packed=True)
     if compiled:
         yield 'timm channels_last compiled', lambda: torch.compile(
             spread(peers.timm(ours('plain'), arch)))

@@ -55,6 +55,9 @@ class ConvNeXt(BaseModule):
             any), one ('minimal': a sixth of the products is done again), or all that PyTorch
             keeps ('plain': layer after layer). The numbers are the same.
         triton: Whether the package's Triton kernels are used on a GPU that can.
+        packed: Whether inference on a CPU keeps most weights in oneDNN's layout as well: faster
+            for twice their memory. What is written to parameters is seen, but not through
+            ``.data``.
         init_cfg: ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` loads backbone weights of
             every published naming (see :func:`convnext_mm.checkpoints.load_backbone`).
             Without it: truncated normal of std 0.02, zero biases (Section 3 of the paper).
@@ -81,6 +84,7 @@ class ConvNeXt(BaseModule):
                  output_stride: int | None = None,
                  memory: str = 'lean',
                  triton: bool = True,
+                 packed: bool = False,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         depths, dims, use_grn = self.arch = _architecture(arch, depths, dims, use_grn)
@@ -125,7 +129,7 @@ class ConvNeXt(BaseModule):
                                           nn.Sequential(*downsample))
             self.stages.append(nn.Sequential(*(
                 Block(dims[i], next(rates), layer_scale_init_value, use_grn, dilation, memory,
-                      triton) for _ in range(depths[i]))))
+                      triton, packed) for _ in range(depths[i]))))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(dims[i], eps=1e-6))
 

@@ -122,13 +122,15 @@ class Block(nn.Module):
         dilation: Dilation of the depthwise convolution.
         memory: One of :data:`convnext_mm.kernels.MEMORY`.
         triton: Whether Triton's kernels are used on a GPU that can.
+        packed: Whether inference on a CPU keeps the products' weights in oneDNN's layout as well.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6,
                  use_grn: bool = False, dilation: int = 1, memory: str = 'lean',
-                 triton: bool = True) -> None:
+                 triton: bool = True, packed: bool = False) -> None:
         super().__init__()
-        self.memory, self.triton = memory, triton
+        self.memory, self.triton, self.packed = memory, triton, packed
+        self._packed: tuple[list, functions.Weights] | None = None
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation,
                                 dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -144,18 +146,28 @@ class Block(nn.Module):
         """(N, C, H, W) → (N, C, H, W)."""
         if self.memory != 'plain' and self._fusible(x):
             return self._fused(x)
+        inferring = torch.compiler.is_compiling() and not (
+            torch.is_grad_enabled() or self.training)
+        if inferring and x.is_cpu and kernels.compiler_freezes():
+            return self._convolved(x)
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = self.grn(self.act(self.pwconv1(self.norm(y))))
-        if self.gamma is not None and torch.compiler.is_compiling() and not (
-                torch.is_grad_enabled() or self.training):
-            # A compiler that freezes the weights computes this once, and fuses the sum.
-            y = F.linear(y, self.pwconv2.weight * self.gamma[:, None],
-                         self.pwconv2.bias * self.gamma)
-            return (x.permute(0, 2, 3, 1) + y).permute(0, 3, 1, 2)
         y = self.pwconv2(y)
         if self.gamma is not None:
             y = y * self.gamma
         return x + self.drop_path(y.permute(0, 3, 1, 2))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """The same with 1x1 convolutions, for a compiler that takes the weights for constants.
+
+        It lets oneDNN compute GELU and sum with the convolutions; linear layers in fp32 it would
+        leave to MKL, which is slower on AMD's CPUs.
+        """
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.act(F.conv2d(y, self.pwconv1.weight[:, :, None, None], self.pwconv1.bias))
+        y = self.grn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight, bias = kernels.eager.scaled(self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+        return x + F.conv2d(y, weight[:, :, None, None], bias)
 
     def _fusible(self, x: Tensor) -> bool:
         """Whether the layers are those of the authors, so that one function can stand for all."""
@@ -170,16 +182,30 @@ class Block(nn.Module):
         """The same as layer after layer, by :func:`convnext_mm.kernels.functions.block`."""
         grn = self.grn if isinstance(self.grn, GRN) else None
         dilation = self.dwconv.dilation[0]
-        return functions.block(
-            x, functions.Weights(
-                self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
-                self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
-                self.pwconv2.weight, self.pwconv2.bias, self.gamma),
-            functions.Settings(
-                self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
-                kernels.operations(x, dilation, self.triton),
-                {} if dilation == 1 else dict(dilation=dilation)),
-            self.drop_path.factors(x))
+        weights = functions.Weights(
+            self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
+            self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
+            self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+        dtype = functions.compute_dtype(x)
+        if (self.packed and not (self.training or torch.is_grad_enabled())
+                and x.dtype == dtype == self.pwconv1.weight.dtype and kernels.eager.onednn(x)):
+            weights = self._packed_weights(weights)
+        return functions.block(x, weights, functions.Settings(
+            self.norm.eps, dtype, self.memory == 'lean',
+            kernels.operations(x, dilation, self.triton),
+            {} if dilation == 1 else dict(dilation=dilation)), self.drop_path.factors(x))
+
+    def _packed_weights(self, weights: functions.Weights) -> functions.Weights:
+        """``weights`` packed, anew where one has been written to (but by ``.data``) or replaced."""
+        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
+                 for w in weights]
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, weights.packed()
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which oneDNN's layout does not go into."""
+        return {**self.__dict__, '_packed': None}
 
 
 FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}

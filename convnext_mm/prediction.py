@@ -20,7 +20,7 @@ from . import checkpoints
 from .datasets import meta_of, of_split
 from .datasets.inspecting import open_picture, reason
 from .errors import UserError
-from .training import checks, fallbacks, pictures
+from .training import checks, fallbacks, pictures, speed
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 WIDEST = 1600  # pixels of a panel
@@ -78,6 +78,7 @@ class Predictor:
         self.model: nn.Module = MODELS.build(cfg.model)
         checkpoints.load_model(self.model, checkpoint)
         self.model.to(device or get_device()).eval()
+        speed.pack(self.model)
 
     @torch.no_grad()
     def __call__(self, path: str) -> Any:

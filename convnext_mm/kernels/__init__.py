@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -39,3 +40,12 @@ def triton_runs() -> bool:
 # A compiler takes the answer as it is. What torch.compiler.assume_constant_result does, without
 # importing the compiler, and Triton, wherever this package is imported.
 triton_runs._dynamo_marked_constant = True
+
+
+def compiler_freezes() -> bool:
+    """Whether the compiler takes weights for constants (``torch._inductor.config.freezing``)."""
+    config = sys.modules.get('torch._inductor.config')
+    return bool(config and config.freezing)
+
+
+compiler_freezes._dynamo_marked_constant = True

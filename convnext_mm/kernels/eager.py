@@ -97,7 +97,7 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), factor.to(x.dtype))
     if gamma is not None and _rows(a) < weight.shape[1]:  # the map is smaller than the weight
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), gamma.to(x.dtype))
-    return _linear_add(a, *_scaled(weight, bias, gamma), x)
+    return _linear_add(a, *scaled(weight, bias, gamma), x)
 
 
 def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
@@ -111,7 +111,7 @@ def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     if keep or drop is not None or n.device.type != 'cpu' or _rows(n) <= ROWS:
         a, h = linear_gelu(n, weight1, bias1, keep)
         return linear_residual(a, weight2, bias2, gamma, drop, x), h
-    weight2, bias2 = _scaled(weight2, bias2, gamma)
+    weight2, bias2 = scaled(weight2, bias2, gamma)
     out = torch.empty_like(x)
     for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(ROWS, 2) for m in (n, x, out)),
                             strict=True):
@@ -120,7 +120,12 @@ def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return out, n.new_empty(0)
 
 
-def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+def packed(weight: Tensor) -> Tensor:
+    """A linear layer's weight in the layout that oneDNN computes in."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     """A linear layer that multiplies its output with ``gamma``."""
     if gamma is None:
         return weight, bias
@@ -128,7 +133,7 @@ def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor,
 
 
 def _linear_add(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    if _onednn(a) and x.dtype == a.dtype:
+    if onednn(a) and x.dtype == a.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(
             a.flatten(0, 2), x.flatten(0, 2), weight, bias, 'add').view(x.shape)
     return x + linear(a, weight, bias)
@@ -146,7 +151,7 @@ def _gelu_backward(da: Tensor, h: Tensor) -> Tensor:
 
 def matmul(g: Tensor, weight: Tensor) -> Tensor:
     """g (N, H, W, K) times weight (K, L)."""
-    if _onednn(g) and g.dtype == torch.float32 and _rows(g) >= max(weight.shape):
+    if onednn(g) and g.dtype == torch.float32 and _rows(g) >= max(weight.shape):
         return linear(g, weight.t().contiguous(), None)
     return g @ weight
 
@@ -246,7 +251,7 @@ def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float
     return n.to(y.dtype), mean, rstd
 
 
-def _onednn(x: Tensor) -> bool:
+def onednn(x: Tensor) -> bool:
     """Whether oneDNN's linear layer is there.
 
     In fp32 it is faster than the BLAS behind F.linear, in bf16 it needs no copy of the bias.
@@ -264,7 +269,7 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, H, W, K) by weight (L, K) and bias (L,)."""
-    if _onednn(x):
+    if onednn(x):
         return torch.ops.mkldnn._linear_pointwise.default(
             x.flatten(0, 2), weight, bias, 'none', [], '').view(*x.shape[:3], -1)
     return F.linear(x, weight, bias)

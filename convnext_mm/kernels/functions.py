@@ -42,6 +42,15 @@ class Weights(NamedTuple):
             'dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight',
             'pwconv2_bias')})
 
+    def packed(self) -> Weights:
+        """What inference on a CPU takes: the layer scale within the second product's weight, and
+        both weights in oneDNN's own layout."""
+        weight1, (weight2, bias2) = self.pwconv1_weight, eager.scaled(
+            self.pwconv2_weight, self.pwconv2_bias, self.gamma)
+        return Weights(*(w if w is None else w.detach() for w in self))._replace(
+            pwconv1_weight=eager.packed(weight1.detach()), pwconv2_weight=eager.packed(weight2),
+            pwconv2_bias=bias2, gamma=None)
+
 
 class Settings(NamedTuple):
     """How a block computes.

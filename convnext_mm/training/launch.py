@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from .. import checkpoints
 from ..checkpoints.fitting import FitCheckpointHook
 from ..errors import UserError
-from . import checks, fallbacks
+from . import checks, fallbacks, speed
 
 
 class Options(DictAction):
@@ -105,6 +105,7 @@ def test(args: argparse.Namespace) -> None:
     while hasattr(model, 'module'):  # wrapped for several processes, for augmentation
         model = model.module
     checkpoints.check_complete(model, args.checkpoint)
+    speed.pack(model)
     if dump is not None:
         runner.test_evaluator.metrics.append(dump())
     runner.test()

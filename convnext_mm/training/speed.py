@@ -12,6 +12,7 @@ from torch import nn
 
 from ..backbone import ConvNeXt
 from ..errors import UserError
+from ..layers import Block
 
 KEYS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
                             dynamic=False, cuda_graphs=False)
@@ -106,6 +107,13 @@ def use_channels_last(model: nn.Module) -> None:
             module.contiguous_outputs = bool(cutters)
     for cutter in cutters:
         cutter.register_forward_pre_hook(_contiguous)
+
+
+def pack(model: nn.Module) -> None:
+    """Let inference on a CPU keep weights as oneDNN takes them (see ``packed`` of ConvNeXt)."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.packed = True
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -213,6 +214,69 @@ def test_tracing_and_export_see_the_layers():
             assert torch.allclose(a, b, atol=1e-5)
     names = {node.target for node in torch.export.export(model, (x,)).graph.nodes}
     assert torch.ops.aten.gelu.default in names
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('use_grn', [False, True])
+@torch.no_grad()
+def test_packed_weights(use_grn, dtype):
+    made = block(8, use_grn, dtype=dtype).eval()
+    x = torch.randn(2, 8, 7, 5, dtype=dtype)
+    packed = like(made, packed=True)
+    expected, found = made(x), packed(x)
+    assert packed._packed is not None
+    assert (found - expected).abs().max() <= (
+        1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max()
+
+
+def test_packed_weights_are_those_of_now():
+    x = torch.randn(1, 8, 5, 5)
+    made = block(8, packed=True).eval()
+
+    def check() -> None:
+        with torch.no_grad():
+            assert torch.allclose(made(x), like(made, packed=False)(x), atol=1e-4)
+            used.append(made._packed and made._packed[1])
+    used = []
+    check()
+    check()
+    assert used[0] is used[1], 'made once'
+    optimizer = torch.optim.SGD(made.parameters(), 0.5)
+    made(x).sum().backward()
+    optimizer.step()
+    check()
+    made.load_state_dict(block(8).state_dict())
+    check()
+    made.gamma.data = torch.full((8,), 3.0)
+    check()
+    made = pickle.loads(pickle.dumps(copy.deepcopy(made)))
+    assert made._packed is None
+    check()
+    assert len({id(weights) for weights in used}) == 5
+    same(run(made, x), run(like(made, packed=False), x))
+    assert run(made.train(), x)[1]['pwconv1.weight'] is not None
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(made(x), like(made, packed=False)(x)), 'of another dtype'
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+@torch.no_grad()
+def test_convolutions_where_a_compiler_freezes(use_grn):
+    import torch._inductor.config
+    made = block(8, use_grn).eval()
+    x = torch.randn(2, 8, 7, 5)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph
+    for freezing in (False, True):
+        torch._dynamo.reset()
+        with torch._inductor.config.patch(freezing=freezing):
+            found = torch.compile(made, backend=keep, fullgraph=True)(x)
+        assert torch.allclose(found, made(x), atol=1e-4)
+    linear = torch._C._nn.linear
+    assert [linear in targets for targets in graphs] == [True, False]
 
 
 # ------------------------------------------------------------------------ half precision
