@@ -2,6 +2,7 @@
 
     python benchmarks/backbone.py                                  # tiny, one picture of 512x512
     python benchmarks/backbone.py --archs tiny base --inputs 224x224 1280x800 --batches 1 8
+    python benchmarks/backbone.py --archs v2_tiny --only reference ours
 
 The reference is OpenMMLab's sequence of operations; "products" are the blocks' matrix products
 alone, which no arrangement of the rest can beat. Results go to benchmarks/results.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_mm import ConvNeXt
+from convnext_mm.archs import ARCHS
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 REFERENCE, LIMIT = 'OpenMMLab (reference)', 'products alone (limit)'
@@ -29,16 +31,17 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
     """(name, maker of a model) pairs."""
     def ours(memory: str, **kwargs) -> ConvNeXt:
         torch.manual_seed(0)
-        return ConvNeXt(arch, drop_path_rate=drop_path, layer_scale_init_value=1.0, memory=memory,
-                        **kwargs)
+        scale = None if ARCHS[arch].use_grn else 1.0
+        return ConvNeXt(arch, drop_path_rate=drop_path, layer_scale_init_value=scale,
+                        memory=memory, **kwargs)
 
     def spread(model: nn.Module) -> nn.Module:
         return model.to(memory_format=torch.channels_last)
     yield REFERENCE, lambda: peers.OpenMMLab(ours('plain'))
     yield "authors'", lambda: peers.Authors(ours('plain'))
-    yield 'transformers', lambda: peers.transformers(ours('plain'), arch)
-    yield 'timm', lambda: peers.timm(ours('plain'), arch)
-    yield 'timm channels_last', lambda: spread(peers.timm(ours('plain'), arch))
+    yield 'transformers', lambda: peers.transformers(ours('plain'))
+    yield 'timm', lambda: peers.timm(arch)
+    yield 'timm channels_last', lambda: spread(peers.timm(arch))
     yield 'ours, plain', lambda: ours('plain')
     yield 'ours', lambda: ours('lean')
     if train:
@@ -47,7 +50,7 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
         yield 'ours, packed', lambda: ours('lean', packed=True)
     if compiled:
         yield 'timm channels_last compiled', lambda: torch.compile(
-            spread(peers.timm(ours('plain'), arch)))
+            spread(peers.timm(arch)))
         yield 'ours, compiled', lambda: torch.compile(ours('lean'))
     yield LIMIT, lambda: peers.Products(ours('plain'))
 
@@ -58,7 +61,8 @@ def traffic(model: ConvNeXt, x: Tensor, train: bool) -> tuple[int, int]:
     A step of training does three times the FLOPs of inference and moves three times the bytes.
     """
     with torch.device('meta'):
-        twin = ConvNeXt(depths=model.arch.depths, dims=model.arch.dims, memory='plain')
+        twin = ConvNeXt(depths=model.arch.depths, dims=model.arch.dims,
+                        use_grn=model.arch.use_grn, memory='plain')
         with FlopCounterMode(display=False) as counter:
             twin(torch.empty(x.shape))
     maps = sum(2 * depth * dim * x.shape[0] * (x.shape[2] >> i + 2) * (x.shape[3] >> i + 2)
@@ -76,6 +80,8 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
     x = torch.randn(batch, 3, shape[1], shape[0], device=DEVICE)
     models, steps, forwards = {}, {}, {}
     for name, make in candidates(arch, args.compile, train, args.drop_path):
+        if name not in (REFERENCE, LIMIT) and not any(part in name for part in args.only):
+            continue
         try:
             model = make().to(DEVICE)
         except ImportError as error:
@@ -132,6 +138,18 @@ def training_of(model: nn.Module, forward: Callable[[], list[Tensor]]) -> Callab
     return train
 
 
+def summary(groups: dict[str, dict[str, float]]) -> str:
+    """A line a setting: how many times as fast as the reference each of ours is."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group
+                               if name.startswith('ours') or name == LIMIT))
+    lines = [f'| times as fast as the reference | {" | ".join(names)} |',
+             '|---' * (len(names) + 1) + '|']
+    for title, group in groups.items():
+        cells = [f'{group[name]:.2f}' if name in group else '' for name in names]
+        lines.append(f'| {title} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +162,8 @@ if __name__ == '__main__':
                         default=['infer', 'train'])
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--drop-path', type=float, default=0.0)
+    parser.add_argument('--only', nargs='+', default=[''], metavar='NAME',
+                        help='those with this in their name, beside the reference')
     parser.add_argument('--compile', action='store_true', help='torch.compile as well')
     parser.add_argument('--name', default='backbone', help='of the files in benchmarks/results')
     args = parser.parse_args()
@@ -157,10 +177,11 @@ if __name__ == '__main__':
         print(text, flush=True)
         tables.append(text)
         groups[f'{arch}, {step}, {dtype}, {batch} × {shape[0]}×{shape[1]}'] = ratios
+    if len(groups) > 1:
+        tables.insert(0, summary(groups))
     path = measuring.write_results(args.name, 'The backbone beside others', '\n\n'.join(tables))
-    if len(groups) <= 6:
-        picture = path.with_suffix('.png')
-        measuring.plot_ratios(picture, groups, LIMIT)
-        with path.open('a', encoding='utf-8') as file:
-            file.write(f'\n![times as fast]({picture.name})\n')
+    picture = path.with_suffix('.png')
+    measuring.plot_ratios(picture, groups, LIMIT)
+    with path.open('a', encoding='utf-8') as file:
+        file.write(f'\n![times as fast]({picture.name})\n')
     print(f'Kept in {path}')

@@ -10,9 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / 'results'
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -123,10 +128,22 @@ def write_results(name: str, title: str, text: str) -> Path:
 
 
 def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = '') -> None:
-    """Bars of how many times as fast as the reference each is, a panel a group."""
+    """How many times as fast as the reference each is: bars, a panel a group; or, of more than six
+    groups, points, a line a group."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    if len(groups) > 6:
+        figure = _points(plt, groups, limit)
+    else:
+        figure = _bars(plt, groups, limit)
+    figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _bars(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) -> Figure:
     rows = max(len(group) for group in groups.values())
     figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 0.34 * rows + 1.4),
                                 squeeze=False)
@@ -140,7 +157,23 @@ def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = ''
         axis.set_title(title.replace(', ', '\n', 1), fontsize=10, loc='right')
         axis.set_xlim(0, 1.18 * max(group.values()))
         axis.spines[['top', 'right']].set_visible(False)
-    figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
+
+
+def _points(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) -> Figure:
+    figure, axis = plt.subplots(figsize=(9, 0.3 * len(groups) + 1.8))
+    titles = list(groups)[::-1]
+    names = dict.fromkeys(n for group in groups.values() for n in group
+                          if n.startswith('ours') or n == limit)
+    for name in names:
+        held = [(groups[title][name], row) for row, title in enumerate(titles)
+                if name in groups[title]]
+        style = dict(color='0.4', marker='|', markersize=11) if name == limit else dict(marker='o')
+        axis.plot(*zip(*held, strict=True), linestyle='', label=name, **style)
+    axis.axvline(1, color='black', linewidth=0.8)
+    axis.set_yticks(range(len(titles)), titles, fontsize=9)
+    axis.grid(axis='y', color='0.92')
+    axis.set_axisbelow(True)
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='upper center', ncols=min(len(names), 5), fontsize=9, frameon=False)
+    return figure

@@ -39,9 +39,17 @@ class OpenMMLab(nn.Module):
 
     def branch(self, b: nn.Module, x: Tensor) -> Tensor:
         """What a block adds to its input."""
-        y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
-        y = y.permute(0, 3, 1, 2)
+        y = b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1))))
+        y = b.pwconv2(self.grn(b.grn, y)).permute(0, 3, 1, 2)
         return y if b.gamma is None else y.mul(b.gamma.view(1, -1, 1, 1))
+
+    def grn(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """V2's global response normalisation of a (N, H, W, C) map; V1 has none."""
+        if isinstance(layer, nn.Identity):
+            return x
+        response = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
+        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        return layer.gamma * (x * response) + layer.beta + x
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
         """LayerNorm over channels."""
@@ -54,7 +62,8 @@ class Authors(OpenMMLab):
     """The authors' sequence: their own norm over channels, step by step."""
 
     def branch(self, b: nn.Module, x: Tensor) -> Tensor:
-        y = b.pwconv2(b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1)))))
+        y = b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1))))
+        y = b.pwconv2(self.grn(b.grn, y))
         return (y if b.gamma is None else b.gamma * y).permute(0, 3, 1, 2)
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -91,20 +100,23 @@ class Products(nn.Module):
         return outs
 
 
-def transformers(model: ConvNeXt, arch: str) -> nn.Module:
-    """ConvNextBackbone of transformers, of this size with weights of its own."""
-    from transformers import ConvNextBackbone, ConvNextConfig
-    depths, dims, _ = model.arch
-    made = ConvNextBackbone(ConvNextConfig(
-        depths=list(depths), hidden_sizes=list(dims), layer_scale_init_value=1.0,
-        out_features=[f'stage{i + 1}' for i in range(len(depths))]))
-    return Wrapped(made, lambda out: out.feature_maps)
+def transformers(model: ConvNeXt) -> nn.Module:
+    """transformers' backbone of this size with weights of its own."""
+    import transformers as library
+    version = 'V2' if model.arch.use_grn else ''
+    config = getattr(library, f'ConvNext{version}Config')(
+        depths=list(model.arch.depths), hidden_sizes=list(model.arch.dims),
+        layer_scale_init_value=1.0,
+        out_features=[f'stage{i + 1}' for i in range(len(model.arch.depths))])
+    return Wrapped(getattr(library, f'ConvNext{version}Backbone')(config),
+                   lambda out: out.feature_maps)
 
 
-def timm(model: ConvNeXt, arch: str) -> nn.Module:
-    """timm's features_only ConvNeXt, of this size with weights of its own."""
+def timm(arch: str) -> nn.Module:
+    """timm's features_only ConvNeXt of a size, with weights of its own."""
     import timm as library
-    return Wrapped(library.create_model(f'convnext_{arch}', features_only=True), lambda out: out)
+    name = f'convnextv2_{arch[3:]}' if arch.startswith('v2_') else f'convnext_{arch}'
+    return Wrapped(library.create_model(name, features_only=True), lambda out: out)
 
 
 class Wrapped(nn.Module):

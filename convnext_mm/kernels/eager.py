@@ -165,13 +165,16 @@ def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, keep: bool
                         ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`linear_gelu`, and its sums of squares over each map, (N, 4C), in fp32 at least."""
     a, h = linear_gelu(n, weight, bias, keep)
-    return a, h, torch.linalg.vector_norm(a, dim=(1, 2), dtype=_wide(a)).square()
+    return a, h, _map_sums(a, a)
 
 
 def grn_linear_residual(a: Tensor, scale: Tensor, beta: Tensor, weight: Tensor, bias: Tensor,
                         gamma: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor:
-    """:func:`linear_residual` of GRN's output, a · scale + beta; scale (N, 4C), beta (4C,)."""
-    return linear_residual(_grn(a, scale, beta), weight, bias, gamma, drop, x)
+    """:func:`linear_residual` of GRN's output, which is written to a's memory.
+
+    It is a · scale + beta; scale (N, 4C), beta (4C,).
+    """
+    return linear_residual(grn(a, scale, beta, out=a), weight, bias, gamma, drop, x)
 
 
 def grn_linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor, norms: Tensor, gamma: Tensor,
@@ -190,9 +193,9 @@ def grn_linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor, norms: Tensor
         The gradient of h; GRN's output; gamma's gradient.
     """
     a, du = F.gelu(h), matmul(g, weight)
-    extra, dgamma = grn_gradient(torch.sum(du * a, (1, 2), dtype=_wide(a)), norms, gamma)
+    extra, dgamma = grn_gradient(_map_sums(a, du), norms, gamma)
     scale = grn_scale(norms, gamma)
-    u = _grn(a, scale, beta)
+    u = grn(a, scale, beta)
     da = du.mul_(scale[:, None, None].to(du.dtype)).addcmul_(a, extra[:, None, None].to(du.dtype))
     return _gelu_backward(da, h), u, dgamma
 
@@ -214,8 +217,25 @@ def grn_gradient(sums: Tensor, norms: Tensor, gamma: Tensor) -> tuple[Tensor, Te
     return (dnorms / norms).where(norms > 0, 0), (sums * norms / mean).sum(0)
 
 
-def _grn(a: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
-    return torch.addcmul(beta.to(a.dtype), a, scale[:, None, None].to(a.dtype))
+def grn(a: Tensor, scale: Tensor, beta: Tensor, out: Tensor | None = None) -> Tensor:
+    """GRN's output, a · scale + beta; scale (N, 4C), beta (4C,)."""
+    return torch.addcmul(beta.to(a.dtype), a, scale[:, None, None].to(a.dtype), out=out)
+
+
+def _map_sums(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a · b over each map, (N, 4C), in fp32 at least; on a CPU in pieces that fit the cache.
+
+    PyTorch's norm over a map takes several times as long there.
+    """
+    wide = _wide(a)
+    if not a.is_cpu:
+        return (a.to(wide) * b).sum((1, 2))
+    sums = a.new_zeros((a.shape[0], a.shape[-1]), dtype=wide)
+    for total, *maps in zip(sums, a.flatten(1, 2), b.flatten(1, 2), strict=True):
+        for x, y in zip(*(rows.split(ROWS // 8) for rows in maps), strict=True):
+            x = x.to(wide, copy=True)
+            total += (x.square_() if a is b else x.mul_(y)).sum(0)
+    return sums
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -930,8 +930,8 @@ def grn_linear_residual(a: Tensor, scale: Tensor, beta: Tensor, weight: Tensor, 
         _launch_product(_linear_residual, (a, scale, weight, shifted, gamma, drop, x, out), area,
                         channels, inner, images=x.shape[0], area=area)
         return out
-    return _faster('grn_linear_residual', a, weight, ours, lambda: eager.grn_linear_residual(
-        a, scale, beta, weight, bias.to(a.dtype), gamma, drop, x))
+    return _faster('grn_linear_residual', a, weight, ours, lambda: eager.linear_residual(
+        eager.grn(a, scale, beta), weight, bias.to(a.dtype), gamma, drop, x))
 
 
 @op(lambda g, weight, h: (_empty(h), _floats(h, h.shape[0], h.shape[-1])))
