@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from convnext_mm import UserError
+from convnext_mm.layers import Block
 from convnext_mm.prediction import Predictor, find_pictures, picture_names
 from convnext_mm.training.checks import read_config
 from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, run_tool
@@ -59,6 +60,9 @@ def test_the_prediction_has_the_size_of_the_picture(checkpoints, tmp_path):
     Image.fromarray(np.zeros((70, 333, 3), np.uint8)).save(tmp_path / 'wide.png')
     predict = Predictor(read_config(DEMO_SEGMENTATION), str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
     assert predict(str(tmp_path / 'wide.png')).pred_sem_seg.data.shape == (1, 70, 333)
+    blocks = [module for module in predict.model.modules() if isinstance(module, Block)]
+    assert blocks
+    assert all(block._packed for block in blocks), 'weights are final here'
     assert predict.meta['classes'][0] == 'sand'
     assert predict.meta['palette'][0] == (222, 203, 144)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class SpeedHook(Hook):
         channels_last: Convolutions of neck and heads compute in channels_last, as the backbone
             does. What is cut out of maps by mmcv's operations is made contiguous before them.
         compile: Parts of the model that ``torch.compile`` compiles in training, such as
-            ``['backbone', 'decode_head', 'auxiliary_head']``.
+            ``['backbone', 'decode_head', 'auxiliary_head']``, or ``['roi_head.bbox_head']``.
         dynamic: Compile for pictures of any size; else each new size compiles anew.
         cuda_graphs: Replay the compiled parts as CUDA graphs (pictures of one size).
     """
@@ -81,17 +82,34 @@ class SpeedHook(Hook):
         Raises:
             UserError: A part that the model has not.
         """
-        model = unwrapped(runner.model)
-        for name in self.parts:
-            part = getattr(model, name, None)
-            if not isinstance(part, nn.Module):
-                raise UserError(f'fast.compile: the model has no {name!r}; its parts: '
-                                f'{", ".join(n for n, _ in model.named_children())}')
-            # In place: the names in checkpoints stay.
-            part.compile(dynamic=self.dynamic,
-                         mode='reduce-overhead' if self.cuda_graphs else None)
+        compile_parts(unwrapped(runner.model), self.parts, self.dynamic, self.cuda_graphs)
         if self.parts:
             print_log(f'Compiled when first used: {", ".join(self.parts)}.', logger='current')
+
+
+def compile_parts(model: nn.Module, names: Iterable[str], dynamic: bool = False,
+                  cuda_graphs: bool = False) -> None:
+    """Let ``torch.compile`` compile parts of a model; the names of parameters stay.
+
+    Args:
+        model: With the parts as attributes.
+        names: Such as 'decode_head' or 'roi_head.bbox_head'; of a list of modules, each is meant.
+        dynamic: Compile for inputs of any size.
+        cuda_graphs: Replay the parts as CUDA graphs.
+
+    Raises:
+        UserError: A part that the model has not.
+    """
+    for name in names:
+        try:
+            part = model.get_submodule(name)
+        except AttributeError:
+            raise UserError(f'fast.compile: the model has no {name!r}; its parts: '
+                            f'{", ".join(n for n, _ in model.named_children())}') from None
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            # Not the module itself: mmseg's heads call forward without its __call__.
+            module.forward = torch.compile(module.forward, dynamic=dynamic,
+                                           mode='reduce-overhead' if cuda_graphs else None)
 
 
 def use_channels_last(model: nn.Module) -> None:
