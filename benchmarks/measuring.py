@@ -77,17 +77,17 @@ def peak_memory(step: Callable[[], object]) -> float | None:
 def kept_memory(forward: Callable[[], object], parameters: list[Tensor]) -> float:
     """MiB that a forward pass keeps for the backward pass, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    sizes, alive = {}, []
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(t: Tensor) -> Tensor:
-        alive.append(t)  # or its address could come again
+    def pack(t: Tensor) -> None:
+        """Holds the storage, or its address could come again; not the tensor, whose graph would
+        hold this function and so itself."""
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            kept[storage.data_ptr()] = storage
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         forward()
-    return sum(sizes.values()) / 2**20
+    return sum(storage.nbytes() for storage in kept.values()) / 2**20
 
 
 def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:

@@ -99,24 +99,46 @@ def test_the_four_lines_for_ones_own_data_work(scope, demo_data, tmp_path):
         assert dataset[0]['inputs'].shape[0] == 3
 
 
+def results(section: str, kind: str) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Of the file that a section links as ``kind``: setting → who → the cells of its row."""
+    link, = re.findall(rf'\[{kind}\]\((benchmarks/results/\S+)\)', section)
+    tables = {}
+    for title, body in re.findall(r'^\*\*(.+?)\*\*.*\n\n((?:\|.*\n)+)', text(link), re.M):
+        rows = [[cell.strip() for cell in line.strip('|').split('|')]
+                for line in body.splitlines()[2:]]
+        tables[tuple(title.split(', '))] = {name: cells for name, *cells in rows}
+    return tables
+
+
 def test_the_speeds_are_those_of_the_results():
     section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
-    results = {step: (ROOT / 'benchmarks' / 'results' / link).read_text(encoding='utf-8')
-               for step, link in re.findall(r'\[(training|inference)\]\(benchmarks/results/(\S+)\)',
-                                            section)}
-    rows = dict(re.findall(r'^\| (OpenMMLab\S* sequence|ours|ours, `minimal`|the blocks.*?) (\|.*)',
-                           section, re.M))
-    names = dict(zip(rows, ('OpenMMLab (reference)', 'ours', 'ours, minimal',
-                            'products alone (limit)'), strict=True))
-    for row, name in names.items():
-        found = [re.findall(r'[\d.]+', cell) for cell in rows[row].strip('|').split('|')]
-        measured = {step: re.findall(rf'^\| {re.escape(name)} \| (\S+) \| \S+ \| \S+ \| (\d*) ?\|',
-                                     content, re.M) for step, content in results.items()}
-        for i, (ms, kept) in enumerate(measured['training']):
-            assert found[i] == [f'{float(ms):.0f}']
-            assert found[2 + i] == ([kept] if kept else [])
-        for i, (ms, _) in enumerate(measured['inference']):
-            assert found[4 + i] == [f'{float(ms):.0f}']
+    table = section.split('| | training, fp32 ')[1].split('\n\n')[0].splitlines()[2:]
+    names = ('OpenMMLab (reference)', 'ours', 'ours, minimal', 'ours, packed', 'ours, compiled',
+             'products alone (limit)')
+    for row, name in zip(table, names, strict=True):
+        found = [re.findall(r'[\d.]+', cell) for cell in row.strip('|').split('|')[1:]]
+        expected = []
+        for kind, step, columns in [('training', 'train', (0, 3)), ('inference', 'infer', (0,))]:
+            for column in columns:
+                for dtype in 'fp32', 'bf16':
+                    cells = results(section, kind)['tiny', step, dtype, '1 × 512×512'].get(name)
+                    expected.append([f'{float(cells[column]):.0f}'] if cells and cells[column]
+                                    else [])
+        assert found == expected, name
+
+
+def test_the_sizes_are_those_of_the_results():
+    section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
+    rows = re.findall(r'^\| (\w+) \|((?: [\d.]+ \([\d.]+\) \|){4})', section, re.M)
+    assert [row[0] for row in rows] == ['tiny', 'small', 'base', 'large', 'xlarge']
+    tables = results(section, 'sizes')
+    for size, cells in rows:
+        found = iter(re.findall(r'[\d.]+', cells))
+        for step, name in [('train', 'ours'), ('infer', 'ours, packed')]:
+            for dtype in 'fp32', 'bf16':
+                table = tables[size, step, dtype, '1 × 512×512']
+                for who in name, 'products alone (limit)':
+                    assert next(found) == table[who][1], (size, step, dtype, who)
 
 
 def test_the_memory_is_what_the_tool_reckons():
