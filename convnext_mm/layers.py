@@ -1,10 +1,6 @@
 """The small layers that ConvNeXt is made of."""
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,59 +22,25 @@ class LayerNorm2d(nn.LayerNorm):
                             self.eps).permute(0, 3, 1, 2)
 
 
-class Packs(nn.Module):
-    """A layer that inference on a CPU may keep weights of in oneDNN's layout.
-
-    They are made anew where a parameter has been replaced, or written to but by ``.data``.
-    """
-
-    packed = False
-    _packed: tuple[list, Any] | None = None
-
-    def packs(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether packed weights are to be used on ``x``."""
-        return (self.packed and not (self.training or torch.is_grad_enabled())
-                and x.dtype == functions.compute_dtype(x) == weight.dtype
-                and kernels.eager.onednn(x))
-
-    def kept(self, weights: Iterable[Tensor | None], pack: Callable[[], Any]) -> Any:
-        """What ``pack`` made of ``weights``, as they are now."""
-        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
-                 for w in weights]
-        if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack()
-        return self._packed[1]
-
-    def __getstate__(self) -> dict:
-        """For copies and pickles, which oneDNN's layout does not go into."""
-        return {**self.__dict__, '_packed': None}
-
-
-class Downsample(nn.Sequential, Packs):
+class Downsample(nn.Sequential):
     """LayerNorm over channels, and the convolution between stages.
 
     Args:
         norm: A :class:`LayerNorm2d`.
         conv: The convolution.
         memory: One of :data:`convnext_mm.kernels.MEMORY`.
-        packed: Whether inference on a CPU keeps the weight in oneDNN's layout as well.
     """
 
-    def __init__(self, norm: nn.Module, conv: nn.Module, memory: str = 'lean',
-                 packed: bool = False) -> None:
+    def __init__(self, norm: nn.Module, conv: nn.Module, memory: str = 'lean') -> None:
         super().__init__(norm, conv)
-        self.memory, self.packed = memory, packed
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H / 2, W / 2)."""
         norm, conv = self
         if self.memory == 'plain' or torch.compiler.is_compiling() or not fusible(x, norm, conv):
             return super().forward(x)
-        weight = conv.weight
-        if self.packs(x, weight):
-            weight = self.kept([weight], lambda: kernels.eager.packed_convolution(
-                conv.weight.detach(), conv.stride[0], 0, 1, 1))
-        return functions.downsample(x, norm.weight, norm.bias, weight, conv.bias, norm.eps)
+        return functions.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps)
 
 
 class DilatedDownsample(nn.Conv2d):
@@ -146,7 +108,7 @@ class GRN(nn.Module):
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
 
 
-class Block(Packs):
+class Block(nn.Module):
     """A ConvNeXt block (Liu et al., 2022, Section 2 and Figure 4), or one of V2 with GRN.
 
     Depthwise 7x7 → LayerNorm → 1x1 (C to 4C) → GELU → [GRN] → 1x1 (4C to C) → [layer scale]
@@ -168,6 +130,7 @@ class Block(Packs):
                  triton: bool = True, packed: bool = False) -> None:
         super().__init__()
         self.memory, self.triton, self.packed = memory, triton, packed
+        self._packed: tuple[list, functions.Weights] | None = None
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation,
                                 dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -223,12 +186,26 @@ class Block(Packs):
             self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
             self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
             self.pwconv2.weight, self.pwconv2.bias, self.gamma)
-        if self.packs(x, self.pwconv1.weight):
-            weights = self.kept(weights, functools.partial(weights.packed, dilation))
+        dtype = functions.compute_dtype(x)
+        if (self.packed and not (self.training or torch.is_grad_enabled())
+                and x.dtype == dtype == self.pwconv1.weight.dtype and kernels.eager.onednn(x)):
+            weights = self._packed_weights(weights)
         return functions.block(x, weights, functions.Settings(
-            self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
+            self.norm.eps, dtype, self.memory == 'lean',
             kernels.operations(x, dilation, self.triton),
             {} if dilation == 1 else dict(dilation=dilation)), self.drop_path.factors(x))
+
+    def _packed_weights(self, weights: functions.Weights) -> functions.Weights:
+        """``weights`` packed, anew where one has been written to (but by ``.data``) or replaced."""
+        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
+                 for w in weights]
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, weights.packed()
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which oneDNN's layout does not go into."""
+        return {**self.__dict__, '_packed': None}
 
 
 FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}

@@ -125,25 +125,6 @@ def packed(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
-def packed_convolution(weight: Tensor, stride: int, padding: int, dilation: int, groups: int
-                       ) -> Tensor:
-    """A convolution's weight in the layout that oneDNN computes in."""
-    return torch._C._nn.mkldnn_reorder_conv2d_weight(
-        weight.to_mkldnn(), [padding] * 2, [stride] * 2, [dilation] * 2, groups)
-
-
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0,
-                dilation: int = 1, groups: int = 1) -> Tensor:
-    """A convolution of a (N, H, W, C) map, whose weight may be packed; contiguous."""
-    x = x.permute(0, 3, 1, 2)
-    if weight.is_mkldnn:
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, [padding] * 2, [stride] * 2, [dilation] * 2, groups, 'none', [], '')
-    else:
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return y.permute(0, 2, 3, 1).contiguous()
-
-
 def scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
     """A linear layer that multiplies its output with ``gamma``."""
     if gamma is None:
@@ -270,7 +251,8 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    return convolution(x, weight, bias, 1, 3 * dilation, dilation, x.shape[-1])
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=3 * dilation, dilation=dilation,
+                    groups=x.shape[-1]).permute(0, 2, 3, 1).contiguous()
 
 
 def _same_kind(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

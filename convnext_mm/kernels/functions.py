@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, autocast
 from torch.autograd.function import once_differentiable
 
@@ -41,16 +42,13 @@ class Weights(NamedTuple):
             'dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight',
             'pwconv2_bias')})
 
-    def packed(self, dilation: int) -> Weights:
+    def packed(self) -> Weights:
         """What inference on a CPU takes: the layer scale within the second product's weight, and
-        the weights in oneDNN's own layout; the norm's as its kernel wants them."""
-        w = Weights(*(None if w is None else w.detach() for w in self))
-        weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
-        return w._replace(
-            dwconv_weight=eager.packed_convolution(w.dwconv_weight, 1, 3 * dilation, dilation,
-                                                   len(w.dwconv_weight)),
-            norm_weight=w.norm_weight.float(), norm_bias=w.norm_bias.float(),
-            pwconv1_weight=eager.packed(w.pwconv1_weight), pwconv2_weight=eager.packed(weight2),
+        both weights in oneDNN's own layout."""
+        weight1, (weight2, bias2) = self.pwconv1_weight, eager.scaled(
+            self.pwconv2_weight, self.pwconv2_bias, self.gamma)
+        return Weights(*(w if w is None else w.detach() for w in self))._replace(
+            pwconv1_weight=eager.packed(weight1.detach()), pwconv2_weight=eager.packed(weight2),
             pwconv2_bias=bias2, gamma=None)
 
 
@@ -253,17 +251,7 @@ def downsample(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
         bias: (C',).
         eps: Of the LayerNorm.
     """
-    if torch.is_grad_enabled():
-        return DownsampleFunction.apply(x, norm_weight, norm_bias, weight, bias, eps)
-    return _downsampled(x, norm_weight, norm_bias, weight, bias, eps, compute_dtype(x))
-
-
-def _downsampled(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
-                 eps: float, dtype: torch.dtype) -> Tensor:
-    with autocast(x.device.type, enabled=False):
-        n, _, _ = eager.layer_norm(_nhwc(x), norm_weight, norm_bias, eps)
-        return eager.convolution(n.to(dtype), weight.to(dtype), bias.to(dtype),
-                                 weight.shape[-1]).permute(0, 3, 1, 2)
+    return DownsampleFunction.apply(x, norm_weight, norm_bias, weight, bias, eps)
 
 
 class DownsampleFunction(torch.autograd.Function):
@@ -274,7 +262,10 @@ class DownsampleFunction(torch.autograd.Function):
                 bias: Tensor, eps: float) -> Tensor:
         ctx.eps, ctx.dtype = eps, compute_dtype(x)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
-        return _downsampled(x, norm_weight, norm_bias, weight, bias, eps, ctx.dtype)
+        with autocast(x.device.type, enabled=False):
+            n, _, _ = eager.layer_norm(_nhwc(x), norm_weight, norm_bias, eps)
+            return F.conv2d(n.to(ctx.dtype).permute(0, 3, 1, 2), weight.to(ctx.dtype),
+                            bias.to(ctx.dtype), stride=weight.shape[-1])
 
     @staticmethod
     @once_differentiable
