@@ -5,7 +5,8 @@
     python benchmarks/backbone.py --archs v2_tiny --only reference ours
 
 The reference is OpenMMLab's sequence of operations; "products" are the blocks' matrix products
-alone, which no arrangement of the rest can beat. Results go to benchmarks/results.
+alone, by PyTorch's linear layer (in fp32 on a CPU, oneDNN's can be faster). Results go to
+benchmarks/results.
 """
 from __future__ import annotations
 

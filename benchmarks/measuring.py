@@ -175,5 +175,6 @@ def _points(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) ->
     axis.grid(axis='y', color='0.92')
     axis.set_axisbelow(True)
     axis.spines[['top', 'right']].set_visible(False)
-    figure.legend(loc='upper center', ncols=min(len(names), 5), fontsize=9, frameon=False)
+    axis.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=min(len(names), 5), fontsize=9,
+                frameon=False)
     return figure
