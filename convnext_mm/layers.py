@@ -148,7 +148,8 @@ class Block(nn.Module):
             return self._fused(x)
         inferring = torch.compiler.is_compiling() and not (
             torch.is_grad_enabled() or self.training)
-        if inferring and x.is_cpu and kernels.compiler_freezes():
+        if inferring and x.is_cpu and kernels.compiler_freezes() and fusible(
+                x, self.pwconv1, self.pwconv2):
             return self._convolved(x)
         y = self.dwconv(x).permute(0, 2, 3, 1)
         y = self.grn(self.act(self.pwconv1(self.norm(y))))

@@ -45,10 +45,10 @@ class Weights(NamedTuple):
     def packed(self) -> Weights:
         """What inference on a CPU takes: the layer scale within the second product's weight, and
         both weights in oneDNN's own layout."""
-        weight1, (weight2, bias2) = self.pwconv1_weight, eager.scaled(
-            self.pwconv2_weight, self.pwconv2_bias, self.gamma)
-        return Weights(*(w if w is None else w.detach() for w in self))._replace(
-            pwconv1_weight=eager.packed(weight1.detach()), pwconv2_weight=eager.packed(weight2),
+        w = Weights(*(w if w is None else w.detach() for w in self))
+        weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
+        return w._replace(
+            pwconv1_weight=eager.packed(w.pwconv1_weight), pwconv2_weight=eager.packed(weight2),
             pwconv2_bias=bias2, gamma=None)
 
 

@@ -278,6 +278,17 @@ def test_convolutions_where_a_compiler_freezes(use_grn):
     linear = torch._C._nn.linear
     assert [linear in targets for targets in graphs] == [True, False]
 
+    class Adapter(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+    adapter = Adapter(8, 32)
+    adapter.load_state_dict(made.pwconv1.state_dict())
+    made.pwconv1 = adapter
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(freezing=True):
+        found = torch.compile(made, backend=keep, fullgraph=True)(x)
+    assert torch.allclose(found, made(x), atol=1e-4), "a user's layer is passed over"
+
 
 # ------------------------------------------------------------------------ half precision
 
