@@ -125,7 +125,7 @@ class ConvNeXt(BaseModule):
                               DilatedDownsample(dims[i - 1], dims[i], dilation) if dilated else
                               nn.Conv2d(dims[i - 1], dims[i], kernel_size=2, stride=2)]
                 dilation *= 2 if dilated else 1
-            self.downsample_layers.append(Downsample(*downsample, memory=memory) if i else
+            self.downsample_layers.append(Downsample(*downsample, memory, packed) if i else
                                           nn.Sequential(*downsample))
             self.stages.append(nn.Sequential(*(
                 Block(dims[i], next(rates), layer_scale_init_value, use_grn, dilation, memory,

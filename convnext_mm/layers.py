@@ -1,12 +1,15 @@
 """The small layers that ConvNeXt is made of."""
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .kernels import functions
+from .kernels.packed import PackedBlock, PackedDownsample
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -22,25 +25,59 @@ class LayerNorm2d(nn.LayerNorm):
                             self.eps).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Sequential):
+class Packs(nn.Module):
+    """A layer that inference on a CPU may keep packed (see :mod:`convnext_mm.kernels.packed`)."""
+
+    packed = False
+    _packed: tuple[list, Callable[[Tensor], Tensor]] | None = None
+
+    def _packs(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether it is to be packed on ``x``."""
+        return (self.packed and not (self.training or torch.is_grad_enabled())
+                and x.dtype == weight.dtype and kernels.eager.onednn(x)
+                and not torch.is_autocast_enabled('cpu'))
+
+    def _kept(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
+              *settings: float) -> Callable[[Tensor], Tensor]:
+        """``pack`` of weights and settings; anew where a weight has been replaced or written to.
+
+        What is written through ``.data`` is not seen.
+        """
+        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
+                 for w in weights]
+        if self._packed is None or self._packed[0] != state:
+            self._packed = state, pack(weights, *settings)
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which oneDNN's layout does not go into."""
+        return {**self.__dict__, '_packed': None}
+
+
+class Downsample(nn.Sequential, Packs):
     """LayerNorm over channels, and the convolution between stages.
 
     Args:
         norm: A :class:`LayerNorm2d`.
         conv: The convolution.
         memory: One of :data:`convnext_mm.kernels.MEMORY`.
+        packed: Whether inference on a CPU keeps the weight in oneDNN's layout as well.
     """
 
-    def __init__(self, norm: nn.Module, conv: nn.Module, memory: str = 'lean') -> None:
+    def __init__(self, norm: nn.Module, conv: nn.Module, memory: str = 'lean',
+                 packed: bool = False) -> None:
         super().__init__(norm, conv)
-        self.memory = memory
+        self.memory, self.packed = memory, packed
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H / 2, W / 2)."""
         norm, conv = self
         if self.memory == 'plain' or torch.compiler.is_compiling() or not fusible(x, norm, conv):
             return super().forward(x)
-        return functions.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps)
+        weights = norm.weight, norm.bias, conv.weight, conv.bias
+        if self._packs(x, conv.weight):
+            return self._kept(weights, PackedDownsample, norm.eps)(x)
+        return functions.downsample(x, *weights, norm.eps)
 
 
 class DilatedDownsample(nn.Conv2d):
@@ -108,7 +145,7 @@ class GRN(nn.Module):
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
 
 
-class Block(nn.Module):
+class Block(Packs):
     """A ConvNeXt block (Liu et al., 2022, Section 2 and Figure 4), or one of V2 with GRN.
 
     Depthwise 7x7 → LayerNorm → 1x1 (C to 4C) → GELU → [GRN] → 1x1 (4C to C) → [layer scale]
@@ -122,7 +159,7 @@ class Block(nn.Module):
         dilation: Dilation of the depthwise convolution.
         memory: One of :data:`convnext_mm.kernels.MEMORY`.
         triton: Whether Triton's kernels are used on a GPU that can.
-        packed: Whether inference on a CPU keeps the products' weights in oneDNN's layout as well.
+        packed: Whether inference on a CPU keeps the weights in oneDNN's layout as well.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6,
@@ -130,7 +167,6 @@ class Block(nn.Module):
                  triton: bool = True, packed: bool = False) -> None:
         super().__init__()
         self.memory, self.triton, self.packed = memory, triton, packed
-        self._packed: tuple[list, functions.Weights] | None = None
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation,
                                 dilation=dilation, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -187,26 +223,12 @@ class Block(nn.Module):
             self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
             self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
             self.pwconv2.weight, self.pwconv2.bias, self.gamma)
-        dtype = functions.compute_dtype(x)
-        if (self.packed and not (self.training or torch.is_grad_enabled())
-                and x.dtype == dtype == self.pwconv1.weight.dtype and kernels.eager.onednn(x)):
-            weights = self._packed_weights(weights)
+        if self._packs(x, weights.pwconv1_weight):
+            return self._kept(weights, PackedBlock, self.norm.eps, dilation)(x)
         return functions.block(x, weights, functions.Settings(
-            self.norm.eps, dtype, self.memory == 'lean',
+            self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
             kernels.operations(x, dilation, self.triton),
             {} if dilation == 1 else dict(dilation=dilation)), self.drop_path.factors(x))
-
-    def _packed_weights(self, weights: functions.Weights) -> functions.Weights:
-        """``weights`` packed, anew where one has been written to (but by ``.data``) or replaced."""
-        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
-                 for w in weights]
-        if self._packed is None or self._packed[0] != state:
-            self._packed = state, weights.packed()
-        return self._packed[1]
-
-    def __getstate__(self) -> dict:
-        """For copies and pickles, which oneDNN's layout does not go into."""
-        return {**self.__dict__, '_packed': None}
 
 
 FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
@@ -221,8 +243,12 @@ def fusible(x: Tensor, *layers: nn.Module) -> bool:
     if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
             or not x.is_floating_point()):
         return False
-    mixed = torch.is_autocast_enabled(x.device.type)
-    return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)
-               and layer.bias is not None and not (
-                   layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-                   or layer._backward_pre_hooks) for layer in layers)
+    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
+    for layer in layers:  # plain lookups: every block of every step comes here
+        if (type(layer) not in FUSIBLE or layer._forward_hooks or layer._forward_pre_hooks
+                or layer._backward_hooks or layer._backward_pre_hooks):
+            return False
+        own = layer._parameters
+        if own['bias'] is None or dtype not in (None, own['weight'].dtype):
+            return False
+    return True

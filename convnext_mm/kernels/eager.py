@@ -13,8 +13,8 @@ from torch import Tensor
 
 GRN_EPS = 1e-6
 
-ROWS = 8192
-"""Positions that :func:`mlp` takes at a time on a CPU."""
+PIECE = 16 * 2**20
+"""Bytes of the 4C map that :func:`mlp` has at a time on a CPU."""
 
 TILE = 16
 """Side of the tiles of :func:`_tiled_weight_gradient`: twice as fast as 8, nearly as fast as 32."""
@@ -108,21 +108,17 @@ def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Where nothing is kept, a CPU goes through large maps piece by piece, so that a piece of the 4C
     map is still in the cache when it is used, and there is never a whole one.
     """
-    if keep or drop is not None or n.device.type != 'cpu' or _rows(n) <= ROWS:
+    rows = PIECE // (weight1.shape[0] * n.element_size())
+    if keep or drop is not None or not n.is_cpu or _rows(n) <= rows:
         a, h = linear_gelu(n, weight1, bias1, keep)
         return linear_residual(a, weight2, bias2, gamma, drop, x), h
     weight2, bias2 = scaled(weight2, bias2, gamma)
     out = torch.empty_like(x)
-    for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(ROWS, 2) for m in (n, x, out)),
+    for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(rows, 2) for m in (n, x, out)),
                             strict=True):
         a, _ = linear_gelu(part, weight1, bias1, False)
         to.copy_(_linear_add(a, weight2, bias2, of))
     return out, n.new_empty(0)
-
-
-def packed(weight: Tensor) -> Tensor:
-    """A linear layer's weight in the layout that oneDNN computes in."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,7 +228,7 @@ def _map_sums(a: Tensor, b: Tensor) -> Tensor:
         return (a.to(wide) * b).sum((1, 2))
     sums = a.new_zeros((a.shape[0], a.shape[-1]), dtype=wide)
     for total, *maps in zip(sums, a.flatten(1, 2), b.flatten(1, 2), strict=True):
-        for x, y in zip(*(rows.split(ROWS // 8) for rows in maps), strict=True):
+        for x, y in zip(*(rows.split(1024) for rows in maps), strict=True):
             x = x.to(wide, copy=True)
             total += (x.square_() if a is b else x.mul_(y)).sum(0)
     return sums

@@ -8,6 +8,7 @@ with M = gᵀ a (g behind the layer scale, a behind the GELU), dγ = Σ_k M ∘ 
 """
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -42,15 +43,6 @@ class Weights(NamedTuple):
             'dwconv_weight', 'dwconv_bias', 'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight',
             'pwconv2_bias')})
 
-    def packed(self) -> Weights:
-        """What inference on a CPU takes: the layer scale within the second product's weight, and
-        both weights in oneDNN's own layout."""
-        w = Weights(*(w if w is None else w.detach() for w in self))
-        weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
-        return w._replace(
-            pwconv1_weight=eager.packed(w.pwconv1_weight), pwconv2_weight=eager.packed(weight2),
-            pwconv2_bias=bias2, gamma=None)
-
 
 class Settings(NamedTuple):
     """How a block computes.
@@ -71,6 +63,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of products: autocast's where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast switched off, where it is on: the switch alone takes as long as a small kernel."""
+    kind = x.device.type
+    return autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def block(x: Tensor, weights: Weights, settings: Settings, drop: Tensor | None) -> Tensor:
@@ -109,7 +107,7 @@ class BlockFunction(torch.autograd.Function):
             zeros = (torch.zeros_like(w) if want else None
                      for w, want in zip(weights, wanted, strict=True))
             return g.to(ctx.dtype), None, None, *zeros
-        with autocast(g.device.type, enabled=False):
+        with without_autocast(g):
             g = _nhwc(g)
             part = g if pictures is None else g[pictures]
             dx, grads = _backward(part, Kept(pictures, drop, ctx.factor, x, h, norms),
@@ -143,7 +141,7 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
     # In mixed precision, a layer scale in fp32 makes the sum of branches one of fp32.
     stream = x.dtype if weights.gamma is None else torch.promote_types(
         x.dtype, weights.gamma.dtype)
-    with autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if drop is not None and ops is eager and x.is_cpu and not torch.compiler.is_compiling():
             # What drop path drops is not computed; on a GPU, asking which would cost a wait.
             pictures, factor = _left(drop)
@@ -262,7 +260,7 @@ class DownsampleFunction(torch.autograd.Function):
                 bias: Tensor, eps: float) -> Tensor:
         ctx.eps, ctx.dtype = eps, compute_dtype(x)
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
-        with autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             n, _, _ = eager.layer_norm(_nhwc(x), norm_weight, norm_bias, eps)
             return F.conv2d(n.to(ctx.dtype).permute(0, 3, 1, 2), weight.to(ctx.dtype),
                             bias.to(ctx.dtype), stride=weight.shape[-1])
@@ -271,7 +269,7 @@ class DownsampleFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, weight, bias = ctx.saved_tensors
-        with autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             rows = _nhwc(x)
             n, mean, rstd = eager.layer_norm(rows, norm_weight, norm_bias, ctx.eps)
             dn, dw, db = torch.ops.aten.convolution_backward(

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..backbone import ConvNeXt
 from ..errors import UserError
-from ..layers import Block
+from ..layers import Packs
 
 KEYS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
                             dynamic=False, cuda_graphs=False)
@@ -130,7 +130,7 @@ def use_channels_last(model: nn.Module) -> None:
 def pack(model: nn.Module) -> None:
     """Let inference on a CPU keep weights as oneDNN takes them (see ``packed`` of ConvNeXt)."""
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Packs):
             module.packed = True
 
 

@@ -15,7 +15,7 @@ from benchmarks.measuring import kept_memory
 from benchmarks.peers import OpenMMLab
 from convnext_mm import ConvNeXt, kernels
 from convnext_mm.kernels import eager, functions
-from convnext_mm.layers import Block, DropPath
+from convnext_mm.layers import Block, DropPath, Packs
 from tests.conftest import run_tool
 
 SHAPES = [(1, 8, 1, 1), (2, 12, 7, 5), (3, 8, 20, 35), (1, 20, 16, 33)]
@@ -103,7 +103,7 @@ def test_downsampling_by_finite_differences():
 
 @pytest.mark.parametrize('mode', ['train', 'infer'])
 def test_large_maps_go_through_in_pieces(mode, monkeypatch):
-    monkeypatch.setattr(eager, 'ROWS', 50)
+    monkeypatch.setattr(eager, 'PIECE', 50 * 4 * 4 * 4)
     made = block(8)
     x = torch.randn(2, 8, 9, 11)
     if mode == 'train':
@@ -227,6 +227,25 @@ def test_packed_weights(use_grn, dtype):
     assert packed._packed is not None
     assert (found - expected).abs().max() <= (
         1e-5 if dtype == torch.float32 else 2e-2) * expected.abs().max()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_packed_backbone(dtype):
+    """Of one size of picture after another; a downsampling without its stride stays as it is."""
+    model = ConvNeXt(depths=[1, 1, 2], dims=[8, 16, 32], output_stride=8,
+                     layer_scale_init_value=0.5, packed=True).eval().to(dtype)
+    pictures = [torch.randn(n, 3, *size, dtype=dtype)
+                for n, size in ((2, (33, 70)), (1, (64, 64)), (2, (33, 70)), (1, (8, 8)))]
+    found = [model(x) for x in pictures]
+    parts = [module for module in model.modules() if isinstance(module, Packs)]
+    assert [part._packed is not None for part in parts] == [True, False] + [True] * 4
+    for part in parts:
+        part.packed = False
+    for x, maps in zip(pictures, found, strict=True):
+        for a, b in zip(maps, model(x), strict=True):
+            assert (a - b).abs().max() <= (
+                1e-5 if dtype == torch.float32 else 2e-2) * b.abs().max()
 
 
 def test_packed_weights_are_those_of_now():
