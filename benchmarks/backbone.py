@@ -5,8 +5,9 @@
     python benchmarks/backbone.py --archs v2_tiny --only reference ours
 
 The reference is OpenMMLab's sequence of operations; "products" are the blocks' matrix products
-alone, by PyTorch's linear layer (in fp32 on a CPU, oneDNN's can be faster). Results go to
-benchmarks/results.
+alone, by PyTorch's linear layer (in fp32 on a CPU, oneDNN's can be faster). "Products and
+convolutions" are all of a model's in oneDNN's layout, which is the least that inference on a CPU
+takes with PyTorch's operations. Results go to benchmarks/results.
 """
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from convnext_mm import ConvNeXt
 from convnext_mm.archs import ARCHS
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-REFERENCE, LIMIT = 'OpenMMLab (reference)', 'products alone (limit)'
+REFERENCE = 'OpenMMLab (reference)'
+LIMITS = 'products alone (limit)', 'products and convolutions (limit)'
 
 
 def candidates(arch: str, compiled: bool, train: bool, drop_path: float
@@ -53,7 +55,9 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
         yield 'timm channels_last compiled', lambda: torch.compile(
             spread(peers.timm(arch)))
         yield 'ours, compiled', lambda: torch.compile(ours('lean'))
-    yield LIMIT, lambda: peers.Products(ours('plain'))
+    yield LIMITS[0], lambda: peers.Products(ours('plain'))
+    if DEVICE == 'cpu' and not train:
+        yield LIMITS[1], lambda: peers.Skeleton(ours('plain'))
 
 
 def traffic(model: ConvNeXt, x: Tensor, train: bool) -> tuple[int, int]:
@@ -81,7 +85,7 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
     x = torch.randn(batch, 3, shape[1], shape[0], device=DEVICE)
     models, steps, forwards = {}, {}, {}
     for name, make in candidates(arch, args.compile, train, args.drop_path):
-        if name not in (REFERENCE, LIMIT) and not any(part in name for part in args.only):
+        if name not in (REFERENCE, *LIMITS) and not any(part in name for part in args.only):
             continue
         try:
             model = make().to(DEVICE)
@@ -96,7 +100,7 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
         steps[name] = training_of(model, forwards[name]) if train else inference_of(forwards[name])
     times = measuring.in_turns(steps, args.repeats)
     peak, bandwidth = measuring.ceilings(DEVICE, kind)
-    flops, moved = traffic(models['ours'], x.to(kind), train)
+    flops, moved = traffic(models[REFERENCE].model, x.to(kind), train)
     roof = max(flops / peak, moved / bandwidth)
     ratios = {name: times[REFERENCE] / spent for name, spent in times.items()}
     memory = 'peak, MiB' if DEVICE == 'cuda' else 'kept, MiB'
@@ -106,7 +110,7 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
              f'| | ms | times as fast | of the roofline | {memory} |', '|---|---|---|---|---|']
     for name, spent in times.items():
         held = measuring.peak_memory(steps[name])
-        if held is None and train and 'compiled' not in name and name != LIMIT:
+        if held is None and train and 'compiled' not in name and name not in LIMITS:
             with torch.autocast(DEVICE, kind, enabled=kind != torch.float32):
                 held = measuring.kept_memory(forwards[name], list(models[name].parameters()))
         lines.append(f'| {name} | {1e3 * spent:.1f} | {ratios[name]:.2f} | {roof / spent:.0%} | '
@@ -142,7 +146,7 @@ def training_of(model: nn.Module, forward: Callable[[], list[Tensor]]) -> Callab
 def summary(groups: dict[str, dict[str, float]]) -> str:
     """A line a setting: how many times as fast as the reference each of ours is."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group
-                               if name.startswith('ours') or name == LIMIT))
+                               if name.startswith('ours') or name in LIMITS))
     lines = [f'| times as fast as the reference | {" | ".join(names)} |',
              '|---' * (len(names) + 1) + '|']
     for title, group in groups.items():
@@ -182,7 +186,7 @@ if __name__ == '__main__':
         tables.insert(0, summary(groups))
     path = measuring.write_results(args.name, 'The backbone beside others', '\n\n'.join(tables))
     picture = path.with_suffix('.png')
-    measuring.plot_ratios(picture, groups, LIMIT)
+    measuring.plot_ratios(picture, groups)
     with path.open('a', encoding='utf-8') as file:
         file.write(f'\n![times as fast]({picture.name})\n')
     print(f'Kept in {path}')

@@ -127,29 +127,33 @@ def write_results(name: str, title: str, text: str) -> Path:
     return path
 
 
-def plot_ratios(path: Path, groups: dict[str, dict[str, float]], limit: str = '') -> None:
+def plot_ratios(path: Path, groups: dict[str, dict[str, float]]) -> None:
     """How many times as fast as the reference each is: bars, a panel a group; or, of more than six
     groups, points, a line a group."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     if len(groups) > 6:
-        figure = _points(plt, groups, limit)
+        figure = _points(plt, groups)
     else:
-        figure = _bars(plt, groups, limit)
+        figure = _bars(plt, groups)
     figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _bars(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) -> Figure:
+def _limit(name: str) -> bool:
+    return name.endswith('(limit)')
+
+
+def _bars(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
     rows = max(len(group) for group in groups.values())
     figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 0.34 * rows + 1.4),
                                 squeeze=False)
     for axis, (title, group) in zip(axes[0], groups.items(), strict=True):
         names = list(group)[::-1]
-        colors = ['tab:orange' if n.startswith('ours') else '0.85' if n == limit else '0.6'
+        colors = ['tab:orange' if n.startswith('ours') else '0.85' if _limit(n) else '0.6'
                   for n in names]
         bars = axis.barh(names, [group[n] for n in names], color=colors)
         axis.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
@@ -160,15 +164,15 @@ def _bars(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) -> F
     return figure
 
 
-def _points(plt: ModuleType, groups: dict[str, dict[str, float]], limit: str) -> Figure:
+def _points(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 0.3 * len(groups) + 1.8))
     titles = list(groups)[::-1]
     names = dict.fromkeys(n for group in groups.values() for n in group
-                          if n.startswith('ours') or n == limit)
+                          if n.startswith('ours') or _limit(n))
     for name in names:
         held = [(groups[title][name], row) for row, title in enumerate(titles)
                 if name in groups[title]]
-        style = dict(color='0.4', marker='|', markersize=11) if name == limit else dict(marker='o')
+        style = dict(marker='|', markersize=11) if _limit(name) else dict(marker='o')
         axis.plot(*zip(*held, strict=True), linestyle='', label=name, **style)
     axis.axvline(1, color='black', linewidth=0.8)
     axis.set_yticks(range(len(titles)), titles, fontsize=9)

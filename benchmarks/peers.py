@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnext_mm import ConvNeXt
+from convnext_mm.kernels import eager
+from convnext_mm.kernels.packed import PackedConvolution, packed_linear
 from convnext_mm.layers import LayerNorm2d
 
 
@@ -98,6 +100,43 @@ class Products(nn.Module):
             for b in stage:
                 outs += [F.linear(narrow, b.pwconv1.weight), F.linear(wide, b.pwconv2.weight)]
         return outs
+
+
+class Skeleton(nn.Module):
+    """A nearer limit of inference on a CPU: every product and every convolution, in oneDNN's
+    layout, with nothing between them."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+        self.stages: list[tuple] = []
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) → nothing; maps pass through."""
+        if not self.stages:
+            self.stages = [(self._downsampling(*down), [self._block(b) for b in stage])
+                           for down, stage in zip(self.model.downsample_layers, self.model.stages,
+                                                  strict=True)]
+        x = x.contiguous(memory_format=torch.channels_last)
+        for downsampling, blocks in self.stages:
+            x = downsampling(x)
+            for convolution, linear1, linear2 in blocks:
+                n = convolution(x).permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1])
+                for part in n.split(eager.PIECE // (4 * x.shape[1] * x.element_size()), 2):
+                    eager.linear(eager.linear(part, *linear1), *linear2)
+        return []
+
+    @staticmethod
+    def _downsampling(*layers: nn.Module) -> PackedConvolution:
+        conv, = (layer for layer in layers if isinstance(layer, nn.Conv2d))
+        return PackedConvolution(conv.weight, conv.bias, stride=conv.stride[0])
+
+    @staticmethod
+    def _block(b: nn.Module) -> tuple:
+        return (PackedConvolution(b.dwconv.weight, b.dwconv.bias, padding=3,
+                                  groups=b.dwconv.groups),
+                *((packed_linear(linear.weight.detach()), linear.bias.detach())
+                  for linear in (b.pwconv1, b.pwconv2)))
 
 
 def transformers(model: ConvNeXt) -> nn.Module:

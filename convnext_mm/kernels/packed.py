@@ -72,8 +72,8 @@ class PackedBlock:
             groups=len(w.dwconv_weight))
         self.norm = w.norm_weight.float(), w.norm_bias.float(), eps
         weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
-        self.linear1 = _packed(w.pwconv1_weight), w.pwconv1_bias
-        self.linear2 = _packed(weight2), bias2
+        self.linear1 = packed_linear(w.pwconv1_weight), w.pwconv1_bias
+        self.linear2 = packed_linear(weight2), bias2
         self.grn = None if w.grn_gamma is None else (w.grn_gamma.flatten(), w.grn_beta.flatten())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -90,6 +90,6 @@ class PackedBlock:
         return out.permute(0, 3, 1, 2)
 
 
-def _packed(weight: Tensor) -> Tensor:
+def packed_linear(weight: Tensor) -> Tensor:
     """A linear layer's weight in oneDNN's layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)
