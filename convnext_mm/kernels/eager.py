@@ -157,6 +157,12 @@ def weight_gradient(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum(g)
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a · b over the last axis of matrices; on a CPU in pieces that fit the cache."""
+    rows = 64 if a.is_cpu else max(len(a), 1)
+    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
+
+
 def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, keep: bool
                         ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`linear_gelu`, and its sums of squares over each map, (N, 4C), in fp32 at least."""

@@ -174,36 +174,39 @@ def _forward(x: Tensor, drop: Tensor | None, settings: Settings, weights: Weight
 def _backward(g: Tensor, kept: Kept, settings: Settings, weights: Weights, wanted: Weights
               ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of a block's input (N, H, W, C) and of its parameters, in their order."""
-    ops, w = settings.ops, weights.cast(settings.dtype)
+    ops = settings.ops
     gz = g if kept.drop is None else g * kept.drop[:, None, None, None].to(g.dtype)
-    scale, unit = _scale(w.gamma, kept.factor, g), None
+    scale, unit = _scale(weights.gamma, kept.factor, g), None
     if settings.dtype == torch.float16 and scale is not None:
         # Behind a small layer scale gradients are small; before it they may leave fp16's range.
         unit = scale.abs().clamp_min(1e-4)
         gz, scale = gz * unit, scale / unit
     gz = gz.to(settings.dtype)
-    w2 = w.pwconv2_weight if scale is None else (
-        w.pwconv2_weight * scale[:, None]).to(settings.dtype)
+    w = weights if scale is None else weights._replace(
+        pwconv2_weight=(weights.pwconv2_weight * scale[:, None]).to(settings.dtype))
+    w = w.cast(settings.dtype)
 
     n, y, mean, rstd = ops.dwconv_norm(kept.x, w.dwconv_weight, w.dwconv_bias, w.norm_weight,
                                        w.norm_bias, settings.eps, keep=True, **settings.conv)
     h = kept.h if kept.h is not None else eager.linear(n, w.pwconv1_weight, w.pwconv1_bias)
     dgamma = None
     if w.grn_gamma is None:
-        dh, u = ops.linear_gelu_backward(gz, w2, h)
+        dh, u = ops.linear_gelu_backward(gz, w.pwconv2_weight, h)
     else:
-        dh, u, dgamma = ops.grn_linear_gelu_backward(gz, w2, h, kept.norms, w.grn_gamma.flatten(),
-                                                     w.grn_beta.flatten())
+        dh, u, dgamma = ops.grn_linear_gelu_backward(
+            gz, w.pwconv2_weight, h, kept.norms, w.grn_gamma.flatten(), w.grn_beta.flatten())
     dw2 = db2 = dscale = dw1 = db1 = dbeta = None
     if wanted.pwconv2_weight or wanted.pwconv2_bias or wanted.gamma or wanted.grn_beta:
-        m, s = eager.weight_gradient(gz, u)
+        dw2, db2 = eager.weight_gradient(gz, u)
         if w.grn_gamma is not None:
-            dbeta = s @ w2.to(s.dtype)
-        m = m.to(weights.pwconv2_weight.dtype)
-        dw2, db2 = (m, s) if scale is None else (m * scale[:, None], s * scale)
+            dbeta = db2 @ w.pwconv2_weight.to(db2.dtype)
+        dw2 = dw2.to(weights.pwconv2_weight.dtype)
         if w.gamma is not None:
-            dscale = kept.factor * ((m * weights.pwconv2_weight).sum(1) + s * weights.pwconv2_bias)
+            dscale = kept.factor * (eager.row_dots(dw2, weights.pwconv2_weight)
+                                    + db2 * weights.pwconv2_bias)
             dscale = dscale if unit is None else dscale / unit
+        if scale is not None:
+            dw2, db2 = dw2.mul_(scale[:, None]), db2 * scale
     del u, gz
     if wanted.pwconv1_weight or wanted.pwconv1_bias:
         dw1, db1 = eager.weight_gradient(dh, n)
