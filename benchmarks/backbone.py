@@ -103,14 +103,16 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
     flops, moved = traffic(models[REFERENCE].model, x.to(kind), train)
     roof = max(flops / peak, moved / bandwidth)
     ratios = {name: times[REFERENCE] / spent for name, spent in times.items()}
-    memory = 'peak, MiB' if DEVICE == 'cuda' else 'kept, MiB'
+    memory = 'peak, MiB' if DEVICE == 'cuda' else 'kept, MiB' if train else 'page faults'
     lines = [f'**{arch}, {step}, {dtype}, {batch} × {shape[0]}×{shape[1]}**: {flops / 1e9:.1f} '
              f'GFLOP, {moved / 2**20:.0f} MiB at least; this machine {peak / 1e9:.0f} GFLOP/s, '
              f'{bandwidth / 1e9:.0f} GB/s', '',
              f'| | ms | times as fast | of the roofline | {memory} |', '|---|---|---|---|---|']
     for name, spent in times.items():
         held = measuring.peak_memory(steps[name])
-        if held is None and train and 'compiled' not in name and name not in LIMITS:
+        if held is None and not train:
+            held = measuring.page_faults(steps[name])
+        elif held is None and 'compiled' not in name and name not in LIMITS:
             with torch.autocast(DEVICE, kind, enabled=kind != torch.float32):
                 held = measuring.kept_memory(forwards[name], list(models[name].parameters()))
         lines.append(f'| {name} | {1e3 * spent:.1f} | {ratios[name]:.2f} | {roof / spent:.0%} | '
