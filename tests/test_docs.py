@@ -114,7 +114,7 @@ def test_the_speeds_are_those_of_the_results():
     section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
     table = section.split('| | training, fp32 ')[1].split('\n\n')[0].splitlines()[2:]
     names = ('OpenMMLab (reference)', 'ours', 'ours, minimal', 'ours, packed', 'ours, compiled',
-             'products alone (limit)')
+             'products alone (limit)', 'products and convolutions (limit)')
     for row, name in zip(table, names, strict=True):
         found = [re.findall(r'[\d.]+', cell) for cell in row.strip('|').split('|')[1:]]
         expected = []
@@ -130,14 +130,15 @@ def test_the_speeds_are_those_of_the_results():
 def test_the_sizes_are_those_of_the_results():
     section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
     rows = re.findall(r'^\| (\w+) \|((?: [\d.]+ \([\d.]+\) \|){4})', section, re.M)
-    assert [row[0] for row in rows] == ['tiny', 'small', 'xlarge']
-    tables = results(section, 'sizes')
+    assert [row[0] for row in rows] == ['small', 'base', 'large', 'xlarge']
     for size, cells in rows:
         found = iter(re.findall(r'[\d.]+', cells))
-        for step, name in [('train', 'ours'), ('infer', 'ours, packed')]:
+        for kind, step, name, limit in [
+                ('sizes', 'train', 'ours', 'products alone (limit)'),
+                ('their inference', 'infer', 'ours, packed', 'products and convolutions (limit)')]:
             for dtype in 'fp32', 'bf16':
-                table = tables[size, step, dtype, '1 × 512×512']
-                for who in name, 'products alone (limit)':
+                table = results(section, kind)[size, step, dtype, '1 × 512×512']
+                for who in name, limit:
                     assert next(found) == table[who][1], (size, step, dtype, who)
 
 
