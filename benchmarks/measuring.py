@@ -192,6 +192,6 @@ def _points(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
     axis.grid(axis='y', color='0.92')
     axis.set_axisbelow(True)
     axis.spines[['top', 'right']].set_visible(False)
-    axis.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=min(len(names), 5), fontsize=9,
+    axis.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9,
                 frameon=False)
     return figure
