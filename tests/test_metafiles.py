@@ -121,5 +121,6 @@ def test_inferencer_of_mmdet(photo, tmp_path):
     theirs = inferencer(photo, return_datasamples=True)['predictions'][0].pred_instances
     ours = Predictor(read_config(DEMO_DETECTION), checkpoint, 'cpu')(photo).pred_instances
     assert len(ours) == len(theirs) > 0
-    assert torch.allclose(ours.bboxes, theirs.bboxes, atol=1e-4)
+    # Ours has packed weights, whose sums are taken in another order: a thousandth of a pixel.
+    assert torch.allclose(ours.bboxes, theirs.bboxes, atol=1e-3)
     assert torch.equal(ours.labels, theirs.labels)
