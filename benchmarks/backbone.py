@@ -6,7 +6,7 @@
 
 The reference is OpenMMLab's sequence of operations; "products" are the blocks' matrix products
 alone, by PyTorch's linear layer (in fp32 on a CPU, oneDNN's can be faster). "Products and
-convolutions" are all of a model's in oneDNN's layout, which is the least that inference on a CPU
+convolutions" are all of a model's in oneDNN's layout, about the least that inference on a CPU
 takes with PyTorch's operations. Results go to benchmarks/results.
 """
 from __future__ import annotations
@@ -99,6 +99,8 @@ def measure(arch: str, shape: tuple[int, int], batch: int, dtype: str, step: str
         forwards[name] = forward_of(model, x if train else x.to(kind), kind, train)
         steps[name] = training_of(model, forwards[name]) if train else inference_of(forwards[name])
     times = measuring.in_turns(steps, args.repeats)
+    if REFERENCE not in times:
+        return f'{arch}, {step}, {dtype}: left out, as the reference does not run', {}
     peak, bandwidth = measuring.ceilings(DEVICE, kind)
     flops, moved = traffic(models[REFERENCE].model, x.to(kind), train)
     roof = max(flops / peak, moved / bandwidth)
@@ -182,8 +184,12 @@ if __name__ == '__main__':
                                                    args.steps, args.dtypes):
         text, ratios = measure(arch, shape, batch, dtype, step, args)
         print(text, flush=True)
+        if not ratios:
+            continue
         tables.append(text)
         groups[f'{arch}, {step}, {dtype}, {batch} × {shape[0]}×{shape[1]}'] = ratios
+    if not groups:
+        parser.exit(1, 'Nothing was measured\n')
     if len(groups) > 1:
         tables.insert(0, summary(groups))
     path = measuring.write_results(args.name, 'The backbone beside others', '\n\n'.join(tables))

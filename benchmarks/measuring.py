@@ -79,8 +79,7 @@ def peak_memory(step: Callable[[], object]) -> float | None:
 def page_faults(step: Callable[[], object]) -> int:
     """Pages that the system hands out in a step, because malloc has given memory back.
 
-    A step takes longer for them, up to a tenth here; how many there are depends on what else the
-    process has done.
+    A step takes longer for them; how many there are depends on what else the process has done.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()

@@ -160,6 +160,8 @@ if __name__ == '__main__':
         print('\n'.join(lines), flush=True)
         tables.append('\n'.join(lines))
         groups[f'{title}, {dtype}'] = ratios
+    if not groups:
+        parser.exit(1, 'Nothing was measured\n')
     path = measuring.write_results(args.name, 'A training step beside the stock recipe',
                                    '\n\n'.join(tables))
     picture = path.with_suffix('.png')

@@ -29,7 +29,7 @@ class Packs(nn.Module):
     """A layer that inference on a CPU may keep packed (see :mod:`convnext_mm.kernels.packed`)."""
 
     packed = False
-    _packed: tuple[list, Callable[[Tensor], Tensor]] | None = None
+    _packed: tuple[list, Callable[[Tensor], Tensor], list] | None = None
 
     def _packs(self, x: Tensor, weight: Tensor) -> bool:
         """Whether it is to be packed on ``x``."""
@@ -37,8 +37,8 @@ class Packs(nn.Module):
                 and x.dtype == weight.dtype and kernels.eager.onednn(x)
                 and not torch.is_autocast_enabled('cpu'))
 
-    def _kept(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
-              *settings: float) -> Callable[[Tensor], Tensor]:
+    def _current(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
+                 *settings: float) -> Callable[[Tensor], Tensor]:
         """``pack`` of weights and settings; anew where a weight has been replaced or written to.
 
         What is written through ``.data`` is not seen.
@@ -46,7 +46,9 @@ class Packs(nn.Module):
         state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
                  for w in weights]
         if self._packed is None or self._packed[0] != state:
-            self._packed = state, pack(weights, *settings)
+            # Held, so that no other weight comes to lie at an address of theirs.
+            held = [None if w is None else w.detach() for w in weights]
+            self._packed = state, pack(weights, *settings), held
         return self._packed[1]
 
     def __getstate__(self) -> dict:
@@ -76,7 +78,7 @@ class Downsample(nn.Sequential, Packs):
             return super().forward(x)
         weights = norm.weight, norm.bias, conv.weight, conv.bias
         if self._packs(x, conv.weight):
-            return self._kept(weights, PackedDownsample, norm.eps)(x)
+            return self._current(weights, PackedDownsample, norm.eps)(x)
         return functions.downsample(x, *weights, norm.eps)
 
 
@@ -224,7 +226,7 @@ class Block(Packs):
             self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
             self.pwconv2.weight, self.pwconv2.bias, self.gamma)
         if self._packs(x, weights.pwconv1_weight):
-            return self._kept(weights, PackedBlock, self.norm.eps, dilation)(x)
+            return self._current(weights, PackedBlock, self.norm.eps, dilation)(x)
         return functions.block(x, weights, functions.Settings(
             self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
             kernels.operations(x, dilation, self.triton),
@@ -243,12 +245,8 @@ def fusible(x: Tensor, *layers: nn.Module) -> bool:
     if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
             or not x.is_floating_point()):
         return False
-    dtype = None if torch.is_autocast_enabled(x.device.type) else x.dtype
-    for layer in layers:  # plain lookups: every block of every step comes here
-        if (type(layer) not in FUSIBLE or layer._forward_hooks or layer._forward_pre_hooks
-                or layer._backward_hooks or layer._backward_pre_hooks):
-            return False
-        own = layer._parameters
-        if own['bias'] is None or dtype not in (None, own['weight'].dtype):
-            return False
-    return True
+    mixed = torch.is_autocast_enabled(x.device.type)
+    return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)
+               and layer.bias is not None and not (
+                   layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                   or layer._backward_pre_hooks) for layer in layers)

@@ -103,7 +103,7 @@ def test_downsampling_by_finite_differences():
 
 @pytest.mark.parametrize('mode', ['train', 'infer'])
 def test_large_maps_go_through_in_pieces(mode, monkeypatch):
-    monkeypatch.setattr(eager, 'PIECE', 50 * 4 * 4 * 4)
+    monkeypatch.setattr(eager, 'PIECE', 25 * 32 * 4)  # 25 positions of 4C channels
     made = block(8)
     x = torch.randn(2, 8, 9, 11)
     if mode == 'train':
@@ -201,6 +201,19 @@ def test_the_users_changes_are_seen():
     assert not block(8).bfloat16()._fusible(x)
 
 
+def test_weights_that_are_no_parameters():
+    """As in replicas of DataParallel, and where FSDP has flattened them."""
+    made = block(8, memory='lean')
+    x = torch.randn(1, 8, 5, 5)
+    expected = made(x)
+    for layer in (made.dwconv, made.norm, made.pwconv1, made.pwconv2):
+        for name, weight in list(layer._parameters.items()):
+            delattr(layer, name)
+            setattr(layer, name, weight.detach())
+    assert made._fusible(x)
+    assert torch.equal(made(x), expected)
+
+
 def test_tracing_and_export_see_the_layers():
     model = ConvNeXt(depths=[1, 1], dims=[8, 16]).eval()
     x = torch.randn(1, 3, 32, 32)
@@ -268,10 +281,12 @@ def test_packed_weights_are_those_of_now():
     check()
     made.gamma.data = torch.full((8,), 3.0)
     check()
+    made.to(torch.bfloat16).to(torch.float32)
+    check()
     made = pickle.loads(pickle.dumps(copy.deepcopy(made)))
     assert made._packed is None
     check()
-    assert len({id(weights) for weights in used}) == 5
+    assert len({id(weights) for weights in used}) == 6
     same(run(made, x), run(like(made, packed=False), x))
     assert run(made.train(), x)[1]['pwconv1.weight'] is not None
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
