@@ -1,9 +1,8 @@
-"""A small picture set for both tasks, drawn from a seed.
+"""A small synthetic dataset for segmentation and detection, generated from a seed.
 
-Two kinds of textured ground meet along a wavy line; balls, crates, stars and leaves lie on
-them, lit, shadowed and half hidden by each other. Every colour overlaps with others', so that
-texture and shape have to be learnt. Segmentation labels all eight classes, detection the four
-kinds of things.
+Two textured backgrounds meet along a wavy line. Balls, crates, stars and leaves lie on them,
+with shading, shadows and occlusion. The color ranges of the classes overlap, so a model has to
+learn texture and shape. Segmentation labels all eight classes, detection the four object classes.
 """
 from __future__ import annotations
 
@@ -24,49 +23,52 @@ THINGS = ('ball', 'crate', 'star', 'leaf')
 CLASSES = STUFF + THINGS
 
 SPLITS = {'train': ('training', 'train2017'), 'val': ('validation', 'val2017')}
-"""A split's folder in the ADE20K layout, and in the COCO layout."""
+"""Folder of each split in the ADE20K layout and in the COCO layout."""
 STAMP = 'demo_data.json'
+VERSION = 2
+"""Increase it when the files change, so that existing demo data is regenerated."""
 SHADOW_SHIFT = np.float32([[1, 0, 4], [0, 1, 3]])
 
 Rng = np.random.Generator
 
 
 def make(root: str | Path, num_train: int = 400, num_val: int = 80, seed: int = 0) -> Path:
-    """Write the pictures as ``root/ADEChallengeData2016`` and ``root/coco``.
+    """Write the dataset as ``root/ADEChallengeData2016`` and ``root/coco``.
 
-    Both hold the same pictures, in the file names and label conventions of ADE20K (masks
-    with 0 for "no class") and COCO (boxes and outlines). The same arguments give the same
-    bytes; where they are there already nothing is written.
+    Both contain the same images, with the file names and label conventions of ADE20K (masks,
+    0 for "no class") and COCO (boxes and polygons). The same arguments give the same bytes. If
+    ``root`` already contains the requested dataset, nothing is written.
 
     Args:
-        root: Folder to write; it is complete or not there at all.
-        num_train: Pictures to train on.
-        num_val: Held-out pictures.
-        seed: Where the random numbers start.
+        root: Output folder. It appears only once the dataset is complete.
+        num_train: Number of training images.
+        num_val: Number of validation images.
+        seed: Seed of the random number generator.
 
     Returns:
         ``root``.
 
     Raises:
-        UserError: ``root`` holds something else.
+        UserError: ``root`` contains files that this function did not write.
     """
     root = Path(root)
-    wanted = dict(num_train=num_train, num_val=num_val, seed=seed, classes=list(CLASSES))
+    wanted = dict(version=VERSION, num_train=num_train, num_val=num_val, seed=seed,
+                  classes=list(CLASSES))
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         stamp = root / STAMP
         if not stamp.is_file():
-            raise UserError(f'{root.absolute()} is there already and was not made by this tool: '
+            raise UserError(f'{root.absolute()} already exists and was not made by this tool: '
                             'choose another folder with --out')
         if json.loads(stamp.read_text()) == wanted:
             return root
         shutil.rmtree(root)
-    part = root.with_name(root.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
+    partial = root.with_name(root.name + '.part')
+    shutil.rmtree(partial, ignore_errors=True)
     for split, count in (('train', num_train), ('val', num_val)):
-        _write_split(part, split, count, np.random.default_rng([seed, split == 'val']))
-    (part / STAMP).write_text(json.dumps(wanted))
+        _write_split(partial, split, count, np.random.default_rng([seed, split == 'val']))
+    (partial / STAMP).write_text(json.dumps(wanted))
     root.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(root)
+    partial.replace(root)
     return root
 
 
@@ -80,7 +82,7 @@ def _write_split(root: Path, split: str, count: int, rng: Rng) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, list] = dict(images=[], annotations=[], categories=[
         dict(id=i, name=name) for i, name in enumerate(THINGS, 1)])
-    for index in track(range(1, count + 1), f'Drawing {count} pictures ({split})'):
+    for index in track(range(1, count + 1), f'Drawing {count} images ({split})'):
         image, labels, instances = draw_scene(rng)
         name = f'ADE_{split}_{index:08d}'
         cv2.imwrite(str(images / f'{name}.jpg'), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -94,28 +96,42 @@ def _write_split(root: Path, split: str, count: int, rng: Rng) -> None:
             content['annotations'].append(dict(
                 id=len(content['annotations']) + 1, image_id=index,
                 category_id=THINGS.index(kind) + 1, iscrowd=0, area=int(mask.sum()),
-                bbox=[x, y, w, h], segmentation=_segmentation(mask)))
+                bbox=[x, y, w, h], segmentation=_polygons(mask)))
     (annotations / f'instances_{coco}.json').write_text(json.dumps(content))
 
 
-def _segmentation(mask: np.ndarray) -> list[list[int]] | dict[str, list[int]]:
-    """A (H, W) 0/1 mask in COCO's terms: polygons, or run lengths where it has holes."""
-    outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    if (hierarchy[0, :, 3] < 0).all():
-        return [outline.ravel().tolist() for outline in outlines if len(outline) >= 3]
-    # Column by column, beginning with a run of zeros.
-    column = mask.T.ravel()
-    ends = np.flatnonzero(np.diff(column)) + 1
-    runs = np.diff(np.concatenate([[0], ends, [column.size]])).tolist()
-    return dict(size=list(mask.shape), counts=[0, *runs] if column[0] else runs)
+def _polygons(mask: np.ndarray) -> list[list[float]]:
+    """Outline a (H, W) 0/1 mask with polygons in COCO's coordinates.
+
+    The vertices are corners of pixels, and pixel (x, y) covers [x, x + 1] x [y, y + 1]. Hence
+    pycocotools decodes exactly ``mask`` from the polygons. They are floats as in COCO: mmdet's
+    PolygonMasks would truncate integers when an image is resized.
+    """
+    # findContours returns centers of border pixels, not corners. With each pixel enlarged to 3x3,
+    # every such center is next to the corner that it stands for, and rounding finds this corner.
+    enlarged = mask.repeat(3, axis=0).repeat(3, axis=1)
+    outlines, hierarchy = cv2.findContours(enlarged, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    holes = [outline for outline, parent in zip(outlines, hierarchy[0, :, 3], strict=True)
+             if parent >= 0]
+    if holes:  # COCO's polygons have no holes: cut the mask in two through the first one
+        x, _, width, _ = cv2.boundingRect(holes[0])
+        left = mask.copy()
+        left[:, (x + width // 2) // 3:] = 0
+        return _polygons(left) + _polygons(mask - left)
+    polygons = []
+    for outline in outlines:
+        corners = np.round(outline[:, 0] / 3)
+        repeated = (corners == np.roll(corners, 1, axis=0)).all(axis=1)
+        polygons.append(corners[~repeated].ravel().tolist())
+    return polygons
 
 
 def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.ndarray]]]:
-    """Draw one picture.
+    """Draw one image.
 
     Returns:
-        The BGR picture (H, W, 3) uint8; the labels (H, W) uint8, 1 to 8 in the order of
-        ``CLASSES``; the visible mask (H, W) of every thing with its class name.
+        The BGR image (H, W, 3) uint8; the labels (H, W) uint8, 1 to 8 in the order of ``CLASSES``;
+        the class name and the visible mask (H, W) uint8 of each object.
     """
     height, width = (int(v) for v in rng.choice([128, 144, 160], 2))
     ys, xs = np.mgrid[:height, :width].astype(np.float32)
@@ -133,7 +149,7 @@ def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nda
         radius = rng.uniform(16, 34)
         x, y = rng.uniform(radius * 0.6, np.array([width, height]) - radius * 0.6)
         angle = rng.uniform(0, 2 * math.pi)
-        # The thing's own coordinates: (0, 0) at its centre, turned, 1 at its radius.
+        # Coordinates of the object: (0, 0) at its center, rotated, 1 at its radius.
         u = ((xs - x) * math.cos(angle) + (ys - y) * math.sin(angle)) / radius
         v = ((ys - y) * math.cos(angle) - (xs - x) * math.sin(angle)) / radius
         inside = SHAPES[kind](u, v)
@@ -151,25 +167,25 @@ def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nda
     image = cv2.GaussianBlur(image.astype(np.float32), (3, 3), rng.uniform(0.3, 0.8))
     image = image + rng.normal(0, rng.uniform(2, 7), image.shape)
     masks = [(kind, (owner == i).astype(np.uint8)) for i, kind in enumerate(kinds)]
-    # What is all but hidden is no object to find.
+    # Objects that are almost completely hidden are not annotated.
     return (image.clip(0, 255).astype(np.uint8), labels,
             [(kind, mask) for kind, mask in masks if mask.sum() >= 60])
 
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
-    """BGR in 0–255 of a hue in degrees, saturation and value in 0–1."""
+    """BGR in 0–255 from a hue in degrees, and saturation and value in 0–1."""
     hsv = np.uint8([[[hue % 360 / 2, saturation * 255, value * 255]]])
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
 
 
 def _noise(shape: tuple[int, ...], cell: tuple[float, float], rng: Rng) -> np.ndarray:
-    """Smooth noise in 0–1 whose spots are ``cell`` = (height, width) pixels large."""
+    """Smooth noise in 0–1 with spots of ``cell`` = (height, width) pixels."""
     small = rng.random((max(2, int(shape[0] / cell[0])), max(2, int(shape[1] / cell[1]))))
     return cv2.resize(small.astype(np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def _ground(kind: str, xs: np.ndarray, ys: np.ndarray, rng: Rng) -> np.ndarray:
-    """A (H, W, 3) texture of the given kind of ground."""
+    """A (H, W, 3) texture of a background class."""
     shape = xs.shape
     if kind == 'sand':
         color = _color(rng.uniform(20, 60), rng.uniform(0.15, 0.5), rng.uniform(0.6, 0.9))
@@ -194,7 +210,7 @@ def _ground(kind: str, xs: np.ndarray, ys: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 def _surface(kind: str, u: np.ndarray, v: np.ndarray, rng: Rng) -> np.ndarray:
-    """A (H, W, 3) texture of a thing; (u, v) are its own coordinates, 1 at its radius."""
+    """A (H, W, 3) texture of an object at its coordinates (u, v), 1 at its radius."""
     hues = dict(ball=(0, 360), crate=(15, 55), star=(260, 400), leaf=(60, 150))
     color = _color(rng.uniform(*hues[kind]), rng.uniform(0.5, 0.95), rng.uniform(0.6, 0.95))
     if kind == 'ball':
@@ -228,4 +244,4 @@ def _leaf(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = dict(
     ball=_ball, crate=_crate, star=_star, leaf=_leaf)
-"""Whether a point (u, v) lies on a thing."""
+"""For each object class, whether the points (u, v) are inside the object."""
