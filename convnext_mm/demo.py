@@ -49,8 +49,8 @@ def main() -> None:
     for task, _, _, work_dir in rows:
         console.print(f'{task}: predictions in {work_dir}/predictions/, curves in '
                       f'{work_dir}/curves.png', soft_wrap=True)
-    console.print(f'The demo took {(time.time() - begin) / 60:.1f} min. Next: train on your own data; '
-                  'configs/demo/ shows how (see README.md).', soft_wrap=True)
+    console.print(f'The demo took {(time.time() - begin) / 60:.1f} min. Next: train on your '
+                  'own data; configs/demo/ shows how (see README.md).', soft_wrap=True)
 
 
 def _call(script: str, *args: object) -> None:
