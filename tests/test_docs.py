@@ -1,82 +1,190 @@
-"""The two READMEs say the same, and what they point to is there."""
+"""Every page says the same in both languages, its figures are current, and its examples work."""
 import re
+import shutil
 
 import pytest
+import yaml
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT, run_tool
 
-READMES = ('README.md', 'README_zh-CN.md')
-
-
-@pytest.fixture(scope='module')
-def recipes() -> list[str]:
-    """The names of the configs, without those that only test otherwise."""
-    return sorted(path.stem for path in (ROOT / 'configs').glob('*.py')
-                  if not path.stem.endswith(('_ss', '_ms')))
+PAGES = sorted(str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / 'docs')
+               for path in folder.glob('*.md') if not path.stem.endswith('_zh-CN'))
+TRANSLATED = [page for page in PAGES if page != 'CONTRIBUTING.md']
 
 
-def text(name: str) -> str:
-    return (ROOT / name).read_text(encoding='utf-8')
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding='utf-8')
 
 
-@pytest.mark.parametrize('find', [
-    lambda t: [len(m) for m in re.findall(r'^#+', t, re.M)],
-    lambda t: re.findall(r'\d+(?:\.\d+)?', re.sub(r'16 万|160k', '', t)),
-    lambda t: set(re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', t, flags=re.S))),
+def chinese(page: str) -> str:
+    return page.replace('.md', '_zh-CN.md')
+
+
+def without_code(page: str) -> str:
+    return re.sub(r'```.*?```', '', page, flags=re.S)
+
+
+def headings(page: str) -> list[tuple[str, str]]:
+    """Level and text of each heading."""
+    return re.findall(r'^(#+) (.+)$', without_code(page), re.M)
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives to a heading."""
+    return re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+
+
+def test_every_page_is_translated():
+    translated = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / 'docs')
+                  for path in folder.glob('*_zh-CN.md')}
+    assert translated == {chinese(page) for page in TRANSLATED}
+    assert len(TRANSLATED) > 8
+
+
+@pytest.mark.parametrize('page', TRANSLATED)
+@pytest.mark.parametrize('part', [
+    lambda t: [level for level, _ in headings(t)],
+    lambda t: sorted(re.findall(r'\d+(?:\.\d+)?', t)),
+    lambda t: sorted(set(re.findall(r'`([^`\n]+)`', without_code(t)))),
     lambda t: [re.sub(r'\s*#.*', '', line) for block in re.findall(r'```.*?```', t, re.S)
                for line in block.splitlines()],
 ], ids=['headings', 'numbers', 'names', 'commands'])
-def test_both_languages_say_the_same(find):
-    english, chinese = (sorted(find(text(name))) for name in READMES)
-    assert english == chinese
+def test_both_languages_say_the_same(page, part):
+    english, translation = part(text(page)), part(text(chinese(page)))
+    assert english or '```' not in text(page)
+    assert translation == english
 
 
-@pytest.mark.parametrize('name', [*READMES, 'CONTRIBUTING.md'])
-def test_links_lead_somewhere(name):
-    links = [link for link in re.findall(r'\]\(([^)#]+)', text(name)) if '://' not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize('page', [*PAGES, *map(chinese, TRANSLATED)])
+def test_links_lead_somewhere(page):
+    folder = (ROOT / page).parent
+    links = [link for link in re.findall(r'\]\(([^)]+)\)', without_code(text(page)))
+             if '://' not in link]
+    broken = []
+    for link in links:
+        path, _, fragment = link.partition('#')
+        target = folder / path if path else ROOT / page
+        if not target.exists() or (fragment and fragment not in {
+                anchor(name) for _, name in headings(target.read_text(encoding='utf-8'))}):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize('page', TRANSLATED)
+def test_each_language_links_pages_of_its_own(page):
+    """Only the link at the top leads to the other language."""
+    for name, other in (page, True), (chinese(page), False):
+        links = re.findall(r'\]\(([^)#]+\.md)[^)]*\)', without_code(text(name)))[1:]
+        assert [link for link in links if ('_zh-CN' in link) == other
+                and not link.endswith('CONTRIBUTING.md') and 'benchmarks/' not in link] == []
+
+
+@pytest.mark.parametrize('page', ['README.md', 'README_zh-CN.md'])
+def test_the_readme_is_short_and_leads_to_every_page(page):
+    lines = text(page).splitlines()
+    assert len(lines) <= 150
+    linked = set(re.findall(r'\]\((docs/\S+?\.md)\)', text(page)))
+    assert linked == {chinese(p) if 'zh' in page else p for p in PAGES if p.startswith('docs/')}
 
 
 def test_every_module_is_on_the_map():
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'convnext_mm').rglob('*.py')
-               if p.name != '__init__.py' and 'overrides' not in p.parts}
+               if p.name != '__init__.py'}
     assert [m for m in sorted(modules) if f'`{m}`' not in text('CONTRIBUTING.md')] == []
 
 
-def test_the_tables_of_recipes_are_what_the_tool_counts(recipes):
-    from convnext_mm.complexity import table
-    counted = re.findall(r'\| `(\S+)` \| (\S+)M \| (\S+)G \|',
-                         table(f'{ROOT}/configs/{name}.py' for name in recipes))
-    assert len(counted) == 23
-    for readme in READMES:
-        rows = re.findall(r'\| \[`\S+`\]\(configs/(\S+)\.py\) \|.*\| (\S+)M \| (\S+)G \|',
-                          text(readme))
-        assert sorted(rows) == sorted(counted)
+def test_tables_are_current():
+    """Whether they agree with metafiles and results; tests/test_metafiles.py counts the former."""
+    run_tool('tools/make_tables.py', '--check')
+    pages = [*TRANSLATED, *map(chinese, TRANSLATED)]
+    names = re.findall(r'<!-- begin: (\S+) -->\n\|', '\n'.join(map(text, pages)))
+    assert sorted(names) == sorted(2 * ['upernet', 'rcnn', 'v2', 'sizes', 'speed', 'memory',
+                                        'speed-of-sizes'])
 
 
-def test_the_sizes_are_those_of_the_backbone():
-    import torch
+@pytest.mark.slow
+def test_a_table_that_is_not_current_is_found(tmp_path):
+    for name in ('configs', 'benchmarks', 'tools', 'docs'):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    readme = text('README.md').replace('46.0 (46.11)', '43.1 (46.11)')
+    (tmp_path / 'README.md').write_text(readme)
+    script = tmp_path / 'tools' / 'make_tables.py'
+    done = run_tool(script, '--check', check=False)
+    assert done.returncode == 1
+    assert 'README.md: tables are not current' in done.stdout
+    run_tool(script)
+    assert (tmp_path / 'README.md').read_text() == text('README.md')
+
+
+def test_every_result_is_linked():
+    linked = set(re.findall(r'\(\.\./(benchmarks/results/\S+\.md)\)', text('docs/speed.md')))
+    assert linked == {str(path.relative_to(ROOT))
+                      for path in (ROOT / 'benchmarks/results').glob('*.md')}
+
+
+def test_what_is_said_of_figures_holds():
+    models = yaml.safe_load(text('configs/metafile_ade20k.yml'))['Models']
+    memory = {m['Name']: [v for k, v in m['Metadata'].items() if k.startswith('Training Memory')]
+              for m in models if m['In Collection'] == 'ConvNeXt'}
+    ratios = [measured / plain for name, (plain, _, _, measured) in memory.items()
+              if 'xlarge' not in name]
+    assert f'{min(ratios):.2f} to {max(ratios):.2f} times' in text('docs/speed.md')
+    ours, baseline = (re.findall(r'(\d+) MiB', re.search(
+        rf'^\| {row}.*', text('docs/speed.md'), re.M)[0]) for row in (r'ours \|', 'baseline'))
+    assert len(ours) == 2
+    assert all(int(a) < int(b) / 2 for a, b in zip(ours, baseline, strict=True))
+
+
+def test_examples_of_backbones_work():
+    from convnext_mm import ConvNeXt
+    found = re.findall(r"^backbone = (dict\(type='ConvNeXt'.*?\))  #", text('docs/recipes.md'),
+                       re.M)
+    assert len(found) == 2
+    for line in found:
+        assert ConvNeXt(**{k: v for k, v in eval(line).items() if k != 'type'}).out_indices
+
+
+def test_every_option_is_described():
+    import inspect
 
     from convnext_mm import ConvNeXt
-    from convnext_mm.archs import ARCHS
-    table = dict(re.findall(r'\| `(\w+)` \| ([\d.]+)M', text('README.md')))
-    assert table.keys() == ARCHS.keys()
-    for arch, count in table.items():
-        with torch.device('meta'):
-            backbone = ConvNeXt(arch)
-        last = backbone.arch.dims[-1]
-        own = sum(p.numel() for name, p in backbone.named_parameters() if name[:4] != 'norm')
-        assert f'{(own + 2 * last + 1000 * last + 1000) / 1e6:.2f}' == count
-    for line in re.findall(r"backbone = (dict\(type='ConvNeXt'.*?\))  ", text('README.md')):
-        assert ConvNeXt(**{k: v for k, v in eval(line).items() if k != 'type'})
+    from convnext_mm.engine.speed import KEYS
+    from convnext_mm.patches import PATCHES
+    first_cells = {page: set(re.findall(r'`(\w+)`', ' '.join(
+        re.findall(r'^\|([^|]+)\|', text(page), re.M)))) for page in TRANSLATED}
+    assert set(inspect.signature(ConvNeXt).parameters) <= first_cells['docs/recipes.md']
+    assert set(KEYS) <= first_cells['docs/speed.md']
+    assert set(PATCHES) <= first_cells['docs/training.md']
+
+
+@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'image_demo.py', 'model_table.py'])
+def test_options_of_the_tools_exist(tool):
+    row, = re.findall(rf'^\| `tools/{tool} .*?` \|(.*)\|$', text('docs/training.md'), re.M)
+    described = set(re.findall(r'`(--[\w-]+)', row))
+    assert described
+    usage = run_tool(f'tools/{tool}', '--help').stdout
+    assert [option for option in sorted(described) if option not in usage] == []
+
+
+def test_our_messages_in_the_faq_are_those_of_the_code():
+    """Between the dots in code that is a heading: parts of messages of this package."""
+    source = '\n'.join(path.read_text() for path in (ROOT / 'convnext_mm').rglob('*.py'))
+    joined = re.sub(r"""['"]\s*\n\s*f?['"]""", '', source)
+    ours = [code for _, heading in headings(text('docs/faq.md'))
+            for code in re.findall('`([^`]+)`', heading)
+            if code.startswith(('…', '--', 'Data', 'Cannot'))]
+    assert len(ours) == 9
+    for code in ours:
+        for part in re.split('…', code):
+            assert part.strip() in re.sub(r'\{[^{}]*\}', '', joined) or part.strip() in joined, code
 
 
 @pytest.mark.parametrize('scope', ['mmseg', 'mmdet'])
-def test_the_four_lines_for_ones_own_data_work(scope, demo_data, tmp_path):
+def test_the_four_lines_for_custom_data_work(scope, demo_data, tmp_path):
     from mmengine.registry import init_default_scope
 
-    from convnext_mm.datasets.completing import heads, registry_of
-    from convnext_mm.training.checks import read_config
+    from convnext_mm.datasets.completion import heads, registry_of
+    from convnext_mm.engine.checks import read_config
     root = demo_data / ('ADEChallengeData2016' if scope == 'mmseg' else 'coco')
     snippet = next(block for block in re.findall(r'```python\n(.*?)```', text('README.md'), re.S)
                    if 'data/mine' in block and ('seg_map_path' in block) == (scope == 'mmseg'))
@@ -99,58 +207,31 @@ def test_the_four_lines_for_ones_own_data_work(scope, demo_data, tmp_path):
         assert dataset[0]['inputs'].shape[0] == 3
 
 
-def results(section: str, kind: str) -> dict[tuple[str, ...], dict[str, list[str]]]:
-    """Of the file that a section links as ``kind``: setting → who → the cells of its row."""
-    link, = re.findall(rf'\[{kind}\]\((benchmarks/results/\S+)\)', section)
-    tables = {}
-    for title, body in re.findall(r'^\*\*(.+?)\*\*.*\n\n((?:\|.*\n)+)', text(link), re.M):
-        rows = [[cell.strip() for cell in line.strip('|').split('|')]
-                for line in body.splitlines()[2:]]
-        tables[tuple(title.split(', '))] = {name: cells for name, *cells in rows}
-    return tables
+def test_the_example_of_fast_works(tmp_path):
+    from convnext_mm.engine.checks import read_config
+    snippet, = (block for block in re.findall(r'```python\n(.*?)```', text('docs/speed.md'), re.S)
+                if 'fast.py' in block)
+    (tmp_path / 'fast.py').write_text(snippet.replace("'./", f"'{ROOT}/configs/"))
+    cfg = read_config(str(tmp_path / 'fast.py'))
+    assert cfg.model.backbone.memory == 'minimal'
+    assert cfg.optim_wrapper.dtype == 'bfloat16'
 
 
-def test_the_speeds_are_those_of_the_results():
-    section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
-    table = section.split('| | training, fp32 ')[1].split('\n\n')[0].splitlines()[2:]
-    names = ('OpenMMLab (reference)', 'ours', 'ours, minimal', 'ours, packed', 'ours, compiled',
-             'products alone (limit)', 'products and convolutions (limit)')
-    for row, name in zip(table, names, strict=True):
-        found = [re.findall(r'[\d.]+', cell) for cell in row.strip('|').split('|')[1:]]
-        expected = []
-        for kind, step, columns in [('training', 'train', (0, 3)), ('inference', 'infer', (0,))]:
-            for column in columns:
-                for dtype in 'fp32', 'bf16':
-                    cells = results(section, kind)['tiny', step, dtype, '1 × 512×512'].get(name)
-                    expected.append([f'{float(cells[column]):.0f}'] if cells and cells[column]
-                                    else [])
-        assert found == expected, name
+def test_the_example_of_learning_rates_works():
+    from mmengine.registry import init_default_scope
+    from torch import nn
 
-
-def test_the_sizes_are_those_of_the_results():
-    section = text('README.md').split('## Speed and memory')[1].split('\n## ')[0]
-    rows = re.findall(r'^\| (\w+) \|((?: [\d.]+ \([\d.]+\) \|){4})', section, re.M)
-    assert [row[0] for row in rows] == ['small', 'base', 'large', 'xlarge']
-    for size, cells in rows:
-        found = iter(re.findall(r'[\d.]+', cells))
-        for kind, step, name, limit in [
-                ('sizes', 'train', 'ours', 'products alone (limit)'),
-                ('their inference', 'infer', 'ours, packed', 'products and convolutions (limit)')]:
-            for dtype in 'fp32', 'bf16':
-                table = results(section, kind)[size, step, dtype, '1 × 512×512']
-                for who in name, limit:
-                    assert next(found) == table[who][1], (size, step, dtype, who)
-
-
-def test_the_memory_is_what_the_tool_reckons():
-    from convnext_mm.complexity import training_memory
-    from convnext_mm.kernels import MEMORY
-    from convnext_mm.training.checks import read_config
-    rows = re.findall(r'^\| (\w+) (512|640) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|',
-                      text('README.md'), re.M)
-    assert len(rows) == 4
-    for size, crop, *cells in rows:
-        config = f'{ROOT}/configs/upernet_convnext_{size}_{crop}_160k_ade20k.py'
-        for memory, cell in zip(MEMORY, cells, strict=True):
-            cfg = read_config(config, {'model.backbone.memory': memory})
-            assert cell == f'{training_memory(cfg).total / 1e9:.2f}'
+    from convnext_mm import ConvNeXt, LearningRateDecayOptimizerConstructor
+    snippet, = (block for block in re.findall(r'```python\n(.*?)```', text('docs/recipes.md'), re.S)
+                if 'custom_keys' in block)
+    values: dict = {}
+    exec(snippet, values)
+    init_default_scope('mmengine')
+    model = nn.ModuleDict(dict(backbone=ConvNeXt(depths=[1, 2], dims=[8, 16]),
+                               decode_head=nn.Conv2d(16, 2, 1)))
+    wrapper = LearningRateDecayOptimizerConstructor(
+        dict(optimizer=dict(type='AdamW', lr=0.1)),
+        dict(values['optim_wrapper']['paramwise_cfg'], decay_rate=0.5))(model)
+    rates = {group['lr'] for group in wrapper.param_groups}
+    assert max(rates) == pytest.approx(1.0)
+    assert min(rates) == pytest.approx(0.1 * 0.5 ** 4)

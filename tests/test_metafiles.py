@@ -1,5 +1,4 @@
 """What OpenMMLab's tools read of the recipes: model-index.yml, and the configs themselves."""
-import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT
-from tests.test_configs import RECIPES
+from convnext_mm.options import MEMORY
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT
+from tests.recipes import RECIPES
 
 
 @pytest.fixture(scope='module')
@@ -25,21 +25,42 @@ def models() -> list[dict]:
     return found
 
 
-def test_every_recipe_is_there_with_the_figures_of_the_readme(models):
-    rows = {name: [cell.strip() for cell in cells.split('|')] for name, cells in re.findall(
-        r'\| \[`\S+`\]\(configs/(\S+)\.py\) \|(.*)\|', (ROOT / 'README.md').read_text())}
-    assert {model['Name'] for model in models} == rows.keys()
+def test_every_recipe_is_there(models):
+    recipes = {path.stem for path in (ROOT / 'configs').glob('*.py')
+               if not path.stem.endswith(('_ss', '_ms'))}
+    assert {model['Name'] for model in models} == recipes
+    assert len(models) == len(recipes)
     for model in models:
-        pretrained, *results, parameters, flops = rows[model['Name']]
         assert model['Config'] == f'configs/{model["Name"]}.py'
-        meta = model['Metadata']
-        assert (meta['Pretrained On'], f'{meta["Parameters (M)"]:.2f}M', f'{meta["FLOPs (G)"]}G'
-                ) == (pretrained, parameters, flops)
-        assert meta['Batch Size'] == 16
-        metrics = [v for result in model.get('Results', ()) for v in result['Metrics'].values()]
-        assert metrics == [float(cell.split()[0]) for cell in results], model['Name']
-        if model['Name'] not in RECIPES:
-            assert 'Weights' not in model, 'ours were not trained'
+        assert model['Metadata']['Batch Size'] == 16
+        results = [v for result in model.get('Results', ()) for v in result['Metrics'].values()]
+        if model['Name'] in RECIPES:
+            assert len(results) == (4 if model['Name'].startswith('upernet') else 2)
+        else:
+            assert not results, 'ours have not been trained'
+            assert 'Weights' not in model
+
+
+@pytest.mark.slow
+def test_figures_are_what_the_tool_counts(models):
+    """Parameters, FLOPs and estimated memory; tools/make_tables.py puts them into the pages."""
+    from convnext_mm.complexity import count, training_memory
+    from convnext_mm.engine.checks import read_config
+    estimated = 0
+    for model in models:
+        path, meta = str(ROOT / model['Config']), model['Metadata']
+        counted = count(read_config(path))
+        assert f'{counted.parameters / 1e6:.2f}' == f'{meta["Parameters (M)"]:.2f}', path
+        assert round(counted.flops / 1e9) == meta['FLOPs (G)'], path
+        for memory in MEMORY:
+            figure = meta.get(f'Training Memory of {memory} (GB, estimated)')
+            if figure is not None:
+                cfg = read_config(path, {'model.backbone.memory': memory})
+                assert f'{training_memory(cfg).total / 1e9:.2f}' == f'{figure:.2f}', path
+                estimated += 1
+        weights = read_config(path).model.backbone.init_cfg.checkpoint
+        assert meta['Pretrained On'] == ('ImageNet-22K' if '_22k_' in weights else 'ImageNet-1K')
+    assert estimated == 6 * len(MEMORY)
 
 
 def test_weights_are_where_the_authors_published_them(models):
@@ -83,8 +104,8 @@ def weights(config: str, path) -> str:
     """Untrained weights of a config's model, with the backbone in mmpretrain's naming."""
     from mmengine.registry import MODELS, init_default_scope
 
-    from convnext_mm.training.checks import read_config
-    from convnext_mm.training.fallbacks import adapt
+    from convnext_mm.engine.checks import read_config
+    from convnext_mm.engine.fallbacks import adapt
     cfg = read_config(config, {'model.backbone.init_cfg': None})
     init_default_scope(cfg.default_scope)
     adapt(cfg)
@@ -100,8 +121,8 @@ def weights(config: str, path) -> str:
 def test_inferencer_of_mmseg(photo, tmp_path):
     from mmseg.apis import MMSegInferencer
 
+    from convnext_mm.engine.checks import read_config
     from convnext_mm.prediction import Predictor
-    from convnext_mm.training.checks import read_config
     checkpoint = weights(DEMO_SEGMENTATION, tmp_path / 'weights.pth')
     inferencer = MMSegInferencer(DEMO_SEGMENTATION, weights=checkpoint, device='cpu')
     theirs = inferencer(photo, return_datasamples=True).pred_sem_seg.data
@@ -114,9 +135,9 @@ def test_inferencer_of_mmseg(photo, tmp_path):
 def test_inferencer_of_mmdet(photo, tmp_path):
     from mmdet.apis import DetInferencer
 
+    from convnext_mm.engine.checks import read_config
+    from convnext_mm.engine.speed import pack
     from convnext_mm.prediction import Predictor
-    from convnext_mm.training.checks import read_config
-    from convnext_mm.training.speed import pack
     checkpoint = weights(DEMO_DETECTION, tmp_path / 'weights.pth')
     inferencer = DetInferencer(DEMO_DETECTION, weights=checkpoint, device='cpu')
     pack(inferencer.model)  # as ours is: otherwise sums are taken in another order
