@@ -135,6 +135,24 @@ def test_what_is_said_of_figures_holds():
     assert all(int(a) < int(b) / 2 for a, b in zip(ours, baseline, strict=True))
 
 
+def test_versions_are_those_of_the_setup():
+    from packaging.requirements import Requirement
+
+    from setup import FORKS, OPENMMLAB, TORCH
+    page = text('docs/install.md')
+    allowed = {r.name: r.specifier for r in map(Requirement, (
+        *FORKS.values(), *OPENMMLAB.values(), TORCH))}
+    tested = re.findall(r'`([\w-]+)` (\d+\.\d+\.\d+)', page)
+    assert len(tested) == 8
+    torch, = re.findall(r'tested with PyTorch (\d+\.\d+\.\d+)', page)
+    assert [(name, version) for name, version in [*tested, ('torch', torch)]
+            if version not in allowed[name]] == []
+    lowest, below = re.findall(r'at least ([\d.]+) and below ([\d.]+)\)', page)[0]
+    assert f'torch>={lowest},<{below}' == TORCH
+    for requirement in re.findall(r"'((?:onedl-)?mmcv[^']+)'", page):
+        assert requirement in (FORKS['mmcv'], OPENMMLAB['mmcv'])
+
+
 def test_examples_of_backbones_work():
     from convnext_mm import ConvNeXt
     found = re.findall(r"^backbone = (dict\(type='ConvNeXt'.*?\))  #", text('docs/recipes.md'),
