@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from rich.progress import track
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from .engine import checks, fallbacks
 from .errors import UserError
-from .kernels import MEMORY
-from .training import checks, fallbacks
+from .options import MEMORY
 
 PROPOSALS, MASKS = 1000, 100
 """RoIs that the authors' count sends through each box head and each mask head."""
@@ -162,7 +162,7 @@ def table(configs: Iterable[str], size: tuple[int, int] | None = None,
     rows = ['| config | parameters | FLOPs | picture |' + (
         ''.join(f' training, {m} |' for m in MEMORY) if memory else '')]
     rows.append('|---' * (rows[0].count('|') - 1) + '|')
-    for path in tqdm(list(configs), unit='config', leave=False):
+    for path in track(list(configs), 'Counting', transient=True):
         cfg = checks.read_config(path)
         try:
             found = count(cfg, size)

@@ -1,51 +1,38 @@
-"""Layer-wise learning-rate decay, by the rules of the authors' fine-tuning code.
+"""Layer-wise learning-rate decay: the authors' rules, as pure functions.
 
 From parameter name to depth: :func:`convnext_layer_id`, :func:`convnext_stage_id`,
-:func:`convnext_block_id`, :func:`vit_layer_id`. From depth to factor: :func:`lr_scale`. The
-class groups parameters by what these functions say.
+:func:`convnext_block_id`, :func:`vit_layer_id`. From depth to factor: :func:`lr_scale`.
 """
 from __future__ import annotations
 
-import difflib
-import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from numbers import Real
-from typing import Any, NamedTuple
-
-from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-
-from .errors import UserError
-from .layers import GRN
-
-WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
-"""Parts of names that DistributedDataParallel, torch.compile, FSDP and checkpointing put in."""
-
-NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, GRN)
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 
-def plain_name(name: str) -> str:
-    """A parameter's or module's name without the parts that wrappers put in."""
-    return '.'.join(part for part in name.split('.') if part not in WRAPPERS)
+class Rule(NamedTuple):
+    """How a backbone's parameters are ordered.
+
+    Args:
+        depth: Name in the backbone → 0 to ``num_layers + 1``.
+        num_layers: Layers between the stem (0) and what follows the stages.
+    """
+
+    depth: Callable[[str], int]
+    num_layers: int
 
 
 def convnext_layer_id(name: str, num_layers: int) -> int:
     """Depth of a ConvNeXt parameter in ``layer_wise`` decay.
 
-    The third stage is cut into layers of three blocks; the fourth (and any behind it) is one
-    layer; output norms come after it, as neck and heads do.
+    Three blocks of the third stage form a layer; the fourth stage (and any after it) is one
+    layer; output norms come after it, as do neck and heads.
 
     Args:
         name: Parameter name in the backbone, such as ``stages.2.4.gamma``.
         num_layers: 6 for depths 3-3-9-3, 12 for depths 3-3-27-3.
 
     Returns:
-        0 (stem) to ``num_layers + 1`` (everything behind the stages).
+        0 (stem) to ``num_layers + 1`` (everything after the stages).
     """
     part = name.split('.')
     if part[0] == 'downsample_layers':
@@ -75,15 +62,15 @@ def convnext_stage_id(name: str, num_layers: int) -> int:
 
 
 def convnext_block_id(name: str, depths: Sequence[int]) -> int:
-    """Depth of a ConvNeXt parameter where every block is a step: ``num_layers='auto'``.
+    """Depth of a ConvNeXt parameter where each block is a layer: ``num_layers='auto'``.
 
     Args:
         name: Parameter name in the backbone.
-        depths: Blocks in each stage.
+        depths: Blocks per stage.
 
     Returns:
         0 (stem), 1 to ``sum(depths)`` (the blocks; a downsampling layer counts with the block
-        behind it), ``sum(depths) + 1`` (the rest).
+        after it), ``sum(depths) + 1`` (the rest).
     """
     part = name.split('.')
     if part[0] not in ('downsample_layers', 'stages'):
@@ -92,6 +79,32 @@ def convnext_block_id(name: str, depths: Sequence[int]) -> int:
     if part[0] == 'stages':
         return sum(depths[:stage]) + int(part[2]) + 1
     return sum(depths[:stage]) + 1 if stage else 0
+
+
+def convnext_rule(depths: Sequence[int], decay_type: str = 'layer_wise',
+                  num_layers: int | str | None = None) -> Rule:
+    """The rule of a ConvNeXt.
+
+    Args:
+        depths: Blocks per stage.
+        decay_type: 'stage_wise', or layer-wise.
+        num_layers: Layers to count; 'auto': one per block, or per stage with 'stage_wise'. None:
+            as many as layers of :func:`convnext_layer_id`, which is the authors' 6 or 12.
+    """
+    if decay_type == 'stage_wise':
+        count = len(depths) if num_layers == 'auto' else _count(depths, num_layers)
+        return Rule(lambda name: convnext_stage_id(name, count), count)
+    if num_layers == 'auto':
+        return Rule(lambda name: convnext_block_id(name, depths), sum(depths))
+    count = _count(depths, num_layers)
+    return Rule(lambda name: convnext_layer_id(name, count), count)
+
+
+def _count(depths: Sequence[int], num_layers: int | str | None) -> int:
+    if num_layers is not None:
+        return int(num_layers)
+    thirds = -(-depths[2] // 3) if len(depths) > 2 else 0
+    return min(len(depths), 2) + thirds + (len(depths) > 3)
 
 
 def vit_layer_id(name: str, num_layers: int) -> int:
@@ -104,348 +117,5 @@ def vit_layer_id(name: str, num_layers: int) -> int:
 
 
 def lr_scale(layer_id: int, num_layers: int, decay_rate: float) -> float:
-    """The learning rate's factor at a depth: 1 at ``num_layers + 1``, less before it."""
+    """The factor of the learning rate at a depth: 1 at ``num_layers + 1``, less before it."""
     return decay_rate ** (num_layers + 1 - layer_id)
-
-
-class Rule(NamedTuple):
-    """How a backbone's parameters are ordered.
-
-    ``depth``: name in the backbone → 0 to ``num_layers + 1``.
-    """
-
-    depth: Callable[[str], int]
-    num_layers: int
-
-
-class UnknownBackbone(UserError, NotImplementedError):
-    """A backbone without a rule of decay; mmseg raises NotImplementedError here."""
-
-
-class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
-    """Gives each layer of the backbone a learning rate that shrinks towards the input.
-
-    Biases and one-dimensional parameters get no weight decay, nor does V2's GRN; frozen
-    parameters are left out. The backbone may sit anywhere in the model, and the model or parts of
-    it may be wrapped (DistributedDataParallel, FSDP, torch.compile). Registered under this
-    name in the mmengine, mmseg and mmdet scopes.
-
-    Args:
-        optim_wrapper_cfg: Config of the optimizer wrapper with its ``optimizer``.
-        paramwise_cfg: Required:
-
-            - ``decay_rate``: factor a layer, above 0 and at most 1.
-            - ``num_layers``: 6 or 12 in the authors' recipes; 'auto' makes every block a step of
-              its own (with 'stage_wise': every stage).
-
-            Optional:
-
-            - ``decay_type``: 'layer_wise' (default) or 'stage_wise' for ConvNeXt, 'layer_wise'
-              or 'layer_wise_vit' for BEiT and MAE. Other backbones say their layers by a
-              method ``get_layer_depth(param_name, prefix)``, which returns depth and number
-              of layers, as mmpretrain's do.
-            - ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult``,
-              ``dwconv_decay_mult``, ``bias_lr_mult``, ``dcn_offset_lr_mult``: as in mmengine's
-              DefaultOptimWrapperConstructor. Factors of learning rates are multiplied with
-              the layer's; factors of weight decay go before the rule above, which holds where
-              none is given.
-            - ``bypass_duplicate``: a parameter that two modules share is taken once, with a
-              warning (True), is an error (False), or is taken once (not given).
-
-    Raises:
-        UserError: ``paramwise_cfg`` lacks a value, has a wrong one or an unknown key; or
-            ``num_layers`` is less than the backbone has; the optimizer has no ``lr``; or FSDP has
-            flattened the parameters.
-        UnknownBackbone: There is no rule for the model's backbone.
-    """
-
-    MULTIPLIERS = ('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'dwconv_decay_mult',
-                   'flat_decay_mult', 'dcn_offset_lr_mult')
-    KEYS = ('decay_rate', 'num_layers', 'decay_type', 'custom_keys', 'bypass_duplicate',
-            *MULTIPLIERS)
-    DECAY_TYPES = ('layer_wise', 'stage_wise', 'layer_wise_vit')
-
-    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
-        super().__init__(optim_wrapper_cfg, paramwise_cfg)
-        self.decay_rate: float = self.paramwise_cfg['decay_rate']
-        self.num_layers: int | str = self.paramwise_cfg['num_layers']
-        self.decay_type: str = self.paramwise_cfg.get('decay_type', 'layer_wise')
-
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        if any(name.endswith('_flat_param') for name, _ in model.named_parameters()):
-            raise UserError('FSDP has flattened the parameters of several layers into one, which '
-                            'can have but one learning rate: set use_orig_params=True in '
-                            'model_wrapper_cfg')
-        with ExitStack() as stack:
-            if any(_is_fsdp(module) for module in model.modules()):
-                from torch.distributed.fsdp import FullyShardedDataParallel
-                # Shards are one-dimensional, and a parameter's shape says whether it decays.
-                stack.enter_context(
-                    FullyShardedDataParallel.summon_full_params(model, writeback=False))
-            return super().__call__(model)
-
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Append ``module``'s parameter groups to ``params``, one per depth and decay."""
-        if not _is_number(self.base_lr):
-            raise UserError(f'optim_wrapper.optimizer.lr must be a number, got {self.base_lr!r}: '
-                            'it is what layers get a share of')
-        rules = self.find_rules(module)
-        outside = Rule(lambda name: 0, -1)  # depth and number of layers that make a factor of 1
-        last = max((rule.num_layers for rule in rules.values()), default=0) + 1
-        groups: dict[str, dict] = {}
-        seen: set[int] = set()
-        bypass = self.paramwise_cfg.get('bypass_duplicate')
-        unmatched = set(self.paramwise_cfg.get('custom_keys', ()))
-        for name, param, owner, parent in _parameters(module):
-            if not param.requires_grad:
-                continue
-            if id(param) in seen:
-                if bypass is False:
-                    raise UserError(f'{name} shares its parameter with another name, and '
-                                    'paramwise_cfg.bypass_duplicate is False: set it to True')
-                if bypass:
-                    print_log(f'{name} is a duplicate, skipped (bypass_duplicate=True)',
-                              logger='current', level=logging.WARNING)
-                continue
-            seen.add(id(param))
-            prefix = next((p for p in rules if name.startswith(p)), None)
-            rule = outside if prefix is None else rules[prefix]
-            depth = rule.depth(name[len(prefix or ''):])
-            scale = lr_scale(depth, rule.num_layers, self.decay_rate)
-            lr_mult, decay_mult, custom = self.multipliers(name, param, owner, parent)
-            unmatched.discard(custom)
-            # A weight decay that the config does not set is left to the optimizer's default.
-            settings: dict[str, Any] = dict(lr_scale=scale * lr_mult,
-                                            lr=scale * lr_mult * self.base_lr)
-            if decay_mult == 0:
-                settings['weight_decay'] = 0.0
-            elif self.base_wd is not None:
-                settings['weight_decay'] = self.base_wd * decay_mult
-            settings.update(self.paramwise_cfg.get('custom_keys', {}).get(custom, {}))
-            settings['group_name'] = (
-                f'layer_{last if prefix is None else depth}_'
-                f'{"decay" if settings.get("weight_decay", 1) else "no_decay"}'
-                + (f'_lr×{lr_mult:g}' if lr_mult != 1 else '')
-                + (f'_wd×{decay_mult:g}' if decay_mult not in (0, 1) else '')
-                + (f' ({custom})' if custom else ''))
-            # Several backbones may put other factors at one depth.
-            key = f'{settings["group_name"]} {scale}'
-            group = groups.setdefault(key, dict(settings, params=[], param_names=[]))
-            group['params'].append(param)
-            group['param_names'].append(name)
-        for key in sorted(unmatched):
-            print_log(f'paramwise_cfg.custom_keys: {key!r} is in no name of a parameter that '
-                      'trains (or a longer key took them all)', logger='current',
-                      level=logging.WARNING)
-        self.log_groups(groups)
-        params.extend(groups.values())
-
-    def find_rules(self, model: nn.Module) -> dict[str, Rule]:
-        """The rule of every backbone in ``model``, under the prefix of its parameters' names.
-
-        Raises:
-            UnknownBackbone: There is none that a rule is known for.
-        """
-        rules: dict[str, Rule] = {}
-        unknown = [type(model).__name__]
-        for path, module in model.named_modules():
-            path = plain_name(path)
-            prefix = path + '.' if path else ''
-            if any(prefix.startswith(known) for known in rules):
-                continue
-            rule = self.rule(module, prefix)
-            if rule is not None:
-                rules[prefix] = rule
-            elif path.endswith('backbone'):
-                unknown.append(type(module).__name__)
-        if not rules:
-            raise UnknownBackbone(
-                f'LearningRateDecayOptimizerConstructor has no {self.decay_type} rule for the '
-                f'backbone {unknown[-1]}: it knows ConvNeXt (layer_wise, stage_wise), BEiT and MAE '
-                '(layer_wise), and backbones with a method get_layer_depth(param_name, prefix) '
-                'that returns depth and number of layers')
-        return rules
-
-    def rule(self, module: nn.Module, prefix: str) -> Rule | None:
-        """The rule for ``module`` if it is a backbone that one is known for.
-
-        Args:
-            module: Any module of the model.
-            prefix: Of its parameters' names, such as ``backbone.``.
-
-        Raises:
-            UserError: ``num_layers`` does not fit it.
-        """
-        kinds = ' '.join(kind.__name__ for kind in type(module).__mro__)
-        children = {plain_name(name) for name, _ in module.named_children()}
-        names = [plain_name(name) for name, _ in module.named_parameters()]
-        stage_wise, auto = self.decay_type == 'stage_wise', self.num_layers == 'auto'
-        num_layers: Any = self.num_layers
-        if 'ConvNeXt' in kinds and {'stages', 'downsample_layers'} <= children:
-            depths = _counts(names)
-            if stage_wise:
-                num_layers = len(depths) if auto else num_layers
-                rule = Rule(lambda name: convnext_stage_id(name, num_layers), num_layers)
-            elif auto:
-                rule = Rule(lambda name: convnext_block_id(name, depths), sum(depths))
-            else:
-                rule = Rule(lambda name: convnext_layer_id(name, num_layers), num_layers)
-        # Asked of the class, since a wrapper passes what is asked of it on to what it wraps.
-        elif hasattr(type(module), 'get_layer_depth'):
-            said = max(module.get_layer_depth(prefix + name, prefix)[1] for name in names) - 2
-            if not auto and num_layers != said:
-                raise UserError(
-                    f'paramwise_cfg.num_layers={num_layers}, but the backbone '
-                    f'{type(module).__name__} says by get_layer_depth that it has {said}: write '
-                    f"num_layers='auto' or {said}")
-            return Rule(lambda name: module.get_layer_depth(prefix + name, prefix)[0], said)
-        elif re.search('BEiT|MAE', kinds) and 'layers' in children and not stage_wise:
-            num_layers = len({n.split('.')[1] for n in names if n.startswith('layers.')}
-                             ) if auto else num_layers
-            rule = Rule(lambda name: vit_layer_id(name, num_layers), num_layers)
-        else:
-            return None
-        # More layers than num_layers would be faster than the heads, not slower.
-        deepest = max((rule.depth(name) for name in names
-                       if name.startswith(('stages.', 'downsample_layers.', 'layers.'))), default=0)
-        if deepest > rule.num_layers:
-            raise UserError(
-                f'paramwise_cfg.num_layers={num_layers} is too few: the backbone '
-                f'{type(module).__name__} has a layer {deepest} in {self.decay_type} decay. Write '
-                f"num_layers={deepest + (len(_counts(names)) > 3 and not stage_wise)}, or 'auto' "
-                f'for a step for every {"stage" if stage_wise else "block"}')
-        return rule
-
-    def multipliers(self, name: str, param: nn.Parameter, owner: nn.Module,
-                    parent: nn.Module | None) -> tuple[float, float, str | None]:
-        """What ``paramwise_cfg`` says of one parameter, by mmengine's precedence.
-
-        Args:
-            name: Its name in the model, without wrappers.
-            param: The parameter.
-            owner: The module it is a parameter of.
-            parent: The module that ``owner`` is a child of.
-
-        Returns:
-            Factors of learning rate and weight decay, and the custom key that matched.
-        """
-        cfg = self.paramwise_cfg
-        short = name.rsplit('.', 1)[-1]
-        is_norm, is_bias = isinstance(owner, NORMS), short == 'bias'
-        # GRN's parameters have four axes; the authors of V2 leave them out by name.
-        decay_mult = 0.0 if (param.ndim == 1 or is_bias or isinstance(owner, GRN)
-                             or name in ('pos_embed', 'cls_token')) else 1.0
-        keys = cfg.get('custom_keys', {})
-        for key in sorted(sorted(keys), key=len, reverse=True):
-            if key in name:
-                return (keys[key].get('lr_mult', 1.0),
-                        keys[key].get('decay_mult', decay_mult), key)
-        in_dcn = parent is not None and any(
-            kind.__name__ in ('DeformConv2d', 'ModulatedDeformConv2d')
-            for kind in type(parent).__mro__)
-        lr_mult = 1.0
-        if is_bias and not is_norm and not in_dcn:
-            lr_mult = cfg.get('bias_lr_mult', 1.0)
-        elif in_dcn and 'conv_offset' in name and isinstance(owner, nn.Conv2d):
-            lr_mult = cfg.get('dcn_offset_lr_mult', 1.0)
-        for applies, mult in (
-                (is_norm, 'norm_decay_mult'), (is_bias and not in_dcn, 'bias_decay_mult'),
-                (isinstance(owner, nn.Conv2d) and owner.in_channels == owner.groups,
-                 'dwconv_decay_mult'), (param.ndim == 1 and not in_dcn, 'flat_decay_mult')):
-            if applies and cfg.get(mult) is not None:
-                return lr_mult, cfg[mult], None
-        return lr_mult, decay_mult, None
-
-    def log_groups(self, groups: dict[str, dict]) -> None:
-        """One line a group, from the stem to the heads."""
-        width = max((len(group['group_name']) for group in groups.values()), default=0) + 2
-        lines = [f'{self.decay_type} learning-rate decay {self.decay_rate}, '
-                 f'{self.num_layers} layers',
-                 f'  {"group":<{width}}{"parameters":>12}  {"scale":<8}  {"lr":<9}  weight decay']
-        for group in sorted(groups.values(), key=lambda g: (g['lr_scale'], g['group_name'])):
-            count = sum(p.numel() for p in group['params'])
-            lines.append(f'  {group["group_name"]:<{width}}{count:>12,}  '
-                         f'{group["lr_scale"]:.6f}  {group["lr"]:.3e}  '
-                         f'{group.get("weight_decay", "default")}')
-        print_log('\n'.join(lines), logger='current')
-
-    def _validate_cfg(self) -> None:
-        """See that ``paramwise_cfg`` and the optimizer's config say what is needed.
-
-        Raises:
-            UserError: Names the key, the value and what was expected.
-        """
-        cfg = self.paramwise_cfg
-        example = ('write e.g. paramwise_cfg=dict(decay_rate=0.9, num_layers=6, '
-                   "decay_type='stage_wise')")
-        if not isinstance(cfg, dict):
-            raise UserError(f'paramwise_cfg={cfg!r} must be a dict: {example}')
-        _check_keys('paramwise_cfg', cfg, self.KEYS)
-        rate, layers = cfg.get('decay_rate'), cfg.get('num_layers')
-        if not _is_number(rate) or not 0 < rate <= 1:
-            raise UserError('paramwise_cfg.decay_rate must be a number above 0 and at most 1, got '
-                            f'{rate!r}: {example}')
-        if layers != 'auto' and (not isinstance(layers, int) or isinstance(layers, bool)
-                                 or layers < 1):
-            raise UserError("paramwise_cfg.num_layers must be a whole number from 1 up or 'auto', "
-                            f'got {layers!r}: {example}')
-        decay_type = cfg.get('decay_type', 'layer_wise')
-        if decay_type not in self.DECAY_TYPES:
-            raise UserError(f'paramwise_cfg.decay_type={decay_type!r}: expected '
-                            f'{", ".join(map(repr, self.DECAY_TYPES))}')
-        bypass = cfg.get('bypass_duplicate')
-        if not isinstance(bypass, (bool, type(None))):
-            raise UserError(f'paramwise_cfg.bypass_duplicate={bypass!r} must be True or False')
-        custom = cfg.get('custom_keys', {})
-        if not isinstance(custom, dict) or not all(isinstance(v, dict) for v in custom.values()):
-            raise UserError(f'paramwise_cfg.custom_keys={custom!r} must be a dict from a part of '
-                            'parameters\' names to factors: write e.g. '
-                            'custom_keys=dict(decode_head=dict(lr_mult=10.0))')
-        factors = {key: cfg[key] for key in self.MULTIPLIERS if cfg.get(key) is not None}
-        for name, entry in custom.items():
-            # Other keys are settings of the optimizer, such as betas.
-            _check_keys(f'paramwise_cfg.custom_keys.{name}', entry, ('lr_mult', 'decay_mult'),
-                        only_near=True)
-            factors.update({f'custom_keys.{name}.{key}': value for key, value in entry.items()
-                            if key in ('lr_mult', 'decay_mult')})
-        for key, value in factors.items():
-            if not _is_number(value) or value < 0:
-                raise UserError(f'paramwise_cfg.{key}={value!r} must be a number from 0 up')
-            if key.endswith('decay_mult') and value and self.base_wd is None:
-                raise UserError(f'paramwise_cfg.{key}={value!r} multiplies the weight decay: set '
-                                'optim_wrapper.optimizer.weight_decay as well')
-
-
-def _parameters(model: nn.Module
-                ) -> Iterator[tuple[str, nn.Parameter, nn.Module, nn.Module | None]]:
-    """(plain name, parameter, its module, that module's parent); shared ones come repeatedly."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        parent = modules[path.rpartition('.')[0]] if path else None
-        for name, param in module.named_parameters(recurse=False):
-            yield plain_name(f'{path}.{name}' if path else name), param, module, parent
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    return any(kind.__name__ == 'FullyShardedDataParallel' for kind in type(module).__mro__)
-
-
-def _counts(names: Sequence[str]) -> list[int]:
-    """Blocks in each stage, from the names ``stages.STAGE.BLOCK.…``."""
-    found = {tuple(map(int, match.groups())) for name in names
-             if (match := re.match(r'stages\.(\d+)\.(\d+)\.', name))}
-    stages = max((stage for stage, _ in found), default=-1) + 1
-    return [sum(stage == i for stage, _ in found) for i in range(stages)]
-
-
-def _check_keys(where: str, cfg: dict, known: Sequence[str], only_near: bool = False) -> None:
-    """Refuse unknown keys; with ``only_near`` just those that look like a known one misspelt."""
-    for key in cfg:
-        near = difflib.get_close_matches(str(key), known, n=1)
-        if key not in known and (near or not only_near):
-            raise UserError(f'{where} has no key {key!r}' + (
-                f': did you mean {near[0]}?' if near else f'; its keys: {", ".join(known)}'))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -16,11 +16,11 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.progress import track
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, visualization
 from .datasets import meta_of, of_split
-from .datasets.inspecting import open_picture, reason
+from .datasets.findings import open_picture, reason
+from .engine import checks, fallbacks, speed
 from .errors import UserError
-from .training import checks, fallbacks, pictures, speed
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 WIDEST = 1600  # pixels of a panel
@@ -48,7 +48,7 @@ def image_demo(args: argparse.Namespace) -> None:
         sample = predict(file)
         width = min(max(sample.ori_shape[1], 400), WIDEST)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        pictures.draw_sample(sample, predict.meta, out / name, ('Input', 'Prediction'), width,
+        visualization.draw_sample(sample, predict.meta, out / name, ('Input', 'Prediction'), width,
                              args.score_threshold)
     print(f'{len(files) - len(failed)} pictures in {out}')
     if failed:

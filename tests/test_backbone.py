@@ -6,7 +6,7 @@ from torch import nn
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.archs import ARCHS
 from convnext_mm.layers import GRN
-from tests.conftest import GOLDEN_SIZE, ROOT, assert_close, golden, run_tool
+from tests.helpers import GOLDEN_SIZE, ROOT, assert_close, golden, run_tool
 
 
 def small(**kwargs) -> ConvNeXt:

@@ -4,8 +4,8 @@ import torch
 from mmengine.config import Config
 
 from convnext_mm import complexity
-from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, run_tool
-from tests.test_configs import RECIPES
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, run_tool
+from tests.recipes import RECIPES
 
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith(('_ss', '_ms'))])
@@ -61,7 +61,7 @@ def test_memory_is_reckoned_from_what_autograd_keeps():
     """On tensors without values as with them: the demo's segmentor, layer after layer."""
     from mmengine.registry import MODELS
 
-    from tests.kernels.test_functions import saved
+    from tests.helpers import saved_by
     cfg = Config.fromfile(DEMO_SEGMENTATION)
     cfg.model.backbone.memory = 'plain'
     found = complexity.training_memory(cfg, pictures=2)
@@ -70,13 +70,12 @@ def test_memory_is_reckoned_from_what_autograd_keeps():
     classes, area = 8, 2 * 128 * 128
     assert found.loss == 4 * 4 * classes * area, 'of two heads, and twice of one'
 
-    def forward(picture):
-        features = model.extract_feat(picture)
+    def forward():
+        features = model.extract_feat(torch.zeros(2, 3, 128, 128))
         return model.decode_head(features), model.auxiliary_head(features)
-    forward.parameters = model.parameters
     # Norms' statistics are of other dtypes there: a five-hundredth.
-    assert found.kept == pytest.approx(saved(forward, torch.zeros(2, 3, 128, 128), True) * 2**20,
-                                       rel=0.003)
+    assert found.kept == pytest.approx(
+        saved_by(forward, list(model.parameters()), True) * 2**20, rel=0.003)
 
 
 @pytest.mark.parametrize(('name', 'limit'), [('large_640', 8.0), ('xlarge_640', 14.0)])

@@ -8,45 +8,19 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from convnext_mm.archs import ARCHS
+from convnext_mm.engine import launch
 from convnext_mm.layer_decay import convnext_layer_id
-from convnext_mm.training import launch
-from tests.conftest import (
+from tests.helpers import (
     DEMO_DETECTION,
     DEMO_SEGMENTATION,
     DETECTION,
     ROOT,
     SEGMENTATION,
-    build_without_memory,
+    build_on_meta,
 )
+from tests.recipes import CASCADE, DETECTORS, MASK, RECIPES
 
 ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
-
-
-CASCADE = ('cascade_mask_rcnn_convnext_{}_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_3x_'
-           'coco_in')
-MASK = 'mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_adamw_3x_coco_in1k'
-# name: size, weights, lr, drop path, decay, layers, mixed precision, millions of parameters,
-# published FLOPs in billions
-SEGMENTORS = {
-    'upernet_convnext_tiny_512': ('tiny', '1k', 1e-4, 0.4, 0.9, 6, True, 60.24, 939),
-    'upernet_convnext_small_512': ('small', '1k', 1e-4, 0.3, 0.9, 12, True, 81.88, 1027),
-    'upernet_convnext_base_512': ('base', '1k', 1e-4, 0.4, 0.9, 12, True, 122.10, 1170),
-    'upernet_convnext_base_640': ('base', '22k', 1e-4, 0.4, 0.9, 12, True, 122.10, 1828),
-    'upernet_convnext_large_640': ('large', '22k', 1e-4, 0.4, 0.9, 12, False, 234.99, 2458),
-    'upernet_convnext_xlarge_640': ('xlarge', '22k', 8e-5, 0.4, 0.9, 12, False, 391.14, 3335)}
-DETECTORS = {
-    MASK: ('tiny', '1k', 1e-4, 0.4, 0.95, 6, True, 48.10, 262),  # published: 48
-    CASCADE.format('tiny') + '1k': ('tiny', '1k', 2e-4, 0.4, 0.7, 6, True, 85.93, 741),
-    CASCADE.format('small') + '1k': ('small', '1k', 2e-4, 0.6, 0.7, 12, True, 107.57, 827),
-    CASCADE.format('base') + '1k': ('base', '1k', 2e-4, 0.7, 0.8, 12, True, 145.80, 964),
-    CASCADE.format('base') + '22k': ('base', '22k', 1e-4, 0.6, 0.8, 12, True, 145.80, 964),
-    CASCADE.format('large') + '22k': ('large', '22k', 1e-4, 0.7, 0.7, 12, False, 254.71, 1354),
-    CASCADE.format('xlarge') + '22k': ('xlarge', '22k', 1e-4, 0.8, 0.7, 12, False, 406.88, 1898)}
-RECIPES = {
-    **{f'{name}_160k_ade20k{test}': row for name, row in SEGMENTORS.items()
-       for test in ('', '_ss', '_ms')}, **DETECTORS}
-
-
 V2 = sorted(Path(config).stem for config in ALL if 'convnextv2' in config)
 
 
@@ -60,7 +34,7 @@ def test_every_recipe_is_in_the_table():
 @pytest.mark.parametrize('name', V2)
 def test_v2_recipe(name):
     size = name.split('convnextv2_')[1].split('_')[0]
-    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
+    cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
     assert model.backbone.arch == ARCHS[f'v2_{size}']
     assert f'/convnextv2_{size}_' in cfg.model.backbone.init_cfg.checkpoint
     dims = list(model.backbone.arch.dims)
@@ -94,7 +68,7 @@ def test_recipe(name):
     assert (wrapper, cfg.param_scheduler) == (twin.optim_wrapper, twin.param_scheduler), (
         'whose rates are tested below')
     assert cfg.train_dataloader.batch_size == 2
-    cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
+    cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.005)
     if segmentation:
@@ -208,7 +182,7 @@ def rate_errors() -> dict[str, dict[int, float]]:
         groups = []
         for name in recipes:
             if name.startswith(task):
-                cfg, model = build_without_memory(ROOT / 'configs' / f'{name}.py')
+                cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
                 groups += [(name, cfg, group) for group in build_optim_wrapper(
                     model, cfg.optim_wrapper).optimizer.param_groups]
         schedule = cfg.param_scheduler

@@ -1,10 +1,14 @@
-"""The set-up script, without setting anything up."""
+"""tools/install.py and the Makefile, without installing anything."""
 import importlib.util
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -16,7 +20,7 @@ def install(monkeypatch):
     return module
 
 
-def test_the_stacks_share_no_package(install):
+def test_stacks_share_no_distribution(install):
     def names(stack):
         return {requirement.split('>')[0].split('<')[0] for requirement in stack.values()}
     assert not names(install.FORKS) & names(install.OPENMMLAB)
@@ -25,12 +29,49 @@ def test_the_stacks_share_no_package(install):
 
 def test_every_requirement_has_an_upper_bound(install):
     from setup import EXTRAS
-    for extra in ('forks', 'forks-seg', 'test', 'interpreter'):
-        assert all('<' in requirement for requirement in EXTRAS[extra]), extra
-    assert not any('mmdet' in requirement for requirement in EXTRAS['forks-seg'])
+    for extra, requirements in EXTRAS.items():
+        assert all('<' in requirement for requirement in [install.TORCH, *requirements]), extra
 
 
-def test_no_compiler_is_said_before_anything_is_installed(install, monkeypatch):
+def test_segmentation_extras_are_the_stacks_without_mmdet(install):
+    from setup import EXTRAS
+    for extra, stack in (('forks', install.FORKS), ('openmmlab', install.OPENMMLAB)):
+        assert {*EXTRAS[extra]} - {*EXTRAS[f'{extra}-seg']} == {stack['mmdet']}
+
+
+def test_default_torch_version_is_supported(install):
+    assert install.torch_requirement(install.TORCH_TESTED) == f'torch=={install.TORCH_TESTED}'
+
+
+@pytest.mark.parametrize('end', [0, 1])
+def test_torch_version_outside_of_the_range_is_an_error(install, end):
+    major, minor = re.findall(r'(\d+)\.(\d+)', install.TORCH)[end]
+    unsupported = f'{major}.{int(minor) - 1}.0' if end == 0 else f'{major}.{minor}.0'
+    with pytest.raises(install.Failed, match=rf'PyTorch {unsupported} is not supported'):
+        install.torch_requirement(unsupported)
+
+
+@pytest.mark.parametrize('text', ['2.6', 'nightly', '2.6.0+cpu'])
+def test_torch_version_of_another_form_is_an_error(install, text):
+    with pytest.raises(install.Failed, match=r'expected a version such as 2\.'):
+        install.torch_requirement(text)
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+@pytest.mark.parametrize(('variables', 'options'), [
+    ([], '--stack auto'),
+    (['STACK=openmmlab', 'TORCH=2.6.0'], '--stack openmmlab --torch 2.6.0'),
+    (['SEGMENTATION_ONLY=1'], '--stack auto --segmentation-only')])
+def test_make_passes_its_variables_on(variables, options, tmp_path):
+    # Variables of the make that runs the tests must not reach this one.
+    printed = subprocess.run(['make', '--dry-run', 'lint', f'VENV={tmp_path}', *variables],
+                             env={'PATH': os.environ['PATH']}, cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout
+    command = printed.replace('\\\n', ' ').splitlines()[0].split()
+    assert command == ['python3', 'tools/install.py', *options.split()]
+
+
+def test_missing_compiler_is_reported_before_anything_is_installed(install, monkeypatch):
     monkeypatch.setattr(install.shutil, 'which', lambda name: None)
     with pytest.raises(install.Failed, match=r'apt install g\+\+.*--segmentation-only'):
         install.check_machine(need_ops=True)
@@ -38,7 +79,7 @@ def test_no_compiler_is_said_before_anything_is_installed(install, monkeypatch):
 
 
 class Builds:
-    """Stands for pip: the first ``failing`` builds fail."""
+    """Replaces pip: the first ``failing`` builds fail."""
 
     def __init__(self, install, monkeypatch, header, failing=0):
         self.envs, self.failing = [], failing
@@ -57,7 +98,7 @@ class Builds:
         self.progress.start('ops')
 
 
-def test_ops_are_built_with_the_precompiled_header(install, monkeypatch):
+def test_ops_build_uses_the_precompiled_header(install, monkeypatch):
     builds = Builds(install, monkeypatch, '-O2 -include types.h')
     install.build_ops('mmcv>=2', builds.progress)
     assert [env.get('CFLAGS') for env in builds.envs] == ['-O2 -include types.h']
@@ -66,19 +107,19 @@ def test_ops_are_built_with_the_precompiled_header(install, monkeypatch):
 
 @pytest.mark.parametrize(('header', 'failing', 'cflags'), [
     (None, 0, [None]), ('-include types.h', 1, ['-include types.h', None])])
-def test_a_header_that_fails_ends_in_the_plain_build(install, monkeypatch, header, failing, cflags):
+def test_ops_build_without_a_working_header(install, monkeypatch, header, failing, cflags):
     builds = Builds(install, monkeypatch, header, failing)
     install.build_ops('mmcv>=2', builds.progress)
     assert [env.get('CFLAGS') for env in builds.envs] == cflags
 
 
-def test_a_plain_build_that_fails_is_an_error(install, monkeypatch):
+def test_failing_plain_build_is_an_error(install, monkeypatch):
     builds = Builds(install, monkeypatch, '-include types.h', failing=2)
     with pytest.raises(install.Failed, match='the build failed'):
         install.build_ops('mmcv>=2', builds.progress)
 
 
-def test_a_header_that_does_not_compile_is_passed_over(install, monkeypatch, tmp_path):
+def test_header_that_does_not_compile_is_ignored(install, monkeypatch, tmp_path):
     monkeypatch.setattr(install, 'LOG', tmp_path / 'log')
     monkeypatch.setattr(install, 'PYTHON', sys.executable)
 
@@ -89,7 +130,7 @@ def test_a_header_that_does_not_compile_is_passed_over(install, monkeypatch, tmp
     assert install.precompile(tmp_path) is None
 
 
-def test_progress_says_how_long_it_still_takes(install, capsys, monkeypatch):
+def test_progress_estimates_the_time_left(install, capsys, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(install.time, 'time', lambda: clock[0])
     progress = install.Progress({'first': 30.0, 'second': 60.0})
@@ -97,12 +138,12 @@ def test_progress_says_how_long_it_still_takes(install, capsys, monkeypatch):
     clock[0] += 20
     progress.show('3/4 files', share=0.75)
     progress.done()
-    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert said == ['[1/2] first, about 1 min 30 s left',
-                    '[1/2] first 3/4 files, about 1 min 7 s left', '[1/2] first: 20 s']
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert printed == ['[1/2] first, about 1 min 30 s left',
+                       '[1/2] first 3/4 files, about 1 min 7 s left', '[1/2] first: 20 s']
 
 
-def test_a_failing_command_shows_its_last_words(install, monkeypatch, tmp_path):
+def test_failing_command_shows_the_end_of_its_output(install, monkeypatch, tmp_path):
     monkeypatch.setattr(install, 'LOG', tmp_path / 'log')
-    with pytest.raises(install.Failed, match=r'(?s)no space left.*The whole log: .*log'):
+    with pytest.raises(install.Failed, match=r'(?s)no space left.*Full log: .*log'):
         list(install.output([sys.executable, '-c', 'raise SystemExit("no space left")']))

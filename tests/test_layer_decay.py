@@ -6,9 +6,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from convnext_mm import ConvNeXt, UserError, layer_decay
-from convnext_mm.layer_decay import LearningRateDecayOptimizerConstructor
-from tests.conftest import DATA, DETECTION, SEGMENTATION, build_without_memory
+from convnext_mm import ConvNeXt, UserError, layer_decay, optimizer_constructor
+from convnext_mm.optimizer_constructor import LearningRateDecayOptimizerConstructor
+from tests.helpers import DATA, DETECTION, SEGMENTATION, build_on_meta
 
 
 def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, float, float]]:
@@ -22,7 +22,7 @@ def groups_of(model: nn.Module, wrapper_cfg: dict) -> dict[str, tuple[float, flo
     (SEGMENTATION.replace('tiny', 'base'), 'upernet_base'),
     (DETECTION.replace('tiny', 'base'), 'cascade_base')])
 def test_every_parameter_of_the_recipes_as_the_authors_group_it(config, golden):
-    cfg, model = build_without_memory(config)
+    cfg, model = build_on_meta(config)
     ours = groups_of(model, cfg.optim_wrapper)
     theirs = json.loads((DATA / f'{golden}.json').read_text())
     assert ours.keys() == theirs.keys()
@@ -141,14 +141,14 @@ def test_frozen_parameters_are_left_out():
     (dict(decay_rate=0.9, num_layers=6.5), 'num_layers must be .* got 6.5'),
     (dict(decay_rate=0.9, num_layers='all'), "num_layers must be .*'auto', got 'all'"),
     (dict(decay_rate=0.9, num_layers=6, decay_type='layerwise'), 'decay_type=.layerwise.: expec'),
-    (dict(layer_decay_rate=0.9, num_layers=6), "no key 'layer_decay_rate': did you mean decay_ra"),
-    (dict(decay_rate=0.9, num_layers=6, xyz=1), "no key 'xyz'; its keys: decay_rate, num_layers"),
+    (dict(layer_decay_rate=0.9, num_layers=6), "no key 'layer_decay_rate'. Did you mean decay_ra"),
+    (dict(decay_rate=0.9, num_layers=6, xyz=1), "no key 'xyz'. Its keys: decay_rate, num_layers"),
     (dict(decay_rate=0.9, num_layers=6, norm_decay_mult=-1), 'norm_decay_mult=-1 must be a numb'),
     (dict(decay_rate=0.9, num_layers=6, bypass_duplicate='yes'), "bypass_duplicate='yes' must be"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=['head']), "custom_keys=.'head'. must be a"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=10)), "custom_keys={'head': 10} mu"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=dict(lr_mul=10))),
-     "custom_keys.head has no key 'lr_mul': did you mean lr_mult"),
+     "custom_keys.head has no key 'lr_mul'. Did you mean lr_mult"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=dict(lr_mult=-1))),
      'custom_keys.head.lr_mult=-1 must be'),
     (dict(decay_rate=0.9, num_layers=6, bias_decay_mult=1.0), 'set optim_wrapper.optimizer.weight'),
@@ -271,7 +271,7 @@ def test_the_rule_of_weight_decay_holds_where_no_factor_is_given():
 def said(monkeypatch) -> list[str]:
     """What is logged."""
     lines = []
-    monkeypatch.setattr(layer_decay, 'print_log', lambda line, **_: lines.append(line))
+    monkeypatch.setattr(optimizer_constructor, 'print_log', lambda line, **_: lines.append(line))
     return lines
 
 
@@ -385,7 +385,7 @@ def test_backbones_that_say_their_layers_themselves():
     assert found['backbone.layers.11.weight'][0] == 0.5
     assert found['backbone.norm.weight'][0] == found['decode_head.weight'][0] == 1
     assert scales(Model(Layered()), num_layers=12) == found
-    with pytest.raises(UserError, match="says by get_layer_depth that it has 12: write"):
+    with pytest.raises(UserError, match="has 12 layers .get_layer_depth.: write"):
         scales(Model(Layered()), num_layers=6)
 
 
@@ -398,3 +398,47 @@ def test_the_log_is_one_compact_table(said):
     assert lines[2].split() == ['layer_0_decay', '192', '0.001953', '1.953e-06', '0.05']
     assert lines[-2].split() == [
         'layer_9_decay_lr×10', '(decode_head)', '8', '10.000000', '1.000e-02', '0.05']
+
+
+def test_the_backbone_gives_the_depth_of_its_parameters():
+    """As mmpretrain's backbones do: depth and number of depths, by default the authors' rule."""
+    with torch.device('meta'):
+        tiny, base = ConvNeXt('tiny'), ConvNeXt('base')
+    assert tiny.get_layer_depth('stages.2.4.gamma') == (4, 8)
+    assert base.get_layer_depth('stages.2.26.gamma') == (11, 14)
+    assert base.get_layer_depth('backbone.norm3.weight', 'backbone.') == (13, 14)
+    assert tiny.get_layer_depth('stages.3.0.gamma', '', 'stage_wise', 6) == (4, 8)
+    assert tiny.get_layer_depth('stages.3.2.gamma', '', 'layer_wise', 'auto') == (18, 20)
+
+
+class Renamed(ConvNeXt):
+    """Its name does not contain that of the backbone's class in any other library."""
+
+
+Renamed.__name__ = 'MyNetwork'
+
+
+class OtherConvNeXt(nn.Module):
+    """Another implementation of ConvNeXt, with the authors' names and no get_layer_depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        own = small()
+        self.downsample_layers, self.stages, self.norm3 = (
+            own.downsample_layers, own.stages, own.norm3)
+
+
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+@pytest.mark.parametrize('num_layers', [6, 'auto'])
+def test_class_names_do_not_matter(decay_type, num_layers):
+    options = dict(decay_type=decay_type, num_layers=num_layers)
+    expected = scales(Model(small()), **options)
+    assert scales(Model(Renamed(depths=[1, 2, 4, 1], dims=[4] * 4)), **options) == expected
+    other = scales(Model(OtherConvNeXt()), **options)
+    assert other == {name: expected[name] for name in other}
+    assert len(other) > 50
+
+
+def test_a_backbone_that_defines_layers_only_has_no_stages():
+    with pytest.raises(UserError, match="Layered has layers only .get_layer_depth.: write decay"):
+        scales(Model(Layered()), decay_type='stage_wise')

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from convnext_mm import UserError
+from convnext_mm.engine.checks import read_config
 from convnext_mm.layers import Block
 from convnext_mm.prediction import Predictor, find_pictures, picture_names
-from convnext_mm.training.checks import read_config
-from tests.conftest import DEMO_DETECTION, DEMO_SEGMENTATION, run_tool
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, run_tool
 
 
 @pytest.fixture(scope='module')
@@ -22,7 +22,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         cfg = read_config(config)
         cfg.model.backbone.init_cfg = None
         init_default_scope(cfg.default_scope)
-        from convnext_mm.training.fallbacks import adapt
+        from convnext_mm.engine.fallbacks import adapt
         adapt(cfg)
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)

@@ -1,8 +1,8 @@
 """Draw what a trained model sees in pictures of your own."""
 import argparse
 
+from convnext_mm.engine.launch import add_options, run
 from convnext_mm.prediction import image_demo
-from convnext_mm.training.launch import add_options, run
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

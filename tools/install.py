@@ -1,7 +1,8 @@
 """Set up .venv with PyTorch, an OpenMMLab stack and this package.
 
-Needs Python 3.10 or newer, and a C++ compiler unless --segmentation-only is given. What works
-already is used: a working mmcv in .venv or in the Python that runs this is not built again.
+Requires Python 3.10 or newer, and a C++ compiler unless --segmentation-only is given. Steps that
+are already complete are skipped: a working mmcv in .venv, or in the Python that runs this script,
+is not compiled again.
 """
 from __future__ import annotations
 
@@ -24,21 +25,21 @@ VENV = ROOT / '.venv'
 PYTHON = VENV / 'bin' / 'python'
 LOG = VENV / 'setup.log'
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
-TORCH_TESTED = 'torch==2.13.0'
+TORCH_TESTED = '2.13.0'
 
 sys.path.insert(0, str(ROOT))
-from setup import FORKS, OPENMMLAB  # noqa: E402
+from setup import BUILD, FORKS, OPENMMLAB, TORCH  # noqa: E402
 
 
 class Failed(Exception):
-    """A step that did not work; the message says what to do."""
+    """A step failed; the message says what to do."""
 
 
 class Progress:
-    """Says which step runs, for how long, and how long all of it may still take.
+    """Prints the running step and an estimate of the total time left.
 
     Args:
-        steps: Name and usual seconds (on 2 cores) of each step.
+        steps: Name of each step and the seconds it usually takes on 2 cores.
     """
 
     def __init__(self, steps: dict[str, float]) -> None:
@@ -53,11 +54,12 @@ class Progress:
         self.show(force=True)
 
     def show(self, detail: str = '', share: float | None = None, force: bool = False) -> None:
-        """Print the state of the step: every second on a terminal, else every 15.
+        """Print the state of the step, at most once a second on a terminal, else every 15 s.
 
         Args:
-            detail: What is done of it; '' keeps what was said last.
-            share: How much of it is done, 0 to 1; never said: guessed from the usual time.
+            detail: State within the step, such as '3/4 files'; '' keeps the previous one.
+            share: Completed share of the step, 0 to 1; None keeps the previous one. Without any,
+                the time left is estimated from the step's usual time.
             force: Print now.
         """
         now = time.time()
@@ -79,16 +81,19 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 2 min 5 s."""
+    """Format seconds as '45 s' or '2 min 5 s'."""
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes} min {seconds} s' if minutes else f'{seconds} s'
 
 
 def output(command: list, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Iterator[str]:
-    """Run a command; yields its lines, and '' every second in which it prints none.
+    """Run a command and log its output to LOG.
+
+    Yields:
+        Each line of its output, and '' twice a second while it prints nothing.
 
     Raises:
-        Failed: Its status was not 0.
+        Failed: The command's exit status was not 0.
     """
     with open(LOG, 'a') as log:
         log.write(f'\n$ {" ".join(map(str, command))}\n')
@@ -104,53 +109,69 @@ def output(command: list, env: dict[str, str] | None = None, cwd: Path = ROOT) -
             yield from reader.read().splitlines()
     if process.returncode:
         tail = '\n'.join('  ' + line for line in LOG.read_text(errors='replace').splitlines()[-15:])
-        raise Failed(f'{" ".join(map(str, command[:6]))} … failed:\n{tail}\nThe whole log: {LOG}')
+        raise Failed(f'{" ".join(map(str, command[:6]))} … failed:\n{tail}\nFull log: {LOG}')
 
 
 def pip(progress: Progress, *args: str, env: dict[str, str] | None = None) -> None:
-    """Run pip in .venv."""
+    """Run pip in .venv and update the progress while it runs."""
     for _ in output([PYTHON, '-m', 'pip', '--disable-pip-version-check', *args], env):
         progress.show()
 
 
 def works(python: str | Path, code: str) -> bool:
-    """Whether ``code`` runs without an error."""
+    """Whether ``python`` exists and runs ``code`` without an error."""
     return Path(python).exists() and subprocess.run(
         [str(python), '-c', code], capture_output=True, cwd=ROOT).returncode == 0
 
 
 def installed(python: str | Path, distribution: str) -> bool:
-    """Whether pip knows the distribution."""
+    """Whether a Python has the distribution, in any version."""
     return works(python, f'import importlib.metadata as m; m.version({distribution!r})')
 
 
 def stack_of(python: str | Path) -> str | None:
-    """Which stack's mmcv a Python has: 'forks', 'openmmlab' or None."""
+    """The stack whose mmcv a Python has: 'forks', 'openmmlab' or None."""
     return next((name for name, stack in (('forks', FORKS), ('openmmlab', OPENMMLAB))
                  if installed(python, distributions(stack)[0])), None)
 
 
 def distributions(stack: dict[str, str]) -> list[str]:
-    """The names of a stack's own packages."""
+    """Distribution names of a stack's mmcv, mmengine, mmseg and mmdet."""
     return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
 
 
-def check_machine(need_ops: bool) -> None:
-    """See that what no package brings is there.
+def torch_requirement(version: str) -> str:
+    """The pip requirement of a PyTorch version, such as 'torch==2.6.0' of '2.6.0'.
 
     Raises:
-        Failed: Names what is missing.
+        Failed: It is not a version, or outside of the range that convnext-mm supports.
     """
-    if sys.version_info < (3, 10):  # noqa: UP036 - this runs before pip could say so
-        raise Failed(f'Python 3.10 or newer is needed, this is {sys.version.split()[0]}: '
-                     'make PYTHON=python3.11 …')
+    def parts(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split('.')))
+    lowest, highest = re.findall(r'[\d.]+', TORCH)
+    if not re.fullmatch(r'\d+\.\d+\.\d+', version) or not (
+            parts(lowest) <= parts(version) < parts(highest)):
+        raise Failed(f'PyTorch {version} is not supported: expected a version such as '
+                     f'{TORCH_TESTED}, at least {lowest} and below {highest}')
+    return f'torch=={version}'
+
+
+def check_machine(need_ops: bool) -> None:
+    """Check for everything that pip cannot install.
+
+    Raises:
+        Failed: Something is missing; the message names it.
+    """
+    if sys.version_info < (3, 10):  # noqa: UP036 - runs before pip can check it
+        raise Failed(f'Python 3.10 or newer is required, this is {sys.version.split()[0]}. '
+                     'Choose another one, such as: make PYTHON=python3.11 demo')
     if not works(sys.executable, 'import ensurepip, venv'):
         raise Failed("Python's venv is missing: apt install python3-venv (Debian, Ubuntu)")
     if not need_ops:
         return
     if not shutil.which('g++'):
         raise Failed("mmcv's ops need a C++ compiler: apt install g++ (Debian, Ubuntu) or dnf "
-                     'install gcc-c++ (Fedora). Segmentation alone works without: '
+                     'install gcc-c++ (Fedora). Segmentation works without one: '
                      'python3 tools/install.py --segmentation-only')
     if not Path(sysconfig.get_paths()['include'], 'Python.h').is_file():
         raise Failed("mmcv's ops need Python's headers: apt install python3-dev (Debian, Ubuntu) "
@@ -158,7 +179,7 @@ def check_machine(need_ops: bool) -> None:
 
 
 def torch_source() -> list[str]:
-    """Where to get PyTorch from: without an NVIDIA GPU, its CPU build where that is reached."""
+    """pip's options for PyTorch: without an NVIDIA GPU, the index of CPU builds if reachable."""
     if shutil.which('nvidia-smi'):
         return []
     try:
@@ -169,10 +190,10 @@ def torch_source() -> list[str]:
 
 
 def precompile(folder: Path) -> str | None:
-    """Compile the header that every op includes once, instead of once for each.
+    """Precompile the header that every op includes, so that it is compiled once, not once per op.
 
     Returns:
-        The CFLAGS that make the ops use it, or None where it cannot be made.
+        The CFLAGS that make the ops use it, or None if it does not compile.
     """
     header = folder / 'torch_types.h'
     header.write_text('#include <torch/types.h>\n')
@@ -180,7 +201,7 @@ def precompile(folder: Path) -> str | None:
     ask = ('import sysconfig; from torch.utils.cpp_extension import include_paths; '
            'print(*include_paths(), sysconfig.get_paths()["include"])')
     paths = subprocess.run([str(PYTHON), '-c', ask], capture_output=True, text=True).stdout.split()
-    # The very flags that the ops are compiled with, or the compiler passes the header over.
+    # The compiler ignores the header unless these flags are those that the ops are compiled with.
     same = ['-fPIC', '-std=c++17', '-DTORCH_API_INCLUDE_EXTENSION_H',
             '-DTORCH_EXTENSION_NAME=_ext']
     try:
@@ -196,20 +217,20 @@ def build_ops(requirement: str, progress: Progress) -> None:
     """Build and install mmcv with its compiled ops.
 
     Raises:
-        Failed: It can be built neither with the precompiled header nor without.
+        Failed: The build fails with and without the precompiled header.
     """
     env = dict(MMCV_WITH_OPS='1', MAX_JOBS=str(os.cpu_count() or 2))
     cuda = works(PYTHON, 'import torch; assert torch.cuda.is_available()')
     if cuda and not shutil.which('nvcc'):
-        print("There is a GPU but no nvcc: mmcv's ops are built for the CPU only. To train "
-              'detection on the GPU, install the CUDA toolkit and run this again with --rebuild.')
+        print("Found a GPU but no nvcc: mmcv's ops are built for the CPU only. To train detection "
+              'on the GPU, install the CUDA toolkit, then: python3 tools/install.py --rebuild')
         env['CUDA_VISIBLE_DEVICES'] = ''
         cuda = False
     with tempfile.TemporaryDirectory() as folder:
         progress.show('precompiling the header', force=True)
         flags = None if cuda else precompile(Path(folder))
         pip(progress, 'uninstall', '-y', re.split('[<>=]', requirement)[0])
-        # No cache: pip may hold an mmcv that was built without ops or for another torch.
+        # No cache: pip's may have an mmcv that was built without ops or for another PyTorch.
         command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
                    requirement]
         for extra in ([dict(CFLAGS=flags)] if flags else []) + [{}]:
@@ -226,17 +247,23 @@ def build_ops(requirement: str, progress: Progress) -> None:
             except Failed:
                 if not extra:
                     raise
-            print('\nThe precompiled header did not help, building without it (slower).')
-    raise Failed(f"mmcv's ops were built but cannot be imported: see {LOG}")
+            print('\nThe build with the precompiled header failed, building without it (slower).')
+    raise Failed(f"mmcv's ops were built but cannot be imported. Full log: {LOG}")
 
 
 def install(args: argparse.Namespace) -> None:
-    """All steps, skipping what works already."""
+    """Run all steps, skipping those that are complete.
+
+    Raises:
+        Failed: A step failed, or the machine or an option is not supported.
+    """
+    torch = torch_requirement(args.torch or TORCH_TESTED)
     outside = stack_of(sys.executable) if sys.prefix == sys.base_prefix else None
     name = args.stack if args.stack != 'auto' else stack_of(PYTHON) or outside or 'forks'
     stack = OPENMMLAB if name == 'openmmlab' else FORKS
-    # The packages of an environment that .venv is made from are seen in .venv as well.
-    shared = outside == name and works(sys.executable, 'import torch, mmcv.ops')
+    # A working stack of the Python that runs this script is shared with .venv, not built again.
+    shared = (not args.torch and outside == name
+              and works(sys.executable, 'import torch, mmcv.ops'))
     need_ops = not (args.segmentation_only or shared)
     check_machine(need_ops)
 
@@ -253,24 +280,27 @@ def install(args: argparse.Namespace) -> None:
     progress.done()
 
     progress.start('PyTorch')
-    if not works(PYTHON, 'import torch'):
-        pip(progress, 'install', TORCH_TESTED, *torch_source())
+    expected = f'import torch; assert torch.__version__.split("+")[0] == {args.torch!r}'
+    if not works(PYTHON, expected if args.torch else 'import torch'):
+        # mmcv's ops only work with the PyTorch that they were compiled for.
+        pip(progress, 'uninstall', '-y', distributions(FORKS)[0], distributions(OPENMMLAB)[0])
+        pip(progress, 'install', torch, *torch_source())
     progress.done()
 
     progress.start('Packages')
     other = OPENMMLAB if stack is FORKS else FORKS
     if any(installed(PYTHON, name) for name in distributions(other)):
-        # The same import names: what is left of one stack would hide parts of the other.
+        # Both stacks have the same import names, so files of one would shadow the other's.
         pip(progress, 'uninstall', '-y', *distributions(FORKS), *distributions(OPENMMLAB))
-    tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', 'setuptools')]
+    tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', BUILD)]
     packages = [v for k, v in stack.items() if k != 'mmcv'
                 and not (k == 'mmdet' and args.segmentation_only)]
     pip(progress, 'install', *tools, *packages)
     if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
-        # The forks' mmcv builds its ops wherever it sees PyTorch: in isolation it sees none.
-        # The original's asks the variable, but its build needs the older setuptools.
-        alone = ['--no-build-isolation'] if stack is OPENMMLAB else []
-        pip(progress, 'install', *alone, stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
+        # onedl-mmcv compiles its ops whenever PyTorch can be imported; in an isolated build it
+        # cannot. mmcv respects the variable, but needs the older setuptools installed above.
+        options = ['--no-build-isolation'] if stack is OPENMMLAB else []
+        pip(progress, 'install', *options, stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
     progress.done()
 
     if need_ops:
@@ -281,33 +311,35 @@ def install(args: argparse.Namespace) -> None:
 
     progress.start('convnext-mm')
     if not works(PYTHON, 'import cv2'):
-        # A machine without a screen may lack the libraries that OpenCV's windows need.
+        # opencv-python needs graphics libraries that machines without a display may lack.
         pip(progress, 'uninstall', '-y', 'opencv-python')
         pip(progress, 'install', '--force-reinstall', '--no-deps', 'opencv-python-headless')
     extra = name + ('-seg' if args.segmentation_only else '')
     pip(progress, 'install', '--no-build-isolation', '-e', f'.[{extra},test]')
     modules = 'mmseg' if args.segmentation_only else 'mmseg, mmdet, mmcv.ops'
     if not works(PYTHON, f'import convnext_mm, {modules}'):
-        raise Failed('Installed, but this fails: '
+        raise Failed('Everything is installed, but this command fails: '
                      f'{PYTHON} -c "import convnext_mm, {modules}"')
     progress.done()
-    print(f'Ready. Activate it with: source {VENV.relative_to(ROOT)}/bin/activate')
+    print(f'Done. Activate the environment with: source {VENV.relative_to(ROOT)}/bin/activate')
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--stack', choices=['auto', 'forks', 'openmmlab'], default='auto',
-                        help="the maintained forks or OpenMMLab's own packages (what is there "
-                        'already, else the forks)')
+                        help="the maintained forks or OpenMMLab's own packages (auto: the stack "
+                        'that is already installed, otherwise the forks)')
+    parser.add_argument('--torch', metavar='VERSION',
+                        help=f'PyTorch version to install (any installed one, else {TORCH_TESTED})')
     parser.add_argument('--segmentation-only', action='store_true',
-                        help="without mmdet and mmcv's compiled ops: about two minutes")
-    parser.add_argument('--rebuild', action='store_true', help="build mmcv's ops again")
+                        help="skip mmdet and mmcv's compiled ops; needs no compiler")
+    parser.add_argument('--rebuild', action='store_true', help="compile mmcv's ops again")
     begun = time.time()
     try:
         install(parser.parse_args())
     except Failed as error:
         sys.exit(f'\n{error}')
     except KeyboardInterrupt:
-        sys.exit('\nInterrupted: run it again to go on where it stopped.')
-    print(f'Set up in {duration(time.time() - begun)}.')
+        sys.exit('\nInterrupted. Run the command again to continue.')
+    print(f'Finished in {duration(time.time() - begun)}.')

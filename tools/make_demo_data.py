@@ -2,7 +2,7 @@
 import argparse
 
 from convnext_mm.demo_data import make
-from convnext_mm.training.launch import run
+from convnext_mm.engine.launch import run
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

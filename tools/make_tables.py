@@ -23,18 +23,18 @@ MARKERS = re.compile(r'(<!-- begin: (\S+) -->\n).*?(<!-- end: \2 -->)', re.S)
 
 CHINESE = {
     'config': '配置', 'pretrained on': '预训练数据', 'parameters': '参数量',
-    'mIoU, single scale': 'mIoU(单尺度)', 'mIoU, multi-scale + flip': 'mIoU(多尺度 + 翻转)',
+    'mIoU, single scale': 'mIoU（单尺度）', 'mIoU, multi-scale + flip': 'mIoU（多尺度 + 翻转）',
     'box AP': '框 AP', 'mask AP': '掩码 AP',
-    'training, fp32': '训练,fp32', 'training, bf16': '训练,bf16',
-    'saved activations, fp32': '保存的激活,fp32', 'saved activations, bf16': '保存的激活,bf16',
-    'inference, fp32': '推理,fp32', 'inference, bf16': '推理,bf16',
-    "baseline: OpenMMLab's sequence of operations": '基线:OpenMMLab 的运算序列', 'ours': '本项目',
-    'ours, `minimal`': '本项目,`minimal`', 'ours, `packed`': '本项目,`packed`',
-    'ours, compiled': '本项目,编译后', "reference: the blocks' matmuls": '参考:仅各块的矩阵乘法',
-    'reference: all matmuls and convolutions': '参考:仅全部矩阵乘法与卷积',
-    'inference, `packed`, fp32': '推理,`packed`,fp32',
-    'inference, `packed`, bf16': '推理,`packed`,bf16',
-    '`lean` (default)': '`lean`(默认)', 'measured by OpenMMLab': 'OpenMMLab 实测'}
+    'training, fp32': '训练，fp32', 'training, bf16': '训练，bf16',
+    'saved activations, fp32': '保存的激活，fp32', 'saved activations, bf16': '保存的激活，bf16',
+    'inference, fp32': '推理，fp32', 'inference, bf16': '推理，bf16',
+    "baseline: OpenMMLab's sequence of operations": '基线：OpenMMLab 的运算序列', 'ours': '本项目',
+    'ours, `minimal`': '本项目，`minimal`', 'ours, `packed`': '本项目，`packed`',
+    'ours, compiled': '本项目，编译后', "reference: the blocks' matmuls": '参考：仅各块的矩阵乘法',
+    'reference: all matmuls and convolutions': '参考：仅全部矩阵乘法与卷积',
+    'inference, `packed`, fp32': '推理，`packed`，fp32',
+    'inference, `packed`, bf16': '推理，`packed`，bf16',
+    '`lean` (default)': '`lean`（默认）', 'measured by OpenMMLab': 'OpenMMLab 实测'}
 
 SPEED = {  # label → row in the results
     "baseline: OpenMMLab's sequence of operations": 'OpenMMLab', 'ours': 'ours',

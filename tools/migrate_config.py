@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
+from convnext_mm.engine.launch import run
 from convnext_mm.migration.writing import migrate
-from convnext_mm.training.launch import run
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

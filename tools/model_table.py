@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from convnext_mm.complexity import table
-from convnext_mm.training.launch import run
+from convnext_mm.engine.launch import run
 
 
 def size(text: str) -> tuple[int, int]:

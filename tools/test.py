@@ -1,5 +1,5 @@
 """Evaluate a segmentor or a detector."""
-from convnext_mm.training.launch import common_parser, run, test
+from convnext_mm.engine.launch import common_parser, run, test
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)

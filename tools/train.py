@@ -1,5 +1,5 @@
 """Train a segmentor or a detector."""
-from convnext_mm.training.launch import common_parser, run, train
+from convnext_mm.engine.launch import common_parser, run, train
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)

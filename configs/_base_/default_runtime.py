@@ -18,6 +18,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'))
 
+runner_type = 'ConvNeXtRunner'  # completes the config for the user's data
 log_level = 'INFO'
 load_from = None
 resume = False

@@ -1,8 +1,9 @@
-# A faster step: _base_ = ['./RECIPE.py', './_base_/fast.py'], or a key of it on the command line.
+# A faster step: _base_ = ['./RECIPE.py', './_base_/fast.py'], or one key on the command line.
 fast = dict(
-    channels_last=True,  # convolutions of neck and heads as well; the backbone's are anyway
+    channels_last=True,  # convolutions of neck and heads; the backbone always is
     fused_optimizer=True,  # one kernel for all of AdamW
-    bf16=True,  # without a loss scaler; needs a GPU since Ampere
+    bf16=True,  # without a loss scaler; needs an Ampere GPU or newer
     compile=[],  # e.g. ['backbone', 'decode_head', 'auxiliary_head']
-    dynamic=False,  # compile for pictures of any size
-    cuda_graphs=False)  # replay what is compiled; pictures of one size
+    dynamic=False,  # compile for images of any size
+    cuda_graphs=False,  # replay the compiled parts; images of one size
+    triton=False)  # this package's Triton kernels, which have not run on a GPU yet

@@ -8,9 +8,9 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..training import pictures
-from .completing import classes_of, meta_of, of_split, registry_of, steps_of
-from .inspecting import picked, reason
+from .. import visualization
+from .completion import classes_of, meta_of, of_split, registry_of, steps_of
+from .findings import picked, reason
 
 COLUMNS = 4
 
@@ -27,7 +27,7 @@ def draw(cfg: Config, path: Path, train: int = 8, val: int = 4) -> None:
         train: How many pictures of the training data, evenly spread.
         val: How many of the validation data.
     """
-    plt = pictures.pyplot()
+    plt = visualization.pyplot()
     cells = [cell for split, count in (('train', train), ('val', val))
              for dataset in of_split(cfg, split) for cell in _samples(cfg, split, dataset, count)]
     rows = max(1, math.ceil(len(cells) / COLUMNS))
@@ -36,7 +36,7 @@ def draw(cfg: Config, path: Path, train: int = 8, val: int = 4) -> None:
     first = next(iter(of_split(cfg, 'train')), {})
     classes = classes_of(first, cfg.default_scope)
     meta = meta_of(first, cfg.default_scope)
-    colors = pictures.class_colors(meta.get('palette'), len(classes))
+    colors = visualization.class_colors(meta.get('palette'), len(classes))
     shown: Counter[int] = Counter()
     for axis in axes.flat:
         axis.axis('off')
@@ -47,15 +47,15 @@ def draw(cfg: Config, path: Path, train: int = 8, val: int = 4) -> None:
                       transform=axis.transAxes)
             continue
         if 'gt_sem_seg' in sample:
-            axis.imshow(pictures.grey(image))
-            shown |= pictures.draw_labels(axis, sample.gt_sem_seg, colors)
+            axis.imshow(visualization.grey(image))
+            shown |= visualization.draw_labels(axis, sample.gt_sem_seg, colors)
         else:
             axis.imshow(image)
-            shown |= pictures.draw_instances(axis, sample.get('gt_instances'), classes, colors)
-    lines = pictures.add_legend(figure, shown, classes, colors, columns=4 * COLUMNS)
+            shown |= visualization.draw_instances(axis, sample.get('gt_instances'), classes, colors)
+    lines = visualization.add_legend(figure, shown, classes, colors, columns=4 * COLUMNS)
     figure.tight_layout(rect=(0, 0.3 * (lines + 1) / figure.get_figheight(), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures.save(figure, path)
+    visualization.save(figure, path)
 
 
 def _samples(cfg: Config, split: str, config: dict, count: int) -> list[tuple[str, Any, Any]]:

@@ -1,7 +1,6 @@
 """What is wrong in pictures and annotations in COCO's format for mmdetection."""
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from .completing import evaluators, registry_of, steps_of
-from .inspecting import WHOLE_CHECK, Findings, each, open_picture, picked, reason
+from ..utils import suggest
+from .completion import evaluators, registry_of, steps_of
+from .findings import WHOLE_CHECK, Findings, each, open_picture, picked, reason
 
 QUICK_BYTES = 64 * 2**20
 """Annotation files above this size are left out of the quick check: reading them takes seconds."""
@@ -114,9 +114,8 @@ def _report_ids(content: dict[str, list], config: dict, path: str, findings: Fin
     names = {category['name']: category['id'] for category in content['categories']}
     lacking = [name for name in findings.classes if name not in names]
     if lacking:
-        near = {name: difflib.get_close_matches(name, names, n=1) for name in lacking[:8]}
-        hints = ', '.join(f'{name!r}' + (f' (did you mean {close[0]!r}?)' if close else '')
-                          for name, close in near.items())
+        hints = ', '.join(f'{name!r}' + (f' ({hint.strip()})' if (hint := suggest(name, names))
+                                         else '') for name in lacking[:8])
         known = ', '.join(map(repr, list(names)[:12])) + (', …' if len(names) > 12 else '')
         findings.add(f'classes that {path} has not: {hints}',
                      f'classes must be spelt as the categories there: {known}')

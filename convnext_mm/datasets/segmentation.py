@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 
-from .completing import registry_of, steps_of
-from .inspecting import Findings, each, open_picture, picked, reason
+from .completion import registry_of, steps_of
+from .findings import Findings, each, open_picture, picked, reason
 
 IGNORED = 255
 

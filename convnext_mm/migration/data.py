@@ -4,14 +4,11 @@ from __future__ import annotations
 import os
 from copy import deepcopy
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..errors import UserError
+from .parsing import OldConfig, merge
 from .pipelines import Converter, Pipeline, tta_pipeline
-from .reading import merge
-
-if TYPE_CHECKING:
-    from .converting import Conversion
 
 SPLITS = ('train', 'val', 'test')
 LOADER = dict(samples_per_gpu='batch_size', workers_per_gpu='num_workers', shuffle=None,
@@ -28,14 +25,25 @@ LEFT_OUT = dict(gt_seg_map_loader_cfg='', proposal_file='proposals of a file are
                 separate_eval='', file_client_args='files are read by backend_args now')
 
 
+class Converted(Protocol):
+    """The parts of a conversion that this module reads and changes."""
+
+    old: OldConfig
+    scope: str
+    target: dict[str, Any]
+
+    def note(self, old: str, new: str, warning: str = '') -> None:
+        """Add a row to the report."""
+
+
 class DataConverter:
     """Converts ``data`` of one config.
 
     Args:
-        conversion: Whose ``target`` is changed and whose report is written.
+        conversion: The conversion whose ``target`` and report are changed.
     """
 
-    def __init__(self, conversion: Conversion) -> None:
+    def __init__(self, conversion: Converted) -> None:
         self.whole, self.target, self.scope = conversion, conversion.target, conversion.scope
         self.tests: list[Pipeline] = []
 

@@ -1,7 +1,6 @@
 """A converted config as a file: our fragments, and what differs from them."""
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,9 @@ from mmengine.config import Config, ConfigDict
 
 from ..datasets import as_written
 from ..errors import UserError
-from .converting import Migrated, Row, convert, relative
-from .reading import read
+from ..utils import atomic_path
+from .conversion import Migrated, Row, convert, relative
+from .parsing import read
 
 PIPELINES = ('train_pipeline', 'test_pipeline')
 
@@ -35,9 +35,8 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
     found = convert(read(source, trust))
     text = as_text(found, source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f'.{target.stem}_part.py')
-    part.write_text(text, encoding='utf-8')
-    try:
+    with atomic_path(target) as part:
+        part.write_text(text, encoding='utf-8')
         with as_written():
             written = Config.fromfile(part, import_custom_modules=False).to_dict()
         differ = sorted(key for key in found.target.keys() | written.keys()
@@ -45,9 +44,6 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
                         and key not in PIPELINES)
         if differ:  # ours to mend: the new file would train something else
             raise RuntimeError(f'the converted file differs in {", ".join(differ)}')
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
     return report(found.rows, source, target)
 
 

@@ -1,7 +1,7 @@
 """The snippets of the guide that users come from, as they stand there, train on the demo's data."""
 import pytest
 
-from tests.conftest import SMALL_DETECTION, SMALL_SEGMENTATION, run_tool
+from tests.helpers import SMALL_DETECTION, SMALL_SEGMENTATION, run_tool
 
 # Section 3.2: an embedded segmentor, tiny.
 TINY = '''# upernet_convnext_tiny_512_160k_ade20k_ms.py
@@ -85,7 +85,7 @@ BATCH = OVER_TINY + 'data=dict(samples_per_gpu=2)\n'
 
 def train(name: str, text: str, tmp_path, *options: str) -> tuple[str, dict]:
     """Train an old config by ``--migrate``; what was said, and the new config."""
-    from convnext_mm.training.checks import read_config
+    from convnext_mm.engine.checks import read_config
     (tmp_path / name).write_text(text)
     done = run_tool('tools/train.py', tmp_path / name, '--migrate', '--work-dir', tmp_path / 'run',
                     '--cfg-options', *options)

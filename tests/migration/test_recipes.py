@@ -7,8 +7,8 @@ from mmengine.config import Config
 from convnext_mm.archs import ARCHS
 from convnext_mm.datasets import as_written
 from convnext_mm.migration.writing import migrate
-from tests.conftest import ROOT
-from tests.test_configs import RECIPES
+from tests.helpers import ROOT
+from tests.recipes import RECIPES
 
 SHORT = [(480 + 32 * i, 1333) for i in range(11)]
 

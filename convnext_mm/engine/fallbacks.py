@@ -1,0 +1,101 @@
+"""Lets a recipe written for many GPUs run on what this machine has."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.logging import print_log
+
+from ..errors import UserError
+from ..utils import is_first_process
+
+
+def adapt(cfg: Config) -> list[str]:
+    """Change ``cfg`` in place so that it runs here; nothing changes where there is a GPU.
+
+    Returns:
+        What was changed, a line each; empty where nothing had to be.
+    """
+    if get_device() != 'cpu':
+        return []
+    changes = []
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
+        wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(key, None)
+        changes.append('mixed precision → fp32')
+    if _replace_sync_bn(cfg.get('model')):
+        changes.append('SyncBN → BN')
+    dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})
+    if cfg.get('launcher', 'none') != 'none':
+        if dist_cfg.get('backend') == 'nccl':
+            dist_cfg.backend = 'gloo'
+            changes.append('nccl → gloo')
+        # mmengine's own wrapping passes the index of a GPU.
+        cfg.setdefault('model_wrapper_cfg', ConfigDict(
+            type='MMDistributedDataParallel', device_ids=None,
+            find_unused_parameters=cfg.get('find_unused_parameters', False)))
+    return changes
+
+
+def announce(changes: list[str]) -> None:
+    """Say in one line what :func:`adapt` changed."""
+    if changes and is_first_process():
+        print_log(f'No GPU here, running on the CPU: {", ".join(changes)}.', logger='current')
+
+
+@contextmanager
+def process_group(cfg: Config) -> Iterator[None]:
+    """Open a process group on CPUs, since mmengine's launchers assume GPUs, and close it again.
+
+    A group that is still open when the interpreter exits can crash in its own threads.
+
+    Raises:
+        UserError: A launcher that cannot work without GPUs.
+    """
+    if not _needs_process_group(cfg):
+        yield
+        return
+    dist.init_process_group('gloo')
+    try:
+        yield
+        dist.barrier()  # a process that leaves first would break the others' last messages
+    finally:
+        dist.destroy_process_group()
+
+
+def _needs_process_group(cfg: Config) -> bool:
+    """Whether this is one of several processes on CPUs, after checks of the launcher."""
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or get_device() != 'cpu' or dist.is_initialized():
+        return False
+    if launcher != 'pytorch':
+        raise UserError(f'--launcher {launcher} needs a GPU for each process and there is none '
+                        'here; on CPUs use tools/dist_train.sh CONFIG PROCESSES.')
+    missing = [key for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if key not in os.environ]
+    if missing:
+        raise UserError(f'--launcher pytorch expects torchrun, which sets {", ".join(missing)}: '
+                        'start with tools/dist_train.sh CONFIG PROCESSES.')
+    # Without a limit every process would start a thread for every core.
+    if 'OMP_NUM_THREADS' not in os.environ:
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    return True
+
+
+def _replace_sync_bn(node: object) -> int:
+    """SyncBN → BN everywhere below ``node``; returns how many were replaced."""
+    if isinstance(node, dict):
+        count = int(node.get('type') in ('SyncBN', 'MMSyncBN'))
+        if count:
+            node['type'] = 'BN'
+        return count + sum(_replace_sync_bn(value) for value in node.values())
+    if isinstance(node, (list, tuple)):
+        return sum(_replace_sync_bn(value) for value in node)
+    return 0

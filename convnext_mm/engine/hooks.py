@@ -1,0 +1,94 @@
+"""Hooks that draw a run: ``curves.png``, and ``predictions/`` beside input and ground truth."""
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process, master_only
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+
+from ..visualization import draw_curves, draw_sample, read_log
+
+
+def never_fatal(draw: Callable) -> Callable:
+    """A picture that cannot be drawn costs a warning, not the run."""
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        try:
+            return draw(*args, **kwargs)
+        except Exception as error:
+            print_log(f'No picture: {type(error).__name__}: {error}', logger='current',
+                      level=logging.WARNING)
+    return wrapper
+
+
+class CurvesHook(Hook):
+    """Keeps ``curves.png`` in the work dir: loss, metric and learning rates over iterations.
+
+    The learning rates are those of the first and the last layer group, which layer decay
+    sets apart. Drawn after every validation, after training and after testing, from the
+    log that mmengine writes, so that a resumed run's picture begins where the run began.
+    """
+
+    priority = 'LOW'  # behind the hook that writes the log
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        rates = runner.optim_wrapper.get_lr().get('lr')
+        if rates:  # keys that end in 'lr' are logged with every line
+            runner.message_hub.update_scalar('train/lowest_lr', min(rates))
+            runner.message_hub.update_scalar('train/highest_lr', max(rates))
+
+    @master_only
+    @never_fatal
+    def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        draw_curves(read_log(runner.work_dir), Path(runner.work_dir, 'curves.png'))
+
+    @master_only
+    @never_fatal
+    def after_train(self, runner) -> None:
+        path = Path(runner.work_dir, 'curves.png')
+        if draw_curves(read_log(runner.work_dir), path):
+            print_log(f'Curves: {path}', logger='current')
+
+    @master_only
+    @never_fatal
+    def after_test(self, runner) -> None:
+        """The training's curves, found in the work dir or beside the tested checkpoint."""
+        path = Path(runner.work_dir, 'curves.png')
+        beside = os.path.dirname(runner._load_from or '')
+        if draw_curves(read_log(runner.work_dir) or read_log(beside), path):
+            print_log(f'Curves: {path}', logger='current')
+
+
+class PredictionsHook(Hook):
+    """Draws some pictures of every validation and test to ``predictions/`` in the work dir.
+
+    Args:
+        num_pictures: How many, evenly spread over the data set.
+    """
+
+    def __init__(self, num_pictures: int = 8) -> None:
+        self.num_pictures = num_pictures
+
+    @never_fatal
+    def _after_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Sequence | None = None, mode: str = 'val') -> None:
+        if mode == 'train' or not is_main_process() or not outputs:
+            return
+        loader = (runner.val_loop if mode == 'val' else runner.test_loop).dataloader
+        step = max(1, len(loader.dataset) // max(1, self.num_pictures))
+        meta = getattr(runner.visualizer, 'dataset_meta', None) or loader.dataset.metainfo
+        for index, sample in enumerate(outputs, batch_idx * (loader.batch_size or 1)):
+            if index % step == 0 and index // step < self.num_pictures:
+                folder = Path(runner.work_dir, 'predictions')
+                folder.mkdir(parents=True, exist_ok=True)
+                draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png')
+
+    @master_only
+    def after_test(self, runner) -> None:
+        print_log(f'Predictions: {Path(runner.work_dir, "predictions")}', logger='current')

@@ -1,0 +1,120 @@
+"""The block and the downsampling layer as single functions with their own backward pass."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import GRN, Block, Downsample, DropPath, LayerNorm2d
+from . import eager, functions
+from .operations import compiler_freezes, select_operations
+from .packed import Packable, PackedBlock, PackedDownsample
+
+FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
+
+
+class FusedDownsample(Downsample, Packable):
+    """A :class:`convnext_mm.layers.Downsample` that saves only its input.
+
+    Args:
+        args: As for :class:`convnext_mm.layers.Downsample`.
+        memory: One of :data:`convnext_mm.options.MEMORY`.
+        packed: Whether inference on a CPU also keeps the weight in oneDNN's layout.
+    """
+
+    def __init__(self, *args: Any, memory: str = 'lean', packed: bool = False) -> None:
+        super().__init__(*args)
+        self.memory, self.packed = memory, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H / 2, W / 2)."""
+        norm, conv = self
+        if self.memory == 'plain' or torch.compiler.is_compiling() or not fusible(x, norm, conv):
+            return super().forward(x)
+        weights = norm.weight, norm.bias, conv.weight, conv.bias
+        if self.uses_packed(x, conv.weight):
+            return self.current_packed(weights, PackedDownsample, norm.eps)(x)
+        return functions.downsample(x, *weights, norm.eps)
+
+
+class FusedBlock(Block, Packable):
+    """A :class:`convnext_mm.layers.Block` computed by :func:`functions.block`.
+
+    Where a single function cannot replace the layers (hooks, tracing, other layer types), they run
+    one by one.
+
+    Args:
+        args: As for :class:`convnext_mm.layers.Block`.
+        memory: One of :data:`convnext_mm.options.MEMORY`.
+        triton: Whether Triton kernels are used on a GPU that supports them.
+        packed: Whether inference on a CPU also keeps the weights in oneDNN's layout.
+        kwargs: As for :class:`convnext_mm.layers.Block`.
+    """
+
+    def __init__(self, *args: Any, memory: str = 'lean', triton: bool = False,
+                 packed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.memory, self.triton, self.packed = memory, triton, packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C, H, W)."""
+        if self.memory != 'plain' and self._fusible(x):
+            return self._fused(x)
+        inference = not (torch.is_grad_enabled() or self.training)
+        if (inference and torch.compiler.is_compiling() and x.is_cpu and compiler_freezes()
+                and fusible(x, self.pwconv1, self.pwconv2)):
+            return self._convolutional(x)
+        return super().forward(x)
+
+    def _fusible(self, x: Tensor) -> bool:
+        """Whether the layers are those of the paper, so that one function can replace them."""
+        if torch.compiler.is_compiling() and select_operations(x, self.triton) is eager:
+            return False  # the compiler fuses these operations itself
+        if x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled():
+            return False  # autocast caches the cast weights; the function would cast at each call
+        return (type(self.act) is nn.GELU and self.act.approximate == 'none'
+                and type(self.drop_path) is DropPath and type(self.grn) in (GRN, nn.Identity)
+                and fusible(x, self.dwconv, self.norm, self.pwconv1, self.pwconv2))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        grn = self.grn if isinstance(self.grn, GRN) else None
+        weights = functions.Weights(
+            self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
+            self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
+            self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+        dilation = self.dwconv.dilation[0]
+        if self.uses_packed(x, weights.pwconv1_weight):
+            return self.current_packed(weights, PackedBlock, self.norm.eps, dilation)(x)
+        return functions.block(x, weights, functions.Settings(
+            self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
+            select_operations(x, self.triton), dilation), self.drop_path.factors(x))
+
+    def _convolutional(self, x: Tensor) -> Tensor:
+        """The block with 1x1 convolutions, for a compiler that treats weights as constants.
+
+        oneDNN then fuses GELU and sum into them. It would leave fp32 linear layers to MKL, which is
+        slower on AMD CPUs.
+        """
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.act(F.conv2d(y, self.pwconv1.weight[:, :, None, None], self.pwconv1.bias))
+        y = self.grn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weight, bias = eager.scaled(self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+        return x + F.conv2d(y, weight[:, :, None, None], bias)
+
+
+def fusible(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether one function may replace ``layers``, called one after another on ``x``.
+
+    Not where somebody else must see the layers (a tracer, the user's hooks); not where the layers
+    have been replaced or have another dtype than ``x``; not where there are no values.
+    """
+    if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
+            or not x.is_floating_point()):
+        return False
+    mixed = torch.is_autocast_enabled(x.device.type)
+    return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)
+               and layer.bias is not None and not (
+                   layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                   or layer._backward_pre_hooks) for layer in layers)

@@ -1,0 +1,127 @@
+"""Inference on a CPU with weights kept in oneDNN's layout, instead of reordered at every call.
+
+Packed layers are snapshots of weights; :class:`Packable` knows when they are out of date. Maps are
+(N, C, H, W) in channels_last.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import eager
+
+if TYPE_CHECKING:
+    from .functions import Weights
+
+
+class Packable(nn.Module):
+    """A layer whose weights inference on a CPU may keep packed (``packed=True``)."""
+
+    packed = False
+    _packed: tuple[list, Callable[[Tensor], Tensor], list] | None = None
+
+    def uses_packed(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether packed weights are used on ``x``."""
+        return (self.packed and not (self.training or torch.is_grad_enabled())
+                and x.dtype == weight.dtype and eager.onednn(x)
+                and not torch.is_autocast_enabled('cpu'))
+
+    def current_packed(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
+                       *settings: float) -> Callable[[Tensor], Tensor]:
+        """``pack(weights, *settings)``, repeated when a weight was replaced or written to.
+
+        Writes through ``.data`` are not noticed.
+        """
+        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
+                 for w in weights]
+        if self._packed is None or self._packed[0] != state:
+            # Held so that no other weight can be allocated at one of these addresses.
+            held = [None if w is None else w.detach() for w in weights]
+            self._packed = state, pack(weights, *settings), held
+        return self._packed[1]
+
+    def __getstate__(self) -> dict:
+        """The state for copies and pickles, which cannot hold oneDNN's layout."""
+        return {**self.__dict__, '_packed': None}
+
+
+class PackedConvolution:
+    """A convolution. oneDNN's layout depends on the map's size: each new size packs anew.
+
+    Args:
+        weight: (C', C / groups, k, k).
+        bias: (C',).
+        stride: Stride.
+        padding: Padding on each side.
+        dilation: Dilation.
+        groups: Groups of channels.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0,
+                 dilation: int = 1, groups: int = 1) -> None:
+        self.weight, self.bias = weight.detach(), bias.detach()
+        self.settings = [padding] * 2, [stride] * 2, [dilation] * 2, groups
+        self.size: torch.Size | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape != self.size:
+            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+                self.weight.to_mkldnn(), *self.settings, x.shape)
+            self.size = x.shape
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x, self.packed, self.bias, *self.settings, 'none', [], '')
+
+
+class PackedDownsample:
+    """:func:`convnext_mm.fused.functions.downsample`."""
+
+    def __init__(self, weights: tuple[Tensor, ...], eps: float) -> None:
+        norm_weight, norm_bias, weight, bias = weights
+        self.norm = norm_weight.detach().float(), norm_bias.detach().float(), eps
+        self.convolution = PackedConvolution(weight, bias, stride=weight.shape[-1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, _, _ = eager.layer_norm(x.permute(0, 2, 3, 1).contiguous(), *self.norm)
+        return self.convolution(n.permute(0, 3, 1, 2))
+
+
+class PackedBlock:
+    """:func:`convnext_mm.fused.functions.block`, with the layer scale multiplied into ``pwconv2``.
+
+    Args:
+        weights: The block's parameters.
+        eps: Epsilon of the norm.
+        dilation: Dilation of the depthwise convolution.
+    """
+
+    def __init__(self, weights: Weights, eps: float, dilation: int) -> None:
+        w = type(weights)(*(w if w is None else w.detach() for w in weights))
+        self.convolution = PackedConvolution(
+            w.dwconv_weight, w.dwconv_bias, padding=3 * dilation, dilation=dilation,
+            groups=len(w.dwconv_weight))
+        self.norm = w.norm_weight.float(), w.norm_bias.float(), eps
+        weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
+        self.linear1 = packed_linear(w.pwconv1_weight), w.pwconv1_bias
+        self.linear2 = packed_linear(weight2), bias2
+        self.grn = None if w.grn_gamma is None else (w.grn_gamma.flatten(), w.grn_beta.flatten())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, _, _ = eager.layer_norm(self.convolution(x).permute(0, 2, 3, 1).contiguous(),
+                                   *self.norm)
+        x = x.permute(0, 2, 3, 1).contiguous()
+        if self.grn is None:
+            out, _ = eager.mlp(n, *self.linear1, *self.linear2, None, None, x, keep=False)
+        else:
+            gamma, beta = self.grn
+            a, _, squares = eager.linear_gelu_squares(n, *self.linear1, keep=False)
+            out = eager.grn_linear_residual(a, eager.grn_scale(squares.sqrt(), gamma), beta,
+                                            *self.linear2, None, None, x)
+        return out.permute(0, 3, 1, 2)
+
+
+def packed_linear(weight: Tensor) -> Tensor:
+    """A linear layer's weight in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, None)

@@ -1,1 +1,0 @@
-"""A module a toolbox: importing it puts our constructor in the place of the toolbox's own."""

@@ -1,0 +1,142 @@
+"""All changes to other packages that importing convnext_mm makes, and their switch.
+
+``CONVNEXT_MM_PATCHES`` in the environment names the patches to apply, separated by commas;
+``none`` applies none. Without it all are applied:
+
+- ``checkpoints``: mmengine reads checkpoint files without executing what they contain.
+- ``config``: a config that imports this package is completed when mmengine reads it.
+- ``constructors``: mmseg and mmdet find our LearningRateDecayOptimizerConstructor under its name.
+"""
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import Registry
+from mmengine.runner import CheckpointLoader
+
+from . import checkpoints
+from .checkpoints.files import read_only_weights
+from .datasets import complete, completes_configs
+from .engine.speed import expand
+from .errors import UserError
+from .optimizer_constructor import LearningRateDecayOptimizerConstructor
+from .utils import suggest
+
+SWITCH = 'CONVNEXT_MM_PATCHES'
+TOOLBOXES = ('mmseg', 'mmdet')
+
+
+def apply() -> None:
+    """Apply the patches that :data:`SWITCH` names; applying them again changes nothing.
+
+    Raises:
+        UserError: It names an unknown patch.
+    """
+    names = os.environ.get(SWITCH)
+    chosen = list(PATCHES) if names is None else [
+        name.strip() for name in names.split(',') if name.strip() not in ('', 'none')]
+    for name in chosen:
+        if name not in PATCHES:
+            raise UserError(f'{SWITCH}={names}: there is no patch {name!r}.'
+                            f'{suggest(name, PATCHES)} Expected some of {", ".join(PATCHES)}, '
+                            'separated by commas, or none')
+        PATCHES[name]()
+
+
+def read_checkpoints_safely() -> None:
+    """Let mmengine (``load_from``, ``resume``, ``init_cfg``) read files with our reader.
+
+    Why: mmengine falls back to unpickling, which runs any code in a file. Affects everything that
+    mmengine's CheckpointLoader reads. Its loaders for other places, such as s3:// and
+    open-mmlab://, stay, and read only weights. Without the patch, files are read as mmengine does;
+    .safetensors files and other namings are then known only to ConvNeXt's own ``init_cfg``.
+    """
+    def safe(loader: Callable) -> Callable:
+        def load(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
+            return read_only_weights(loader, filename, map_location=map_location, **kwargs)
+        load.reads_only_weights = True  # type: ignore[attr-defined]
+        return load
+
+    for scheme, loader in list(CheckpointLoader._schemes.items()):
+        if not hasattr(loader, 'reads_only_weights') and loader is not checkpoints.read:
+            CheckpointLoader.register_scheme(scheme, safe(loader), force=True)
+    CheckpointLoader.register_scheme(('', 'http://', 'https://'), checkpoints.read, force=True)
+
+
+def complete_configs() -> None:
+    """Let mmengine complete config files that import this package, when it reads them.
+
+    Why: the inferencers of mmseg and mmdet build a model from the path of a config; a recipe with a
+    user's ``classes`` would get heads of the recipe's size. Affects only configs with
+    ``convnext_mm`` in ``custom_imports``. Without the patch, training and testing still complete
+    configs (:class:`convnext_mm.engine.runner.ConvNeXtRunner`); inferencers do not.
+    """
+    if hasattr(Config.__init__, 'completes'):
+        return
+    construct = Config.__init__
+
+    @functools.wraps(construct)
+    def completed(self: Config, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        imports = (self.get('custom_imports') or {}).get('imports') or ()
+        if completes_configs() and self.filename and 'convnext_mm' in imports:
+            complete(self)
+            expand(self)
+    completed.completes = True  # type: ignore[attr-defined]
+    Config.__init__ = completed
+
+
+def override_constructors() -> None:
+    """Let mmseg and mmdet find our optimizer constructor under the name of their own.
+
+    Why: both register a LearningRateDecayOptimizerConstructor that knows neither V2 nor ``'auto'``,
+    and refuses some models. Affects configs with that name in the scopes of mmseg and mmdet.
+    Without the patch, ``_scope_='mmengine'`` beside the name selects ours.
+    """
+    for toolbox in TOOLBOXES:
+        if not find_spec(toolbox):
+            continue
+        try:
+            registry = import_module(f'{toolbox}.registry').OPTIM_WRAPPER_CONSTRUCTORS
+        except Exception as error:  # such as a toolbox's assertion on the version of mmcv
+            warnings.warn(f'convnext_mm: {toolbox} is installed but cannot be imported: {error}',
+                          stacklevel=2)
+            continue
+        if registry._imported or f'{toolbox}.engine.optimizers' in sys.modules:
+            _register(registry)
+        _register_after_import(registry)
+
+
+def _register(registry: Registry) -> None:
+    registry.register_module(module=LearningRateDecayOptimizerConstructor, force=True)
+
+
+def _register_after_import(registry: Registry) -> None:
+    """Register ours whenever the toolbox has registered its own, on the first lookup of a name.
+
+    So neither toolbox is imported (which takes seconds) before it is used.
+    """
+    if hasattr(registry.import_from_location, 'overrides'):
+        return
+    import_all = registry.import_from_location
+
+    def import_from_location() -> None:
+        imported = registry._imported
+        import_all()
+        if not imported:
+            _register(registry)
+    import_from_location.overrides = True  # type: ignore[attr-defined]
+    registry.import_from_location = import_from_location
+
+
+PATCHES: dict[str, Callable[[], None]] = {
+    'checkpoints': read_checkpoints_safely, 'config': complete_configs,
+    'constructors': override_constructors}

@@ -1,0 +1,52 @@
+"""Small helpers that several modules share."""
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+
+def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """A question that ends an error message: ' Did you mean A or B?', or '' if nothing is close.
+
+    Args:
+        name: What the user wrote.
+        known: The names that exist.
+        count: How many to suggest at most.
+        cutoff: Similarity from 0 to 1 that a suggestion needs.
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=count, cutoff=cutoff)
+    return f' Did you mean {" or ".join(close)}?' if close else ''
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and writes files for all; known before they are connected."""
+    return os.environ.get('RANK', '0') == '0'
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers such as DistributedDataParallel."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it on success and is removed on an error.
+
+    Readers see the old file or the new one, never a partial one. The suffix stays, since some
+    writers choose the format by it. The caller may move the temporary file elsewhere itself.
+    """
+    path = Path(path)
+    part = path.with_name(f'.{path.stem}_part{path.suffix}')
+    try:
+        yield part
+        if part.exists():
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

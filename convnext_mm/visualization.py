@@ -1,0 +1,219 @@
+"""Draws training curves, and images beside their annotations and predictions."""
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine import fileio
+
+from .utils import atomic_path
+
+DPI = 80  # of every picture
+METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
+"""The metrics that are drawn, as mmseg's and mmdet's evaluators name them."""
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """The lines of mmengine's scalar logs below ``folder``, of all its runs, oldest first."""
+    lines = []
+    for file in sorted(Path(folder).glob('*/vis_data/scalars.json')) if str(folder) else ():
+        for line in file.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a run that was cut off
+                continue
+    return [line for line in lines if 'step' in line]
+
+
+def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
+    """Draw a run's loss, metrics and learning rates.
+
+    Args:
+        log: What :func:`read_log` returns. A training line's ``step`` counts iterations; a
+            validation line's counts iterations or epochs and is placed at the iteration
+            of the last training line before it.
+        path: The picture to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    train: dict[int, dict[str, float]] = {}
+    scores: dict[int, dict[str, float]] = {}
+    for line in log:
+        if 'loss' in line:
+            step = int(line['step'])
+            # A resumed run repeats the iterations after its checkpoint: the later ones count.
+            for later in [s for s in train if s >= step]:
+                del train[later]
+            for later in [s for s in scores if s >= step]:
+                del scores[later]
+            train[step] = line
+        elif found := {name: line[name] for name in METRICS if name in line}:
+            scores[max(train, default=0)] = found
+    if not train:
+        return False
+
+    plt = pyplot()
+    figure, (loss_axis, score_axis, lr_axis) = plt.subplots(1, 3, figsize=(15, 4))
+    steps = list(train)
+    loss_axis.plot(steps, [train[s]['loss'] for s in steps])
+    loss_axis.set(title='Loss', xlabel='iteration', ylim=(0, None))
+    for name in METRICS:
+        values = {s: line[name] for s, line in scores.items() if name in line}
+        if values:
+            # mmseg reports percent, mmdet fractions.
+            factor = 1 if name == 'mIoU' else 100
+            score_axis.plot(list(values), [factor * v for v in values.values()], marker='o',
+                            label=name.removeprefix('coco/'))
+    score_axis.set(title='Metric on the validation set (%)', xlabel='iteration', ylim=(0, 100))
+    if scores:
+        score_axis.legend()
+    for key, label in (('highest_lr', 'last layer group (heads)'),
+                       ('lowest_lr', 'first layer group (stem)')):
+        values = {s: line[key] for s, line in train.items() if key in line}
+        lr_axis.plot(list(values), list(values.values()), label=label)
+    lr_axis.set(title='Learning rate', xlabel='iteration', ylim=(0, None))
+    lr_axis.legend()
+    for axis in (loss_axis, score_axis, lr_axis):
+        axis.grid(alpha=0.3)
+        axis.set_xlim(left=0)
+    figure.tight_layout()
+    save(figure, path)
+    return True
+
+
+def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
+                panels: Sequence[str] = ('Input', 'Truth', 'Prediction'),
+                width: int = 400, score_threshold: float = 0.3) -> None:
+    """Draw one SegDataSample or DetDataSample: input, truth, prediction.
+
+    Args:
+        sample: With ``img_path``, ``gt_*`` and ``pred_*``, at the picture's own size.
+        meta: The data set's ``classes`` and ``palette``.
+        path: The picture to write.
+        panels: Which of 'Input', 'Truth' and 'Prediction' stand beside each other.
+        width: Of a panel, in pixels.
+        score_threshold: Detections below it are left out.
+    """
+    from PIL import Image, ImageOps
+
+    image = Image.open(io.BytesIO(fileio.get(sample.img_path)))
+    image = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))  # as mmcv reads it
+    classes = meta.get('classes') or ()
+    colors = class_colors(meta.get('palette'), len(classes))
+    plt = pyplot()
+    inches = width / DPI
+    height = inches * image.shape[0] / image.shape[1]
+    figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * inches, height + 1.1),
+                                squeeze=False)
+    segmentation = 'pred_sem_seg' in sample
+    shown: Counter[int] = Counter()
+    for axis, title in zip(axes[0], panels, strict=True):
+        axis.imshow(grey(image) if segmentation and title != 'Input' else image)
+        axis.set_title(title, fontsize=15)
+        axis.axis('off')
+        which = dict(Truth='gt', Prediction='pred').get(title)
+        if which and segmentation:
+            shown |= draw_labels(axis, sample.get(f'{which}_sem_seg'), colors)
+        elif which:
+            shown |= draw_instances(axis, sample.get(f'{which}_instances'), classes, colors,
+                                    score_threshold)
+    legend = add_legend(figure, shown, classes, colors, columns=max(1, int(len(panels) * inches)))
+    figure.set_figheight(height + 0.7 + 0.25 * legend)
+    whole = figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / whole,
+                           bottom=(0.2 + 0.25 * legend) / whole, wspace=0.03)
+    save(figure, path)
+
+
+def add_legend(figure: Any, shown: Counter[int], classes: Sequence[str], colors: np.ndarray,
+               columns: int = 8) -> int:
+    """Name the most frequent of the labels below a figure; returns the number of lines."""
+    from matplotlib.patches import Patch
+    labels = sorted(label for label, _ in shown.most_common(24) if label < len(classes))
+    if not labels:
+        return 0
+    columns = min(8, columns // 2 + 1, len(labels))
+    figure.legend(handles=[Patch(color=colors[i], label=classes[i]) for i in labels],
+                  loc='lower center', ncols=columns, frameon=False, fontsize=12)
+    return -(-len(labels) // columns)
+
+
+def grey(image: np.ndarray) -> np.ndarray:
+    """A (H, W, 3) picture without its colours, on which those of labels are read off easily."""
+    return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+
+
+def class_colors(palette: Any, count: int) -> np.ndarray:
+    """(count, 3) colours in 0–1: the palette's, or evenly spaced hues without one."""
+    if isinstance(palette, (list, tuple)) and len(palette) >= count:
+        return np.asarray(palette[:count], dtype=float).reshape(count, 3) / 255
+    from matplotlib import colormaps
+    return colormaps['hsv'](np.linspace(0, 1, count, endpoint=False))[:, :3]
+
+
+def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
+    """Lay (H, W) labels over the picture; returns the pixels of each label."""
+    if mask is None:
+        return Counter()
+    labels = mask.data.squeeze(0).cpu().numpy()
+    overlay = np.zeros((*labels.shape, 4))
+    known = labels < len(colors)
+    overlay[known] = np.concatenate(
+        [colors[labels[known]], np.full((known.sum(), 1), 0.65)], axis=1)
+    axis.imshow(overlay, interpolation='nearest')
+    counts = np.bincount(labels[known].ravel())
+    return Counter({int(label): int(counts[label]) for label in np.flatnonzero(counts)})
+
+
+def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
+                   score_threshold: float = 0.3) -> Counter[int]:
+    """Draw boxes, masks and names of (N) instances; returns the boxes of each label."""
+    from matplotlib.patches import Rectangle
+
+    if instances is None or 'bboxes' not in instances:
+        return Counter()
+    boxes, labels = instances.bboxes, instances.labels.cpu().numpy()
+    # In COCO's coordinates a pixel's center is at .5, in matplotlib's at an integer.
+    boxes = getattr(boxes, 'tensor', boxes).cpu().numpy() - 0.5
+    scores = instances.scores.cpu().numpy() if 'scores' in instances else None
+    masks = instances.masks if 'masks' in instances else None
+    if masks is not None:
+        masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
+    drawn: Counter[int] = Counter()
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        if scores is not None and scores[i] < score_threshold:
+            continue
+        color = colors[label]
+        if masks is not None:
+            overlay = np.zeros((*masks[i].shape, 4))
+            overlay[masks[i].astype(bool)] = (*color, 0.5)
+            axis.imshow(overlay, interpolation='nearest')
+        axis.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, ec=color, lw=2))
+        name = classes[label] + ('' if scores is None else f' {scores[i]:.2f}')
+        bright = color @ [0.3, 0.6, 0.1] > 0.6
+        axis.text(*box[:2], name, fontsize=11, color='black' if bright else 'white',
+                  va='bottom', clip_on=True,
+                  bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
+        drawn[int(label)] += 1
+    return drawn
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen, imported when the first picture is drawn."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to a file, and close it."""
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=DPI)
+    pyplot().close(figure)

@@ -1,0 +1,218 @@
+"""All of a checkpoint that belongs to the backbone is loaded, or nothing and one message."""
+import logging
+
+import pytest
+import torch
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+from convnext_mm import ConvNeXt, UserError
+from convnext_mm.checkpoints import check_complete, load_backbone
+from convnext_mm.checkpoints.loading import FitCheckpointHook, fit, for_model
+from tests.helpers import GOLDEN_SIZE, assert_close, golden, load_golden, official
+
+
+class Segmentor(nn.Module):
+    """A whole model: our backbone and something behind it."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.backbone = ConvNeXt(**GOLDEN_SIZE, **kwargs)
+        self.decode_head = nn.Conv2d(32, 2, 1)
+
+
+def whole_model(content: dict) -> dict:
+    state = {f'backbone.{name}': value for name, value in content['model'].items()}
+    return dict(state_dict={**state, 'decode_head.weight': torch.zeros(2)}, meta=dict(epoch=1))
+
+
+def test_of_a_whole_model_the_backbone_is_taken(tmp_path):
+    content = golden('v1_official_downstream')
+    torch.save(whole_model(content['checkpoint']), tmp_path / 'whole.pth')
+    with torch.no_grad():
+        assert_close(load_golden(tmp_path / 'whole.pth')(content['input']), content['features'])
+
+
+@pytest.mark.parametrize(('spoil', 'message'), [
+    (lambda s: s.pop('stages.2.1.pwconv1.weight'), 'missing stages.2.1.pwconv1.weight'),
+    (lambda s: s.update({'stages.9.weight': torch.zeros(1)}), 'unexpected stages.9.weight'),
+    (lambda s: s.update({'fpn.weight': torch.zeros(1)}), 'unexpected fpn.weight'),
+    (lambda s: s.pop('norm2.bias'), 'missing norm2.bias'),
+    (lambda s: s.update({'stages.0.0.gamma': torch.zeros(9)}),
+     r'stages.0.0.gamma is \[9\], the model has \[8\]')])
+def test_what_does_not_fit_is_listed_and_nothing_is_loaded(spoil, message, tmp_path):
+    state = official('v1_official_downstream')
+    spoil(state)
+    torch.save(dict(model=state), tmp_path / 'spoilt.pth')
+    backbone = ConvNeXt(**GOLDEN_SIZE)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(UserError, match=f'spoilt.pth .*\n(.*\n)*.*{message}'):
+        load_backbone(backbone, dict(type='Pretrained', checkpoint=str(tmp_path / 'spoilt.pth')))
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(backbone, str(tmp_path / 'spoilt.pth'))
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['v1_timm', 'v1_mmpretrain', 'v1_transformers'])
+def test_damage_is_found_under_every_name(name):
+    state = golden(name)['checkpoint']
+    state = state.get('state_dict', state)
+    gone = next(key for key in state if '1.' in key and key.endswith('bias') and 'stages' in key)
+    del state[gone]
+    with pytest.raises(UserError, match='1 parameters.*\n  missing'):
+        fit(state, ConvNeXt(**GOLDEN_SIZE), 'it')
+
+
+@pytest.mark.parametrize(('kwargs', 'hint'), [
+    (dict(arch='tiny'), r"of depths=\[1, 2, 3, 1\].*the backbone is of arch='tiny'"),
+    (dict(GOLDEN_SIZE, use_grn=True), r'the backbone is of depths=.*V2 \(GRN\)'),
+    (dict(depths=[1, 2, 3], dims=[8, 16, 24]), 'unexpected stages.3.0')])
+def test_another_size_is_named(kwargs, hint):
+    with pytest.raises(UserError, match=f'(?s){hint}'):
+        fit(official(), ConvNeXt(**kwargs), 'it')
+
+
+def test_layer_scale_that_the_model_has_not():
+    with pytest.raises(UserError, match='unexpected stages.0.0.gamma'):
+        fit(official(), ConvNeXt(**GOLDEN_SIZE, layer_scale_init_value=0), 'it')
+
+
+def test_no_convnext_is_named():
+    with pytest.raises(UserError, match='it holds no ConvNeXt: its names begin with layer1.0'):
+        fit({'layer1.0.conv1.weight': torch.zeros(1)}, ConvNeXt(**GOLDEN_SIZE), 'it')
+
+
+def test_several_convnexts_need_a_prefix():
+    state = {f'{who}.backbone.{name}': value + i for i, who in enumerate(('teacher', 'student'))
+             for name, value in official().items()}
+    backbone = ConvNeXt(**GOLDEN_SIZE)
+    with pytest.raises(UserError, match='holds 2 ConvNeXts.*student.backbone.*prefix='):
+        fit(state, backbone, 'it')
+    with pytest.raises(UserError, match="no ConvNeXt with the prefix 'ema.'"):
+        fit(state, backbone, 'it', 'ema')
+    fitted = fit(state, backbone, 'it', 'student').state
+    name = 'stages.0.0.gamma'
+    assert torch.equal(fitted[name], official()[name] + 1)
+
+
+def test_stages_and_norms_that_are_not_used_are_dropped():
+    fitted = fit(official('v1_official_downstream'), ConvNeXt(**GOLDEN_SIZE, out_indices=[1]), 'it')
+    assert {name.split('.')[0] for name in fitted.dropped} == {
+        'norm0', 'norm2', 'norm3', 'stages', 'downsample_layers'}
+    assert not fitted.fresh
+
+
+def test_one_line_says_what_was_done(tmp_path, caplog):
+    torch.save(golden('v1_timm')['checkpoint'], tmp_path / 'timm.pth')
+    with caplog.at_level(logging.INFO):
+        from mmengine.logging import MMLogger
+        logger = MMLogger.get_current_instance()
+        logger.addHandler(caplog.handler)
+        load_golden(tmp_path / 'timm.pth', in_chans=1)
+        logger.removeHandler(caplog.handler)
+    lines = [r.getMessage() for r in caplog.records if 'ConvNeXt: loaded' in r.getMessage()]
+    assert len(lines) == 1
+    for part in ('timm.pth', '79 tensors (timm)', 'dropped: norm (2), head (2)',
+                 'fresh: norm0 (2), norm1 (2), norm2 (2), norm3 (2)', 'summed for in_chans=1'):
+        assert part in lines[0]
+
+
+def test_stem_of_one_channel_sees_grey_as_rgb(tmp_path):
+    content = golden('v1_official_classification')
+    torch.save(content['checkpoint'], tmp_path / 'file.pth')
+    grey = content['input'][:, :1]
+    with torch.no_grad():
+        assert_close(load_golden(tmp_path / 'file.pth', in_chans=1)(grey),
+                     load_golden(tmp_path / 'file.pth')(grey.expand(-1, 3, -1, -1)))
+
+
+def test_stem_of_more_channels_repeats_and_scales(tmp_path):
+    content = golden('v1_official_classification')
+    torch.save(content['checkpoint'], tmp_path / 'file.pth')
+    kernels = content['checkpoint']['model']['downsample_layers.0.0.weight']
+    stem = load_golden(tmp_path / 'file.pth', in_chans=5).downsample_layers[0][0].weight
+    for channel in range(5):
+        torch.testing.assert_close(stem[:, channel], kernels[:, channel % 3] * 3 / 5)
+    six = load_golden(tmp_path / 'file.pth', in_chans=6)
+    with torch.no_grad():  # a picture twice is the picture
+        assert_close(six(content['input'].repeat(1, 2, 1, 1)), content['features'])
+
+
+def test_a_subclass_may_add_parts(tmp_path):
+    class Extended(ConvNeXt):
+        def __init__(self, **kwargs) -> None:
+            super().__init__(**kwargs)
+            self.adapter = nn.Linear(8, 8)
+
+    torch.save(golden('v1_timm')['checkpoint'], tmp_path / 'timm.pth')
+    Extended(**GOLDEN_SIZE, init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'timm.pth'))).init_weights()
+    fitted = fit(golden('v1_timm')['checkpoint'], Extended(**GOLDEN_SIZE), 'it')
+    assert [name for name in fitted.fresh if 'norm' not in name] == [
+        'adapter.weight', 'adapter.bias']
+
+
+@pytest.mark.parametrize('name', ['v1_mmpretrain', 'v1_timm'])
+def test_mmengines_own_loading_understands_the_names(name, tmp_path):
+    """load_checkpoint, which init_model and init_detector of the toolboxes call."""
+    content = golden(name)
+    torch.save(content['checkpoint'], tmp_path / 'file.pth')
+    backbone = ConvNeXt(**GOLDEN_SIZE).eval()
+    load_checkpoint(backbone, str(tmp_path / 'file.pth'))
+    with torch.no_grad():
+        assert_close(backbone(content['input']), content['features'])
+
+
+def test_openmmlabs_whole_models_load_by_torch_and_mmengine(tmp_path):
+    content = golden('v1_mmpretrain')
+    model = Segmentor()
+    state = {k: v for k, v in content['checkpoint']['state_dict'].items() if 'head' not in k}
+    state.update({f'decode_head.{k}': v + 1 for k, v in model.decode_head.state_dict().items()})
+    torch.save(dict(state_dict=state), tmp_path / 'whole.pth')
+    check_complete(model, str(tmp_path / 'whole.pth'))
+    for load in (lambda m: m.load_state_dict(state, strict=True),
+                 lambda m: load_checkpoint(m, str(tmp_path / 'whole.pth'), strict=True)):
+        model = Segmentor().eval()
+        load(model)
+        with torch.no_grad():
+            assert_close(model.backbone(content['input']), content['features'])
+        assert torch.equal(model.decode_head.bias, state['decode_head.bias'])
+
+
+def test_weights_of_a_backbone_alone_are_no_whole_model(tmp_path):
+    path = str(tmp_path / 'file.pth')
+    torch.save(golden('v1_official_classification')['checkpoint'], path)
+    with pytest.raises(UserError, match="hold nothing for the ConvNeXt at 'backbone'"):
+        load_checkpoint(Segmentor(), path)
+    with pytest.raises(UserError, match='missing decode_head.weight'):
+        check_complete(Segmentor(), path)
+
+
+class Runner:
+    """What the hook sees of mmengine's."""
+
+    def __init__(self, model, resume=False) -> None:
+        self.model, self._resume, self._load_from = model, resume, 'file.pth'
+
+
+@pytest.mark.parametrize('name', ['v1_official_classification', 'v1_timm', 'v1_mmpretrain'])
+def test_load_from_takes_weights_of_a_backbone(name):
+    content = golden(name)
+    model, checkpoint = Segmentor(), dict(content['checkpoint'])
+    head = model.decode_head.weight.clone()
+    FitCheckpointHook().after_load_checkpoint(Runner(model), checkpoint)
+    model.load_state_dict(checkpoint['state_dict'], strict=False)
+    with torch.no_grad():
+        assert_close(model.eval().backbone(content['input']), content['features'])
+    assert torch.equal(model.decode_head.weight, head)
+
+
+def test_resuming_needs_the_whole_model():
+    checkpoint = dict(state_dict={f'backbone.{k}': v for k, v in official().items()})
+    with pytest.raises(UserError, match='missing decode_head.weight'):
+        FitCheckpointHook().after_load_checkpoint(Runner(Segmentor(), resume=True), checkpoint)
+
+
+def test_models_of_others_are_left_alone():
+    state = golden('v1_mmpretrain')['checkpoint']['state_dict']
+    assert for_model(dict(state_dict=state), nn.Linear(1, 1), 'it') == (state, '')

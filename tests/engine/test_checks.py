@@ -1,0 +1,124 @@
+import pytest
+from mmengine.config import Config
+
+from convnext_mm import UserError
+from convnext_mm.engine import checks
+from tests.helpers import DETECTION, ROOT, SEGMENTATION
+
+
+def test_unknown_config_suggests_a_near_one():
+    with pytest.raises(UserError, match=r'Config not found.*\n.*upernet_convnext_tiny_512_160k'):
+        checks.load_config('configs/upernet_convnext_tiny_512_ade20k.py')
+
+
+def test_broken_config_is_named(tmp_path):
+    path = tmp_path / 'broken.py'
+    path.write_text('model = dict(\n')
+    with pytest.raises(UserError, match=r'broken.py cannot be read: SyntaxError'):
+        checks.load_config(str(path))
+
+
+@pytest.mark.parametrize(('option', 'message'), [
+    ({'modle.backbone.dims': [1]}, 'no key .modle.. Did you mean model'),
+    ({'optim_wrapper.optimizer.lrr': 1}, "optim_wrapper.optimizer has no key 'lrr'.*mean lr"),
+    ({'train_dataloader.batchsize': 4}, 'mean batch_size'),
+    ({'model.decode_hed.num_classes': 4}, 'mean decode_head'),
+    ({'param_scheduler.7.end': 4}, 'param_scheduler is a list of 2'),
+    ({'model.backbone.drop_path_rate.x': 4}, 'model.backbone.drop_path_rate is 0.4'),
+    ({'zzz': 4}, 'Its keys: '),
+    ({'model': 4}, 'is a group of keys')])
+def test_misspelt_options_are_named_and_change_nothing(option, message):
+    cfg = Config.fromfile(SEGMENTATION)
+    before = cfg.to_dict()
+    with pytest.raises(UserError, match=message):
+        checks.apply_options(cfg, option)
+    assert cfg.to_dict() == before
+
+
+@pytest.mark.parametrize(('option', 'read'), [
+    ({'optim_wrapper.optimizer.lr': 1}, lambda c: c.optim_wrapper.optimizer.lr == 1),
+    ({'model.backbone.init_cfg': None}, lambda c: c.model.backbone.init_cfg is None),
+    ({'optim_wrapper.clip_grad.max_norm': 1}, lambda c: c.optim_wrapper.clip_grad.max_norm == 1),
+    ({'optim_wrapper.dtype': 'bfloat16'}, lambda c: c.optim_wrapper.dtype == 'bfloat16'),
+    ({'optim_wrapper.accumulative_counts': 4}, lambda c: c.optim_wrapper.accumulative_counts == 4),
+    ({'model.backbone.with_cp': True}, lambda c: c.model.backbone.with_cp),
+    ({'randomness.seed': 3}, lambda c: c.randomness.seed == 3),
+    ({'find_unused_parameters': True}, lambda c: c.find_unused_parameters),
+    ({'param_scheduler.0.end': 9}, lambda c: c.param_scheduler[0].end == 9),
+    ({'train_dataloader.dataset.pipeline.2.scale': (9, 9)},
+     lambda c: c.train_dataloader.dataset.pipeline[2].scale == (9, 9))])
+def test_options_that_mean_something_are_taken(option, read):
+    cfg = Config.fromfile(SEGMENTATION)
+    checks.apply_options(cfg, option)
+    assert read(cfg)
+
+
+def test_missing_data_is_listed_with_what_to_do():
+    cfg = Config.fromfile(SEGMENTATION)
+    with pytest.raises(UserError) as error:
+        checks.check_data(cfg, ('train', 'val'))
+    message = str(error.value)
+    for expected in ('data/ade/ADEChallengeData2016/images/training  pictures (train)',
+                     'annotations/validation  masks (val)', 'ADEChallengeData2016.zip',
+                     'make demo', '--cfg-options data_root='):
+        assert expected in message
+    with pytest.raises(UserError, match=r'instances_train2017.json  annotation file \(train\)'):
+        checks.check_data(Config.fromfile(DETECTION), ('train', 'val'))
+
+
+def test_data_root_moves_every_path(demo_data):
+    for config, folder in ((SEGMENTATION, 'ADEChallengeData2016'), (DETECTION, 'coco')):
+        cfg = Config.fromfile(config)
+        checks.apply_options(cfg, {'data_root': str(demo_data / folder)})
+        checks.check_data(cfg, ('train', 'val', 'test'))
+
+
+def test_empty_folder_is_missing_data(demo_data, tmp_path):
+    cfg = Config.fromfile(SEGMENTATION)
+    for part in ('images', 'annotations'):
+        for split in ('training', 'validation'):
+            (tmp_path / part / split).mkdir(parents=True)
+    checks.apply_options(cfg, {'data_root': str(tmp_path)})
+    with pytest.raises(UserError, match=r'pictures \(train\), empty'):
+        checks.check_data(cfg, ('train',))
+
+
+def test_wrapped_datasets_are_looked_into():
+    inner = dict(type='CocoDataset', data_root='/nowhere', ann_file='a.json',
+                 data_prefix=dict(img='b/'))
+    for dataset in (dict(type='RepeatDataset', times=2, dataset=inner),
+                    dict(type='ConcatDataset', datasets=[inner])):
+        cfg = Config(dict(train_dataloader=dict(dataset=dataset), default_scope='mmdet'))
+        with pytest.raises(UserError, match='/nowhere/a.json'):
+            checks.check_data(cfg, ('train',))
+
+
+@pytest.mark.parametrize('load_from', [None, 'weights.pth'])
+def test_missing_pretrained_file_is_said_before_a_model_is_built(load_from, tmp_path):
+    import torch
+    if load_from:
+        load_from = str(tmp_path / load_from)
+        torch.save(dict(state_dict={'a': torch.zeros(1)}), load_from)
+    cfg = Config(dict(load_from=load_from, model=dict(backbone=dict(
+        type='ConvNeXt', init_cfg=dict(type='Pretrained', checkpoint='/nowhere/tiny.pth')))))
+    with pytest.raises(UserError, match='/nowhere/tiny.pth'):
+        checks.check_weights(cfg, training=True)
+    checks.check_weights(cfg, training=False)
+
+
+@pytest.mark.parametrize(('absent', 'message'), [
+    ('mmdet', 'needs mmdet, which is not installed'), ('mmcv._ext', "mmcv's compiled ops")])
+def test_what_is_not_installed_is_said(absent, message, monkeypatch):
+    monkeypatch.setattr(checks, 'find_spec', lambda name: None if name == absent else name)
+    checks.check_toolbox(Config(dict(default_scope='mmseg')))
+    with pytest.raises(UserError, match=message + '.*tools/install.py'):
+        checks.check_toolbox(Config(dict(default_scope='mmdet')))
+
+
+def test_settings_that_the_backbone_does_not_know_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"model.backbone has 'zzz', .*Its arguments: arch, "):
+        checks.read_config(SEGMENTATION, {'model.backbone.zzz': 1})
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\nmodel = dict(backbone=dict(drop_rate=0.1))\n")
+    with pytest.raises(UserError, match=r"model.backbone has 'drop_rate'.*mean drop_path_rate"):
+        checks.read_config(str(path))

@@ -1,0 +1,73 @@
+import pytest
+from mmengine.config import Config
+
+from convnext_mm import UserError
+from convnext_mm.engine import fallbacks
+from tests.helpers import DETECTION, SEGMENTATION
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(fallbacks, 'get_device', lambda: 'cpu')
+
+
+@pytest.mark.parametrize(('config', 'layers'), [(SEGMENTATION, 2), (DETECTION, 3)])
+def test_a_recipe_on_a_machine_without_gpu(no_gpu, config, layers):
+    cfg = Config.fromfile(config)
+    before = str(cfg).count("'SyncBN'")
+    assert before >= layers
+    cfg.launcher = 'pytorch'
+    changes = fallbacks.adapt(cfg)
+    assert changes == ['mixed precision → fp32', 'SyncBN → BN', 'nccl → gloo']
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
+    assert 'loss_scale' not in cfg.optim_wrapper
+    assert str(cfg.model).count("'SyncBN'") == 0
+    assert str(cfg.model).count("'BN'") >= layers
+    assert cfg.env_cfg.dist_cfg.backend == 'gloo'
+    assert cfg.model_wrapper_cfg.device_ids is None
+
+
+def test_nothing_changes_with_a_gpu(monkeypatch):
+    monkeypatch.setattr(fallbacks, 'get_device', lambda: 'cuda')
+    cfg, untouched = Config.fromfile(SEGMENTATION), Config.fromfile(SEGMENTATION)
+    assert fallbacks.adapt(cfg) == []
+    assert cfg.to_dict() == untouched.to_dict()
+
+
+def test_a_launcher_that_needs_gpus_says_so(no_gpu):
+    with pytest.raises(UserError, match=r'--launcher slurm needs a GPU.*dist_train.sh'):
+        fallbacks.process_group(Config(dict(launcher='slurm'))).__enter__()
+
+
+def test_torchrun_forgotten_is_said(no_gpu, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(UserError, match='expects torchrun'):
+        fallbacks.process_group(Config(dict(launcher='pytorch'))).__enter__()
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_process_group_is_closed_whatever_happens(fails, no_gpu, monkeypatch, tmp_path):
+    for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1',
+                           MASTER_PORT=29611, OMP_NUM_THREADS=1).items():
+        monkeypatch.setenv(key, str(value))
+    calls = []
+    monkeypatch.setattr(fallbacks.dist, 'barrier', lambda: calls.append('barrier'))
+
+    def job() -> None:
+        with fallbacks.process_group(Config(dict(launcher='pytorch'))):
+            assert fallbacks.dist.is_initialized()
+            if fails:
+                raise UserError('a mistake')
+    if fails:
+        with pytest.raises(UserError, match='a mistake'):
+            job()
+    else:
+        job()
+    # After an error the other processes may never arrive at a barrier.
+    assert calls == ([] if fails else ['barrier'])
+    assert not fallbacks.dist.is_initialized()
+
+
+def test_a_single_process_opens_no_group(no_gpu):
+    with fallbacks.process_group(Config(dict(launcher='none'))):
+        assert not fallbacks.dist.is_initialized()

@@ -1,0 +1,32 @@
+from types import SimpleNamespace
+
+import pytest
+
+from convnext_mm.engine import hooks
+from tests.helpers import log_line, write_log
+
+
+def test_a_picture_that_fails_does_not_stop_the_run(tmp_path, monkeypatch):
+    def full(figure, path):
+        raise OSError('No space left on device')
+    said = []
+    monkeypatch.setattr('convnext_mm.visualization.save', full)
+    monkeypatch.setattr(hooks, 'print_log', lambda text, **kwargs: said.append(text))
+    write_log(tmp_path / '20260101_000000', [log_line(10)])
+    hooks.CurvesHook().after_train(SimpleNamespace(work_dir=str(tmp_path)))
+    assert said == ['No picture: OSError: No space left on device']
+
+
+@pytest.mark.parametrize('batch_size', [1, 5])
+def test_pictures_are_spread_over_the_data_set(batch_size, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(hooks, 'draw_sample', lambda sample, meta, path: drawn.append(path.stem))
+    samples = [SimpleNamespace(img_path=f'{i}.jpg') for i in range(20)]
+    loader = SimpleNamespace(dataset=samples, batch_size=batch_size)
+    runner = SimpleNamespace(work_dir=str(tmp_path), val_loop=SimpleNamespace(dataloader=loader),
+                             visualizer=SimpleNamespace(dataset_meta=dict(classes=('a', 'b'))))
+    hook = hooks.PredictionsHook(num_pictures=4)
+    for batch in range(20 // batch_size):
+        hook.after_val_iter(runner, batch,
+                            outputs=samples[batch * batch_size:(batch + 1) * batch_size])
+    assert drawn == ['0', '5', '10', '15']

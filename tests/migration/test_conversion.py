@@ -1,0 +1,311 @@
+"""What becomes of the subjects of an old config."""
+import pytest
+from mmengine.config import Config
+
+from convnext_mm import UserError
+from convnext_mm.datasets import as_written
+from convnext_mm.migration.writing import migrate
+from tests.helpers import ROOT
+
+SEG = '''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/ade20k.py',
+          '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py']
+'''
+DET = '''_base_ = ['../_base_/models/mask_rcnn_convnext_fpn.py',
+          '../_base_/datasets/coco_instance.py', '../_base_/schedules/schedule_2x.py',
+          '../_base_/default_runtime.py']
+'''
+NORM = 'norm = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)\n'
+
+
+@pytest.fixture
+def convert(tmp_path):
+    def convert(text: str, trust: bool = False):
+        (tmp_path / 'old.py').write_text(text)
+        said = migrate(tmp_path / 'old.py', tmp_path / 'new.py', trust)
+        with as_written():
+            return Config.fromfile(tmp_path / 'new.py', import_custom_modules=False), said
+    return convert
+
+
+@pytest.mark.parametrize(('text', 'wrapper'), [
+    ("fp16 = dict(loss_scale=512.)", dict(type='AmpOptimWrapper', loss_scale=512.0)),
+    ("optimizer_config = dict(type='Fp16OptimizerHook', loss_scale='dynamic')",
+     dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+    ("optimizer_config = dict(type='DistOptimizerHook', update_interval=4, use_fp16=False, "
+     'grad_clip=dict(max_norm=1.0, norm_type=2))',
+     dict(type='OptimWrapper', accumulative_counts=4, clip_grad=dict(max_norm=1.0, norm_type=2))),
+    ("optimizer_config = dict(type='GradientCumulativeOptimizerHook', cumulative_iters=8)",
+     dict(type='OptimWrapper', accumulative_counts=8)),
+    ('optimizer_config = dict(grad_clip=None)', dict(type='OptimWrapper'))])
+def test_optimizer_config(convert, text, wrapper):
+    cfg, _ = convert(SEG + text)
+    found = {key: value for key, value in cfg.optim_wrapper.items()
+             if key not in ('optimizer', 'constructor', 'paramwise_cfg')}
+    assert found == wrapper
+
+
+def test_another_optimizer_takes_nothing_of_ours(convert):
+    cfg, _ = convert(SEG + "optimizer = dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)")
+    assert cfg.optim_wrapper.to_dict() == dict(
+        type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
+    cfg, _ = convert(SEG + "optimizer = dict(type='SGD', lr=0.01, momentum=0.9)")
+    assert cfg.optim_wrapper.optimizer == dict(type='SGD', lr=0.01, momentum=0.9)
+    cfg, _ = convert(SEG + "optimizer = dict(constructor='DefaultOptimizerConstructor', lr=1e-3, "
+                     "_delete_=True, type='AdamW', paramwise_cfg=dict(norm_decay_mult=0.0))")
+    assert 'constructor' not in cfg.optim_wrapper
+    assert cfg.optim_wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
+
+
+@pytest.mark.parametrize(('text', 'loop', 'kinds'), [
+    (SEG + "runner = dict(type='IterBasedRunner', max_iters=40000)",
+     dict(type='IterBasedTrainLoop', max_iters=40000), ['LinearLR', 'PolyLR']),
+    (SEG.replace('160k', '80k') + 'a = 1', dict(type='IterBasedTrainLoop', max_iters=80000),
+     ['LinearLR', 'PolyLR']),
+    (DET, dict(type='EpochBasedTrainLoop', max_epochs=24), ['LinearLR', 'MultiStepLR']),
+    (DET + 'total_epochs = 10', dict(type='EpochBasedTrainLoop', max_epochs=10),
+     ['LinearLR', 'MultiStepLR']),
+    (SEG + "runner = dict(type='EpochBasedRunner', max_epochs=50)\n"
+     "lr_config = dict(_delete_=True, policy='CosineAnnealing', min_lr=1e-7, warmup='linear', "
+     'warmup_iters=10, warmup_ratio=0.1)', dict(type='EpochBasedTrainLoop', max_epochs=50),
+     ['PolicyLR'])])
+def test_length_and_policy(convert, text, loop, kinds):
+    cfg, _ = convert(text)
+    assert {key: cfg.train_cfg[key] for key in loop} == loop
+    assert [scheduler.type for scheduler in cfg.param_scheduler] == kinds
+    by_epoch = loop['type'].startswith('Epoch')
+    assert cfg.log_processor.by_epoch == by_epoch
+    assert cfg.default_hooks.checkpoint.get('by_epoch', True) == by_epoch
+    assert (cfg.train_dataloader.sampler.type == 'DefaultSampler') == by_epoch
+    assert cfg.train_cfg.val_interval == {40000: 16000, 80000: 8000}.get(
+        loop.get('max_iters'), 1)
+
+
+def test_steps_of_the_old_schedules(convert):
+    cfg, _ = convert(DET)
+    assert cfg.param_scheduler[1].milestones == [16, 22]
+
+
+def test_runtime(convert):
+    cfg, said = convert(SEG + '''
+checkpoint_config = dict(by_epoch=False, interval=2000, max_keep_ckpts=2, create_symlink=True)
+evaluation = dict(interval=4000, metric=['mIoU', 'mDice'], pre_eval=True, save_best='mIoU')
+log_config = dict(interval=10, hooks=[
+    dict(type='TextLoggerHook', by_epoch=False), dict(type='TensorboardLoggerHook'),
+    dict(type='WandbLoggerHook', init_kwargs=dict(project='p'))])
+dist_params = dict(backend='gloo')
+workflow = [('train', 1)]
+cudnn_benchmark = True
+resume_from = 'work/latest.pth'
+load_from = None
+custom_imports = dict(imports=['mmcls.models', 'my_models'], allow_failed_imports=False)
+seed = 3
+find_unused_parameters = True
+forgotten = dict(a=1)
+''')
+    assert cfg.default_hooks.checkpoint == dict(
+        type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=2, save_best='mIoU')
+    assert cfg.train_cfg.val_interval == 4000
+    assert cfg.val_evaluator.iou_metrics == cfg.test_evaluator.iou_metrics == ['mIoU', 'mDice']
+    assert cfg.default_hooks.logger.interval == 10
+    assert [backend.type for backend in cfg.visualizer.vis_backends] == [
+        'LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
+    assert cfg.visualizer.vis_backends[2].init_kwargs == dict(project='p')
+    assert cfg.env_cfg.dist_cfg.backend == 'gloo'
+    assert cfg.env_cfg.cudnn_benchmark
+    assert (cfg.load_from, cfg.resume) == ('work/latest.pth', True)
+    assert cfg.custom_imports['imports'] == ['convnext_mm', 'my_models']
+    assert cfg.randomness.seed == 3
+    assert cfg.find_unused_parameters
+    assert '! forgotten: no counterpart is known' in said
+    assert '! custom_imports: code for the old versions' in said
+
+
+@pytest.mark.parametrize('kind', ['mmcls', 'mmpretrain'])
+def test_backbones_of_mmcls_and_mmpretrain(convert, kind):
+    cfg, said = convert(f'''_base_ = {SEG.split('=', 1)[1]}
+custom_imports = dict(imports='{kind}.models', allow_failed_imports=False)
+model = dict(
+    backbone=dict(_delete_=True, type='{kind}.ConvNeXt', arch='small', out_indices=[0, 1, 2, 3],
+                  drop_path_rate=0.3, layer_scale_init_value=1.0, gap_before_final_norm=False,
+                  in_channels=3, frozen_stages=0, init_cfg=dict(
+                      type='Pretrained', checkpoint='small.pth', prefix='backbone.')))
+''')
+    assert cfg.model.backbone == dict(
+        type='ConvNeXt', arch='small', out_indices=[0, 1, 2, 3], drop_path_rate=0.3, in_chans=3,
+        layer_scale_init_value=1.0, init_cfg=dict(type='Pretrained', checkpoint='small.pth'))
+    assert 'gap_before_final_norm' in said
+    cfg, _ = convert(SEG + "model = dict(pretrained='a.pth', backbone=dict(_delete_=True, "
+                     f"type='{kind}.ConvNeXt', arch=dict(depths=[1, 1], channels=[8, 16])))")
+    backbone = cfg.model.backbone
+    assert (backbone.depths, backbone.dims, backbone.out_indices) == ([1, 1], [8, 16], [-1])
+    assert backbone.init_cfg == dict(type='Pretrained', checkpoint='a.pth')
+    assert backbone.layer_scale_init_value == 1e-6
+    with pytest.raises(UserError, match="act_cfg={'type': 'ReLU'}: ConvNeXt of this package"):
+        convert(SEG + "model = dict(backbone=dict(_delete_=True, type='mmcls.ConvNeXt', "
+                "act_cfg=dict(type='ReLU')))")
+
+
+def test_data_of_segmentation(convert):
+    cfg, said = convert(SEG + NORM + '''
+crop = (256, 256)
+train_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=False),
+    dict(type='Resize', img_scale=(1024, 256), ratio_range=(0.5, 2.0)),
+    dict(type='RandomCrop', crop_size=crop, cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5), dict(type='PhotoMetricDistortion'),
+    dict(type='Normalize', **norm), dict(type='Pad', size=crop, pad_val=0, seg_pad_val=255),
+    dict(type='DefaultFormatBundle'), dict(type='Collect', keys=['img', 'gt_semantic_seg'])]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(1024, 256), img_ratios=[0.5, 1.0], flip=True,
+         transforms=[dict(type='Resize', keep_ratio=True), dict(type='RandomFlip'),
+                     dict(type='Normalize', **norm), dict(type='ImageToTensor', keys=['img']),
+                     dict(type='Collect', keys=['img'])])]
+one = dict(type='CustomDataset', data_root='data/x', img_dir='img', ann_dir='ann',
+           classes=('a', 'b'), palette=[[0, 0, 0], [1, 1, 1]], pipeline=train_pipeline)
+data = dict(samples_per_gpu=4, workers_per_gpu=0,
+            train=dict(type='RepeatDataset', times=3, dataset=one),
+            val=dict(one, img_dir=['v1', 'v2'], ann_dir=['w1', 'w2'], pipeline=test_pipeline),
+            test=dict(one, split='test.txt', pipeline=test_pipeline))
+''')
+    train = cfg.train_dataloader
+    assert (train.batch_size, train.num_workers, train.persistent_workers) == (4, 0, False)
+    assert (cfg.val_dataloader.batch_size, cfg.val_dataloader.num_workers) == (1, 0)
+    assert (train.dataset.type, train.dataset.times) == ('RepeatDataset', 3)
+    inner = train.dataset.dataset
+    assert (inner.type, inner.data_root, inner.reduce_zero_label) == (
+        'BaseSegDataset', 'data/x', False)
+    assert inner.data_prefix == dict(img_path='img', seg_map_path='ann')
+    assert inner.metainfo == dict(classes=('a', 'b'), palette=[[0, 0, 0], [1, 1, 1]])
+    assert [step.type for step in inner.pipeline] == [
+        'LoadImageFromFile', 'LoadAnnotations', 'RandomResize', 'RandomCrop', 'RandomFlip',
+        'PhotoMetricDistortion', 'PackSegInputs']
+    assert inner.pipeline[2] == dict(type='RandomResize', scale=(1024, 256),
+                                     ratio_range=(0.5, 2.0), keep_ratio=True)
+    val = cfg.val_dataloader.dataset
+    assert val.type == 'ConcatDataset'
+    assert [one.data_prefix.seg_map_path for one in val.datasets] == ['w1', 'w2']
+    test = cfg.test_dataloader.dataset
+    assert test.ann_file == 'test.txt'
+    assert [step.type for step in test.pipeline] == [
+        'LoadImageFromFile', 'Resize', 'LoadAnnotations', 'PackSegInputs']
+    assert cfg.model.data_preprocessor.to_dict() == dict(
+        type='SegDataPreProcessor', mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=True,
+        size=(256, 256), pad_val=0, seg_pad_val=255)
+    assert cfg.test_time_augmentation
+    assert [step.scale for step in cfg.tta_pipeline[1].transforms[0]] == [(512, 128), (1024, 256)]
+    assert [step.prob for step in cfg.tta_pipeline[1].transforms[1]] == [0.0, 1.0]
+    assert 'test_time_augmentation=True' in said
+
+
+def test_data_of_detection(convert):
+    cfg, _ = convert(DET + NORM + '''
+train_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', img_scale=[(1333, 640), (1333, 800)], multiscale_mode='range',
+         keep_ratio=True),
+    dict(type='RandomFlip', flip_ratio=0.5), dict(type='Normalize', **norm),
+    dict(type='Pad', size_divisor=64), dict(type='DefaultFormatBundle'),
+    dict(type='Collect', keys=['img', 'gt_bboxes', 'gt_labels', 'gt_masks'])]
+data = dict(
+    train=dict(type='ClassBalancedDataset', oversample_thr=1e-3, dataset=dict(
+        type='CocoDataset', ann_file='data/coco/annotations/a.json', img_prefix='data/coco/imgs/',
+        classes=('x', 'y'), filter_empty_gt=False, pipeline=train_pipeline)),
+    val=dict(ann_file='elsewhere/b.json'),
+    test=dict(ann_file='data/coco/annotations/c.json'))
+evaluation = dict(interval=2, metric=['bbox'], classwise=True, save_best='bbox_mAP')
+''')
+    train = cfg.train_dataloader.dataset
+    assert (train.type, train.oversample_thr) == ('ClassBalancedDataset', 1e-3)
+    inner = train.dataset
+    assert (inner.data_root, inner.ann_file, inner.data_prefix.img) == (
+        'data/coco/', 'annotations/a.json', 'imgs/')
+    assert inner.filter_cfg == dict(filter_empty_gt=False, min_size=32)
+    assert inner.pipeline[2] == dict(type='RandomResize', scale=[(1333, 640), (1333, 800)],
+                                     keep_ratio=True)
+    assert inner.pipeline[-1] == dict(type='PackDetInputs')
+    val, test = cfg.val_dataloader.dataset, cfg.test_dataloader.dataset
+    assert (val.data_root, val.ann_file, val.data_prefix.img) == (
+        '', 'elsewhere/b.json', 'data/coco/val2017/')
+    assert (test.data_root, test.ann_file) == ('data/coco/', 'annotations/c.json')
+    assert (cfg.val_evaluator.ann_file, cfg.test_evaluator.ann_file) == (
+        'elsewhere/b.json', 'data/coco/annotations/c.json')
+    assert (cfg.val_evaluator.metric, cfg.val_evaluator.classwise) == (['bbox'], True)
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    preprocessor = cfg.model.data_preprocessor
+    assert (preprocessor.pad_size_divisor, preprocessor.pad_mask) == (64, True)
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    (SEG + "lr_config = dict(policy='cyclic')", "lr_config.policy='cyclic' is not known here"),
+    (SEG + "optimizer_config = dict(type='MyHook')", "optimizer_config.type='MyHook' is not known"),
+    (SEG + "runner = dict(type='DynamicIterBasedRunner')", "runner.type='DynamicIterBasedRunner'"),
+    (SEG + "log_config = dict(hooks=[dict(type='PaviLoggerHook')])", "'PaviLoggerHook' is not kno"),
+    (SEG + "custom_hooks = [dict(type='MyHook')]", "the hook 'MyHook' is not registered"),
+    (SEG + "optimizer = dict(_delete_=True, type='Lamp', lr=1)", "optimizer.type='Lamp' is not"),
+    (SEG + "optimizer = dict(constructor='Mine')", "constructor='Mine' is not registered"),
+    (SEG + "model = dict(decode_head=dict(_delete_=True, type='MyHead'))",
+     "model.decode_head.type='MyHead' is not registered in mmseg"),
+    (SEG + "data = dict(train=dict(pipeline=[dict(type='MyStep')]))",
+     "data.train.pipeline: the step 'MyStep' is registered neither in mmseg nor in mmcv"),
+    (SEG + "data = dict(train=dict(type='MySet', pipeline=[]))", "data.train.type='MySet' is not"),
+    (SEG + 'data = dict(sample_per_gpu=2)', 'data.sample_per_gpu is not known: samples_per_gpu'),
+    ('lr = 1\noptimizer = dict(lr=lr)\n', 'neither decode_head nor roi_head')])
+def test_what_is_not_known_is_named(convert, text, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        convert(text)
+    assert not (tmp_path / 'new.py').exists()
+
+
+def test_the_old_file_is_never_overwritten(tmp_path):
+    (tmp_path / 'old.py').write_text(SEG)
+    with pytest.raises(UserError, match='would be overwritten'):
+        migrate(tmp_path / 'old.py', tmp_path / 'old.py')
+    assert (tmp_path / 'old.py').read_text() == SEG
+
+
+def test_a_whole_old_config_with_its_bases(convert, tmp_path):
+    """The fragments of mmseg 0.x are there: nothing of ours is meant, but what equals is named."""
+    (tmp_path / '_base_').mkdir()
+    (tmp_path / '_base_' / 'model.py').write_text('''
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder', pretrained=None,
+    backbone=dict(type='ConvNeXt', in_chans=3, depths=[3, 3, 9, 3], dims=[96, 192, 384, 768],
+                  drop_path_rate=0.2, layer_scale_init_value=1.0, out_indices=[0, 1, 2, 3]),
+    decode_head=dict(type='FCNHead', in_channels=768, in_index=3, channels=128, num_convs=1,
+                     num_classes=7, norm_cfg=norm_cfg, align_corners=False,
+                     loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False)))
+train_cfg = dict()
+test_cfg = dict(mode='whole')
+''')
+    (tmp_path / '_base_' / 'schedule.py').write_text('''
+optimizer = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005)
+optimizer_config = dict()
+lr_config = dict(policy='poly', power=0.9, min_lr=1e-4, by_epoch=False)
+runner = dict(type='IterBasedRunner', max_iters=20000)
+checkpoint_config = dict(by_epoch=False, interval=2000)
+evaluation = dict(interval=2000, metric='mIoU', pre_eval=True)
+''')
+    cfg, _ = convert('''_base_ = ['./_base_/model.py', './_base_/schedule.py']
+model = dict(decode_head=dict(num_classes=5))
+data = dict(samples_per_gpu=3)
+''')
+    assert cfg.model.decode_head.type == 'FCNHead'
+    assert cfg.model.decode_head.num_classes == 5
+    assert 'auxiliary_head' not in cfg.model
+    assert cfg.model.test_cfg == dict(mode='whole')
+    assert cfg.optim_wrapper.to_dict() == dict(type='OptimWrapper', optimizer=dict(
+        type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005))
+    assert cfg.param_scheduler[-1].type == 'PolicyLR' or cfg.param_scheduler[-1].eta_min == 1e-4
+    assert len(cfg.param_scheduler) == 1, 'no warm-up was asked for'
+    from convnext_mm.complexity import build
+    assert build(cfg).decode_head.conv_seg.out_channels == 5
+
+
+def test_the_report_is_written_for_a_reader(convert):
+    _, said = convert(SEG + 'data = dict(samples_per_gpu=2)\nfp16 = None\n')
+    lines = said.splitlines()
+    assert lines[0].endswith('new.py')
+    assert all('→' in line for line in lines[2:] if line.startswith('  ') and '!' not in line)
+    assert (ROOT / 'configs').is_dir()
