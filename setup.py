@@ -1,12 +1,13 @@
-"""Package metadata, and the versions that tools/install.py sets up."""
+"""Package metadata, and the version ranges that tools/install.py installs."""
 import shutil
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
-TORCH = 'torch>=2.6,<2.14'
-# The maintained forks and OpenMMLab's own packages have the same import names: install one
-# stack, not both. mmdet needs mmcv's compiled ops, mmseg does not.
+TORCH = 'torch>=2.6,<2.15'
+BUILD = 'setuptools>=77.0.3,<90'  # license expressions
+# The maintained forks and OpenMMLab's own packages share their import names: install one stack,
+# not both. mmdet needs mmcv's compiled ops, mmseg does not.
 FORKS = dict(
     mmcv='onedl-mmcv>=2.3.6,<2.4',
     mmengine='onedl-mmengine>=0.10.12,<0.11',
@@ -17,18 +18,19 @@ OPENMMLAB = dict(
     mmengine='mmengine>=0.10.7,<0.11',
     mmseg='mmsegmentation>=1.2.2,<1.3',
     mmdet='mmdet>=3.3,<3.4',
-    ftfy='ftfy',  # mmsegmentation imports these two without naming them
-    regex='regex',
-    setuptools='setuptools<81')  # mmcv's build imports pkg_resources, gone since
+    ftfy='ftfy>=6.3,<7',  # mmsegmentation imports ftfy and regex without requiring them
+    regex='regex>=2024.11.6,<2027',
+    setuptools='setuptools>=77.0.3,<81')  # mmcv's build imports pkg_resources, removed in 82
 EXTRAS = {
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
-    # transformers is what the backbone is compared with.
-    'test': ['pytest>=8,<10', 'ruff>=0.14,<0.16', 'transformers>=5,<6'],
-    # Tests of the kernels without a GPU; a PyTorch for GPUs brings a Triton of its own. This one's
-    # interpreter makes numbers of arrays with one value, which numpy 2.4 no longer does.
+    # transformers is the reference that the backbone is compared with.
+    'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'transformers>=5,<6', 'build>=1.5,<2',
+             BUILD, 'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
+    # Runs the Triton kernels in tests without a GPU; a PyTorch for GPUs brings its own Triton.
+    # The interpreter of this one converts arrays of one value to numbers, an error since numpy 2.4.
     'interpreter': ['triton>=3.6,<3.7', 'numpy<2.4'],
 }
 
@@ -37,7 +39,10 @@ if __name__ == '__main__':
     from setuptools.command.build_py import build_py
 
     class BuildWithRecipes(build_py):
-        """Puts the recipes and tools into the package, in .mim, where OpenMMLab's mim looks."""
+        """Adds configs/, tools/ and model-index.yml to the package in .mim, where mim expects them.
+
+        An editable install links to them instead.
+        """
 
         def run(self) -> None:
             super().run()
@@ -54,7 +59,7 @@ if __name__ == '__main__':
                     shutil.copy(HERE / name, target / name)
 
     version = next(line.split("'")[1] for line in
-                   (HERE / 'convnext_mm' / '__init__.py').read_text().splitlines()
+                   (HERE / 'convnext_mm' / '__init__.py').read_text(encoding='utf-8').splitlines()
                    if line.startswith('__version__'))
     setup(
         name='convnext-mm',
@@ -62,16 +67,29 @@ if __name__ == '__main__':
         description='ConvNeXt for semantic segmentation and object detection in OpenMMLab',
         long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
         long_description_content_type='text/markdown',
-        license='Apache-2.0',
+        author='The convnext-mm authors',
+        license_expression='Apache-2.0',
+        license_files=['LICENSE'],
+        keywords=['ConvNeXt', 'ConvNeXt V2', 'semantic segmentation', 'object detection',
+                  'instance segmentation', 'UPerNet', 'Mask R-CNN', 'Cascade Mask R-CNN',
+                  'OpenMMLab', 'mmsegmentation', 'mmdetection', 'PyTorch'],
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
+        package_data={'convnext_mm': ['py.typed']},
         cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[
-            TORCH, 'numpy>=2,<3', 'matplotlib>=3.8,<4', 'pillow>=10,<14', 'rich>=13,<16',
-            'safetensors>=0.5,<1', 'filelock>=3.12,<5', 'tqdm>=4.60,<5'],
+            TORCH, 'numpy>=2.0.1,<3', 'matplotlib>=3.8.4,<4', 'pillow>=10,<14', 'rich>=13,<16',
+            'safetensors>=0.5,<1', 'filelock>=3.12,<5'],
         extras_require=EXTRAS,
         classifiers=[
-            'License :: OSI Approved :: Apache Software License',
+            'Development Status :: 4 - Beta',
+            'Intended Audience :: Developers',
+            'Intended Audience :: Science/Research',
+            'Operating System :: POSIX :: Linux',
             'Programming Language :: Python :: 3',
+            'Programming Language :: Python :: 3.10',
+            'Programming Language :: Python :: 3.11',
+            'Topic :: Scientific/Engineering :: Artificial Intelligence',
             'Topic :: Scientific/Engineering :: Image Recognition',
+            'Typing :: Typed',
         ])
