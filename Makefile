@@ -1,30 +1,46 @@
 PYTHON ?= python3
+# auto, forks or openmmlab
 STACK ?= auto
+# A PyTorch version such as 2.6.0; empty: the installed one, otherwise the tested one
+TORCH ?=
+# Not empty: no mmdet and no compiled ops
+SEGMENTATION_ONLY ?=
+# pytest-xdist workers, and threads of each
+WORKERS ?= auto
+TEST_ENV := OMP_NUM_THREADS=1
 VENV := .venv
-# Written when the set-up is complete; a change of the versions sets up what changed.
-READY := $(VENV)/.ready-$(STACK)
+# Written when the setup is complete; it runs again when the versions change.
+READY := $(VENV)/.ready-$(STACK)$(TORCH:%=-%)$(SEGMENTATION_ONLY:%=-seg)
 
-.PHONY: demo test lint clean
+.PHONY: help demo test test-fast lint clean
 
-demo: $(READY)  ## Train and evaluate segmentation and detection on drawn pictures.
+help:  ## List the targets.
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 12
+
+demo: $(READY)  ## Train and evaluate segmentation and detection on generated images.
 	$(VENV)/bin/python tools/demo.py
 
-test: $(VENV)/.triton  ## Run the tests.
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/.triton  ## Run all tests.
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS)
 
-lint: $(READY)  ## Check the style.
+test-fast: $(VENV)/.triton  ## Run the tests that are not marked slow.
+	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+
+lint: $(READY)  ## Check style and types.
 	$(VENV)/bin/ruff check .
 
-clean:  ## Remove the environment, the demo's pictures and its results.
-	rm -rf $(VENV) data/demo work_dirs/demo
+clean:  ## Remove the environment, the builds, the demo's images and its results.
+	rm -rf $(VENV) build dist *.egg-info data/demo work_dirs/demo
 
-# Only for tests, 190 MB: a PyTorch for CPUs has no Triton, whose interpreter runs the kernels.
+# 190 MB, for tests only: CPU builds of PyTorch come without Triton, whose interpreter runs the
+# kernels in tests.
 $(VENV)/.triton: $(READY)
 	$(VENV)/bin/python -c 'import triton' 2> /dev/null || \
 		$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[interpreter]'
 	@touch $@
 
 $(READY): setup.py tools/install.py
-	$(PYTHON) tools/install.py --stack $(STACK)
+	$(PYTHON) tools/install.py --stack $(STACK) $(TORCH:%=--torch %) \
+		$(SEGMENTATION_ONLY:%=--segmentation-only)
 	@rm -f $(VENV)/.ready-*
 	@touch $@
