@@ -30,16 +30,16 @@ class Complexity(NamedTuple):
     size: tuple[int, int]
 
 
-def build(cfg: Config) -> nn.Module:
+def build_on_meta(cfg: Config) -> nn.Module:
     """The config's model on the meta device: shapes without values. ``cfg`` is fitted to here."""
-    fallbacks.adapt(cfg)
+    fallbacks.adapt_to_device(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with torch.device('meta'), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of mmseg's losses, which count nothing here
         return MODELS.build(cfg.model)
 
 
-def picture_size(cfg: Config) -> tuple[int, int]:
+def input_size(cfg: Config) -> tuple[int, int]:
     """Width and height that the authors count with: 1280×800, or a segmentor's test scale."""
     if cfg.get('default_scope') == 'mmdet':
         return 1280, 800
@@ -47,7 +47,7 @@ def picture_size(cfg: Config) -> tuple[int, int]:
     return next((tuple(step.scale) for step in steps if step.type == 'Resize'), (2048, 512))
 
 
-def count(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
+def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
     """Count a config's model.
 
     Convolutions and products of matrices count, each multiply-add once, as in the papers' "FLOPs";
@@ -55,11 +55,11 @@ def count(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
     part in inference; a two-stage detector's heads get :data:`PROPOSALS` and :data:`MASKS`.
 
     Args:
-        cfg: Of a segmentor or a detector; changed by :func:`build`.
-        size: Width and height of the picture; not given: :func:`picture_size`.
+        cfg: Of a segmentor or a detector; changed by :func:`build_on_meta`.
+        size: Width and height of the picture; not given: :func:`input_size`.
     """
-    width, height = size = size or picture_size(cfg)
-    model = build(cfg).eval()
+    width, height = size = size or input_size(cfg)
+    model = build_on_meta(cfg).eval()
     picture = torch.empty(1, cfg.model.backbone.get('in_chans', 3), height, width, device='meta')
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), torch.device('meta'), counter:
@@ -74,7 +74,7 @@ def count(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
                       counter.get_total_flops() // 2, size)
 
 
-class Memory(NamedTuple):
+class TrainingMemory(NamedTuple):
     """Bytes that a step of training takes at its peak.
 
     ``states``: weights and gradients in fp32, AdamW's two moments. ``kept``: what the backward pass
@@ -92,11 +92,11 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> Memory:
+def estimate_training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> TrainingMemory:
     """Reckon the memory that a segmentor trains in, from the tensors that autograd saves.
 
     Args:
-        cfg: Of a segmentor; changed by :func:`build`.
+        cfg: Of a segmentor; changed by :func:`build_on_meta`.
         pictures: A step's, at the size of its crops.
         half: Whether it trains in mixed precision.
 
@@ -108,7 +108,7 @@ def training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> Memory
                         'in the pictures')
     cfg.model.backbone.drop_path_rate = 0.0  # nothing is left out
     width, height = size = tuple(cfg.model.data_preprocessor.size)[::-1]
-    model = build(cfg).train()
+    model = build_on_meta(cfg).train()
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # or a storage's number could come again
 
@@ -130,7 +130,7 @@ def training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> Memory
             logits = [head(features) for head in heads]
     area = pictures * size[0] * size[1] * 4
     maps = [area * one.shape[1] for one in logits]
-    return Memory(16 * sum(p.numel() for p in model.parameters()),
+    return TrainingMemory(16 * sum(p.numel() for p in model.parameters()),
                   sum(size for key, size in kept.items() if key not in own),
                   sum(maps) + 2 * maps[0])
 
@@ -147,13 +147,13 @@ def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
         head(torch.empty(rois, extractor.out_channels, *extractor.roi_layers[0].output_size))
 
 
-def table(configs: Iterable[str], size: tuple[int, int] | None = None,
+def complexity_table(configs: Iterable[str], size: tuple[int, int] | None = None,
           memory: bool = False) -> str:
     """A Markdown table of configs, a row each, made with a progress bar.
 
     Args:
         configs: Files.
-        size: Of the picture that FLOPs are counted for, see :func:`count`.
+        size: Of the picture that FLOPs are counted for, see :func:`compute_complexity`.
         memory: Whether the memory of training is reckoned as well, in GB, by what is kept.
 
     Raises:
@@ -165,7 +165,7 @@ def table(configs: Iterable[str], size: tuple[int, int] | None = None,
     for path in track(list(configs), 'Counting', transient=True):
         cfg = checks.read_config(path)
         try:
-            found = count(cfg, size)
+            found = compute_complexity(cfg, size)
         except UserError:
             raise
         except Exception as error:  # a user's config: anything can be wrong in it
@@ -182,7 +182,7 @@ def _memories(path: str) -> str:
     cells = []
     for kind in MEMORY:
         cfg = checks.read_config(path, {'model.backbone.memory': kind})
-        cells.append(f' {training_memory(cfg).total / 1e9:.2f} GB |')
+        cells.append(f' {estimate_training_memory(cfg).total / 1e9:.2f} GB |')
     return ''.join(cells)
 
 

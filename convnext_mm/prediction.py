@@ -69,7 +69,7 @@ class Predictor:
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
-        fallbacks.adapt(cfg)
+        fallbacks.adapt_to_device(cfg)
         init_default_scope(cfg.default_scope)
         dataset = next(iter(of_split(cfg, 'test')))
         self.meta = meta_of(dataset, cfg.default_scope)
@@ -78,7 +78,7 @@ class Predictor:
         self.model: nn.Module = MODELS.build(cfg.model)
         checkpoints.load_model(self.model, checkpoint)
         self.model.to(device or get_device()).eval()
-        speed.pack(self.model)
+        speed.enable_packed_inference(self.model)
 
     @torch.no_grad()
     def __call__(self, path: str) -> Any:

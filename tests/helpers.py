@@ -102,6 +102,6 @@ def run_tool(*args: object, env: dict[str, str] | None = None, check: bool = Tru
 
 def build_on_meta(config: str):
     """A recipe's config, fitted to the CPU, and its model on the meta device."""
-    from convnext_mm.complexity import build
+    from convnext_mm import complexity
     cfg = Config.fromfile(config)
-    return cfg, build(cfg)
+    return cfg, complexity.build_on_meta(cfg)

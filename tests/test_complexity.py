@@ -11,7 +11,7 @@ from tests.recipes import RECIPES
 @pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith(('_ss', '_ms'))])
 def test_flops_are_the_published_ones(name):
     published = RECIPES[name][-1]
-    counted = complexity.count(Config.fromfile(ROOT / 'configs' / f'{name}.py'))
+    counted = complexity.compute_complexity(Config.fromfile(ROOT / 'configs' / f'{name}.py'))
     bar = 0.01 if name.startswith('upernet') else 0.02
     assert counted.flops / 1e9 == pytest.approx(published, rel=bar)
     assert counted.size == ((2560, 640) if '_640_' in name else (2048, 512)
@@ -23,7 +23,7 @@ def test_the_count_is_that_of_a_run():
     from mmengine.registry import MODELS
     from torch.utils.flop_counter import FlopCounterMode
     cfg = Config.fromfile(DEMO_SEGMENTATION)
-    counted = complexity.count(cfg, (128, 96))
+    counted = complexity.compute_complexity(cfg, (128, 96))
     cfg.model.backbone.memory = 'plain'  # the counter knows no fused operations
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -33,11 +33,11 @@ def test_the_count_is_that_of_a_run():
 
 
 def test_roi_heads_are_counted_by_the_authors_number_of_rois(monkeypatch):
-    whole = complexity.count(Config.fromfile(DEMO_DETECTION)).flops
+    whole = complexity.compute_complexity(Config.fromfile(DEMO_DETECTION)).flops
     monkeypatch.setattr(complexity, 'PROPOSALS', 0)
-    without_boxes = complexity.count(Config.fromfile(DEMO_DETECTION)).flops
+    without_boxes = complexity.compute_complexity(Config.fromfile(DEMO_DETECTION)).flops
     monkeypatch.setattr(complexity, 'MASKS', 0)
-    without_heads = complexity.count(Config.fromfile(DEMO_DETECTION)).flops
+    without_heads = complexity.compute_complexity(Config.fromfile(DEMO_DETECTION)).flops
     cfg = Config.fromfile(DEMO_DETECTION)
     head = cfg.model.roi_head.bbox_head[0]
     first = 64 * 32 * 9 * 49  # four convolutions, the layer behind them, class and box
@@ -64,7 +64,7 @@ def test_memory_is_reckoned_from_what_autograd_keeps():
     from tests.helpers import saved_by
     cfg = Config.fromfile(DEMO_SEGMENTATION)
     cfg.model.backbone.memory = 'plain'
-    found = complexity.training_memory(cfg, pictures=2)
+    found = complexity.estimate_training_memory(cfg, pictures=2)
     model = MODELS.build(cfg.model).train()
     assert found.states == 16 * sum(p.numel() for p in model.parameters())
     classes, area = 8, 2 * 128 * 128
@@ -74,20 +74,20 @@ def test_memory_is_reckoned_from_what_autograd_keeps():
         features = model.extract_feat(torch.zeros(2, 3, 128, 128))
         return model.decode_head(features), model.auxiliary_head(features)
     # Norms' statistics are of other dtypes there: a five-hundredth.
-    assert found.kept == pytest.approx(
+    assert found.activations == pytest.approx(
         saved_by(forward, list(model.parameters()), True) * 2**20, rel=0.003)
 
 
 @pytest.mark.parametrize(('name', 'limit'), [('large_640', 8.0), ('xlarge_640', 14.0)])
 def test_what_a_card_can_train(name, limit):
     cfg = Config.fromfile(ROOT / 'configs' / f'upernet_convnext_{name}_160k_ade20k.py')
-    lean = complexity.training_memory(cfg).total
+    lean = complexity.estimate_training_memory(cfg).total
     assert lean / 1e9 <= limit
     cfg.model.backbone.memory = 'minimal'
-    assert complexity.training_memory(cfg).total < lean
+    assert complexity.estimate_training_memory(cfg).total < lean
 
 
 def test_memory_of_detectors_is_not_reckoned():
     from convnext_mm import UserError
     with pytest.raises(UserError, match='for segmentors only'):
-        complexity.training_memory(Config.fromfile(DEMO_DETECTION))
+        complexity.estimate_training_memory(Config.fromfile(DEMO_DETECTION))

@@ -44,19 +44,19 @@ def test_every_recipe_is_there(models):
 @pytest.mark.slow
 def test_figures_are_what_the_tool_counts(models):
     """Parameters, FLOPs and estimated memory; tools/make_tables.py puts them into the pages."""
-    from convnext_mm.complexity import count, training_memory
+    from convnext_mm.complexity import compute_complexity, estimate_training_memory
     from convnext_mm.engine.checks import read_config
     estimated = 0
     for model in models:
         path, meta = str(ROOT / model['Config']), model['Metadata']
-        counted = count(read_config(path))
+        counted = compute_complexity(read_config(path))
         assert f'{counted.parameters / 1e6:.2f}' == f'{meta["Parameters (M)"]:.2f}', path
         assert round(counted.flops / 1e9) == meta['FLOPs (G)'], path
         for memory in MEMORY:
             figure = meta.get(f'Training Memory of {memory} (GB, estimated)')
             if figure is not None:
                 cfg = read_config(path, {'model.backbone.memory': memory})
-                assert f'{training_memory(cfg).total / 1e9:.2f}' == f'{figure:.2f}', path
+                assert f'{estimate_training_memory(cfg).total / 1e9:.2f}' == f'{figure:.2f}', path
                 estimated += 1
         weights = read_config(path).model.backbone.init_cfg.checkpoint
         assert meta['Pretrained On'] == ('ImageNet-22K' if '_22k_' in weights else 'ImageNet-1K')
@@ -105,10 +105,10 @@ def weights(config: str, path) -> str:
     from mmengine.registry import MODELS, init_default_scope
 
     from convnext_mm.engine.checks import read_config
-    from convnext_mm.engine.fallbacks import adapt
+    from convnext_mm.engine.fallbacks import adapt_to_device
     cfg = read_config(config, {'model.backbone.init_cfg': None})
     init_default_scope(cfg.default_scope)
-    adapt(cfg)
+    adapt_to_device(cfg)
     torch.manual_seed(0)
     state = MODELS.build(cfg.model).state_dict()
     for ours, theirs in (('dwconv', 'depthwise_conv'), ('pwconv1', 'pointwise_conv1'),
@@ -136,11 +136,11 @@ def test_inferencer_of_mmdet(photo, tmp_path):
     from mmdet.apis import DetInferencer
 
     from convnext_mm.engine.checks import read_config
-    from convnext_mm.engine.speed import pack
+    from convnext_mm.engine.speed import enable_packed_inference
     from convnext_mm.prediction import Predictor
     checkpoint = weights(DEMO_DETECTION, tmp_path / 'weights.pth')
     inferencer = DetInferencer(DEMO_DETECTION, weights=checkpoint, device='cpu')
-    pack(inferencer.model)  # as ours is: otherwise sums are taken in another order
+    enable_packed_inference(inferencer.model)  # as ours is: otherwise sums are taken in another order
     theirs = inferencer(photo, return_datasamples=True)['predictions'][0].pred_instances
     ours = Predictor(read_config(DEMO_DETECTION), checkpoint, 'cpu')(photo).pred_instances
     assert len(ours) == len(theirs) > 0

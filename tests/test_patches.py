@@ -42,9 +42,9 @@ TRAINED = """
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
 import convnext_mm
-from convnext_mm.engine.fallbacks import adapt
+from convnext_mm.engine.fallbacks import adapt_to_device
 cfg = Config.fromfile({path!r})
-adapt(cfg)
+adapt_to_device(cfg)
 cfg.work_dir = {work_dir!r}
 cfg.model.backbone.update(depths=[1, 1, 1, 1], dims=[8, 8, 8, 8], init_cfg=None)
 cfg.model.decode_head.update(in_channels=[8, 8, 8, 8], channels=8)

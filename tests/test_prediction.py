@@ -22,8 +22,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         cfg = read_config(config)
         cfg.model.backbone.init_cfg = None
         init_default_scope(cfg.default_scope)
-        from convnext_mm.engine.fallbacks import adapt
-        adapt(cfg)
+        from convnext_mm.engine.fallbacks import adapt_to_device
+        adapt_to_device(cfg)
         torch.manual_seed(0)
         model = MODELS.build(cfg.model)
         model.init_weights()

@@ -1,5 +1,5 @@
 """Check all pictures and annotations of a config's data, and draw dataset.png."""
-from convnext_mm.engine.launch import check_dataset, common_parser, run
+from convnext_mm.engine.launch import check_dataset, common_parser, run_cli
 
 if __name__ == '__main__':
-    run(check_dataset, common_parser(__doc__, launcher=False).parse_args())
+    run_cli(check_dataset, common_parser(__doc__, launcher=False).parse_args())

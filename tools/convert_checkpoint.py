@@ -2,7 +2,7 @@
 import argparse
 
 from convnext_mm.checkpoints import export, naming
-from convnext_mm.engine.launch import run
+from convnext_mm.engine.launch import run_cli
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
@@ -11,4 +11,4 @@ if __name__ == '__main__':
     parser.add_argument('--to', choices=naming.TARGETS, help='whose names to give (as they are)')
     parser.add_argument('--publish', action='store_true',
                         help='weights and meta only, with the hash of the file in its name')
-    run(export.main, parser.parse_args())
+    run_cli(export.main, parser.parse_args())

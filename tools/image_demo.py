@@ -1,7 +1,7 @@
 """Draw what a trained model sees in pictures of your own."""
 import argparse
 
-from convnext_mm.engine.launch import add_options, run
+from convnext_mm.engine.launch import add_cfg_options, run_cli
 from convnext_mm.prediction import image_demo
 
 if __name__ == '__main__':
@@ -15,5 +15,5 @@ if __name__ == '__main__':
     parser.add_argument('--device', help='such as cuda:1 or cpu (a GPU if there is one)')
     parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
                         help='draw detections from this score up (0.3)')
-    add_options(parser)
-    run(image_demo, parser.parse_args())
+    add_cfg_options(parser)
+    run_cli(image_demo, parser.parse_args())

@@ -2,7 +2,7 @@
 import argparse
 
 from convnext_mm.demo_data import make
-from convnext_mm.engine.launch import run
+from convnext_mm.engine.launch import run_cli
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
@@ -10,5 +10,5 @@ if __name__ == '__main__':
     parser.add_argument('--num-train', type=int, default=400, help='pictures to train on (400)')
     parser.add_argument('--num-val', type=int, default=80, help='held-out pictures (80)')
     parser.add_argument('--seed', type=int, default=0, help='same seed, same pictures (0)')
-    run(lambda args: print('Demo data:', make(args.out, args.num_train, args.num_val, args.seed)),
+    run_cli(lambda args: print('Demo data:', make(args.out, args.num_train, args.num_val, args.seed)),
         parser.parse_args())

@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from convnext_mm.engine.launch import run
+from convnext_mm.engine.launch import run_cli
 from convnext_mm.migration.writing import migrate
 
 if __name__ == '__main__':
@@ -14,4 +14,4 @@ if __name__ == '__main__':
     args = parser.parse_args()
     old = Path(args.old)
     new = args.new or old.with_name(f'{old.stem}_new.py')
-    run(lambda args: print(migrate(old, new, args.trust)), args)
+    run_cli(lambda args: print(migrate(old, new, args.trust)), args)

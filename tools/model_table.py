@@ -2,8 +2,8 @@
 import argparse
 from pathlib import Path
 
-from convnext_mm.complexity import table
-from convnext_mm.engine.launch import run
+from convnext_mm.complexity import complexity_table
+from convnext_mm.engine.launch import run_cli
 
 
 def size(text: str) -> tuple[int, int]:
@@ -22,4 +22,4 @@ if __name__ == '__main__':
     args = parser.parse_args()
     recipes = sorted(str(path) for path in (Path(__file__).parent.parent / 'configs').glob('*.py')
                      if not path.stem.endswith(('_ss', '_ms')))
-    run(lambda args: print(table(args.configs or recipes, args.size, args.memory)), args)
+    run_cli(lambda args: print(complexity_table(args.configs or recipes, args.size, args.memory)), args)

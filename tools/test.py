@@ -1,5 +1,5 @@
 """Evaluate a segmentor or a detector."""
-from convnext_mm.engine.launch import common_parser, run, test
+from convnext_mm.engine.launch import common_parser, run_cli, test
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
@@ -10,4 +10,4 @@ if __name__ == '__main__':
     parser.add_argument('--show-dir', help='folder for a picture of every prediction')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a window stays (2)')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    run(test, parser.parse_args())
+    run_cli(test, parser.parse_args())

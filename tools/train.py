@@ -1,5 +1,5 @@
 """Train a segmentor or a detector."""
-from convnext_mm.engine.launch import common_parser, run, train
+from convnext_mm.engine.launch import common_parser, run_cli, train
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
@@ -10,4 +10,4 @@ if __name__ == '__main__':
                         help="scale the learning rate by GPUs × batch / the recipe's 16")
     parser.add_argument('--migrate', action='store_true',
                         help='convert a config for mmcv 0.x or 1.x first, into the work dir')
-    run(train, parser.parse_args())
+    run_cli(train, parser.parse_args())

@@ -34,7 +34,7 @@ UNSET_KEYS = {
          'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
          'experiment_name', 'custom_hooks', 'val_cfg', 'test_cfg', 'test_time_augmentation',
          'check_data', 'fast', *datasets.KEYS),
-    'fast': tuple(speed.KEYS),
+    'fast': tuple(speed.DEFAULTS),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
 """Keys of groups ('': the top) that mean something even where the config does not set them."""
 
@@ -45,14 +45,14 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         UserError: As :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
             :func:`check_backbones`, :func:`convnext_mm.datasets.complete` and
-            :func:`convnext_mm.engine.speed.expand`.
+            :func:`convnext_mm.engine.speed.apply_fast`.
     """
     cfg = load_config(path)
     apply_options(cfg, options)
     check_toolbox(cfg)
     check_backbones(cfg.get('model'))
     datasets.complete(cfg)
-    speed.expand(cfg)
+    speed.apply_fast(cfg)
     return cfg
 
 
@@ -148,14 +148,14 @@ def check_backbones(model: Any) -> None:
         UserError: Names the unknown one, and the closest known.
     """
     known = [*inspect.signature(ConvNeXt).parameters]
-    for path, backbone in speed.backbones(model):
+    for path, backbone in speed.find_backbones(model):
         for key in backbone:
             if key not in known and key != 'type':
                 raise UserError(f'{path} has {key!r}, which is no argument of ConvNeXt.' + (
                     suggest(key, known) or f' Its arguments: {", ".join(known)}'))
 
 
-def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
+def check_data_exists(cfg: Config, splits: tuple[str, ...]) -> None:
     """See that every folder and annotation file of the ``splits`` ('train', …) is there.
 
     Raises:
@@ -180,7 +180,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                         f'{TRY_DEMO}')
 
 
-def glance_at_data(cfg: Config, splits: tuple[str, ...], sample: int = 16) -> None:
+def check_data_sample(cfg: Config, splits: tuple[str, ...], sample: int = 16) -> None:
     """Look at some pictures of each split before it is used, and print what is found.
 
     ``check_data=False`` in the config leaves it out.

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..utils import is_first_process
 
 
-def adapt(cfg: Config) -> list[str]:
+def adapt_to_device(cfg: Config) -> list[str]:
     """Change ``cfg`` in place so that it runs here; nothing changes where there is a GPU.
 
     Returns:
@@ -44,8 +44,8 @@ def adapt(cfg: Config) -> list[str]:
     return changes
 
 
-def announce(changes: list[str]) -> None:
-    """Say in one line what :func:`adapt` changed."""
+def log_changes(changes: list[str]) -> None:
+    """Say in one line what :func:`adapt_to_device` changed."""
     if changes and is_first_process():
         print_log(f'No GPU here, running on the CPU: {", ".join(changes)}.', logger='current')
 

@@ -21,7 +21,7 @@ from ..utils import is_first_process, unwrap_model
 from . import checks, fallbacks, speed
 
 
-class Options(DictAction):
+class KeyValueAction(DictAction):
     """mmengine's KEY=VALUE pairs; what is no pair is an error of usage."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -38,7 +38,7 @@ def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentP
                         'configs/upernet_convnext_tiny_512_160k_ade20k.py')
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and pictures '
                         '(work_dirs/CONFIG)')
-    add_options(parser)
+    add_cfg_options(parser)
     if not launcher:
         return parser
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -48,15 +48,15 @@ def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentP
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     """``--cfg-options``."""
-    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=KeyValueAction, metavar='KEY=VALUE',
                         help='change settings of the config, such as '
                         'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
                         'lists as key="[a,b]"')
 
 
-def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Call ``action(args)``; a user's mistake ends in its message and status 2."""
     try:
         action(args)
@@ -69,7 +69,7 @@ def run(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) 
 def train(args: argparse.Namespace) -> None:
     """Train by ``args``: those of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``,
     ``migrate``."""
-    cfg = _configure(args)
+    cfg = _load_config(args)
     if args.amp:
         if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, this config has '
@@ -85,14 +85,14 @@ def train(args: argparse.Namespace) -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
-    with _running(cfg, splits) as runner:
+    with _build_runner(cfg, splits) as runner:
         runner.train()
 
 
 def test(args: argparse.Namespace) -> None:
     """Evaluate by ``args``: those of :func:`common_parser` and ``checkpoint``, ``out``, ``show``,
     ``show_dir``, ``wait_time``, ``tta``."""
-    cfg = _configure(args)
+    cfg = _load_config(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
@@ -105,10 +105,10 @@ def test(args: argparse.Namespace) -> None:
     if args.tta or cfg.get('test_time_augmentation'):  # the latter in the _ms recipes
         _use_tta(cfg)
     dump = _dump_predictions(cfg, args.out) if args.out else None
-    with _running(cfg, ('test',)) as runner:
+    with _build_runner(cfg, ('test',)) as runner:
         model = unwrap_model(runner.model)  # from several processes, from augmentation
         checkpoints.check_complete(model, args.checkpoint)
-        speed.pack(model)
+        speed.enable_packed_inference(model)
         if dump is not None:
             runner.test_evaluator.metrics.append(dump())
         runner.test()
@@ -120,8 +120,8 @@ def check_dataset(args: argparse.Namespace) -> None:
     Raises:
         UserError: There are errors, which have been printed.
     """
-    cfg = _configure(args)
-    checks.check_data(cfg, ('train', 'val'))
+    cfg = _load_config(args)
+    checks.check_data_exists(cfg, ('train', 'val'))
     found = inspection.inspect(cfg)
     print(inspection.report(found))
     picture = Path(cfg.work_dir, 'dataset.png')
@@ -131,10 +131,10 @@ def check_dataset(args: argparse.Namespace) -> None:
         raise UserError('the data has errors (✗ above)')
 
 
-def _configure(args: argparse.Namespace) -> Config:
+def _load_config(args: argparse.Namespace) -> Config:
     """The config with the options of the command line in it."""
     if vars(args).get('migrate'):
-        args.config = _migrated(args)
+        args.config = _migrate_old_config(args)
     cfg = checks.read_config(args.config, args.cfg_options)
     if 'launcher' in args:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -146,7 +146,7 @@ def _configure(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _migrated(args: argparse.Namespace) -> str:
+def _migrate_old_config(args: argparse.Namespace) -> str:
     """The new config for an old one, kept in the work dir; a new one as it is."""
     if not migration.old_keys(args.config):
         return args.config
@@ -161,17 +161,17 @@ def _migrated(args: argparse.Namespace) -> str:
 
 
 @contextmanager
-def _running(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
+def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
     """Check the input, adapt the config to the machine, and build the Runner in its processes."""
-    changes = fallbacks.adapt(cfg)
-    checks.check_data(cfg, splits)
-    checks.glance_at_data(cfg, splits)
+    changes = fallbacks.adapt_to_device(cfg)
+    checks.check_data_exists(cfg, splits)
+    checks.check_data_sample(cfg, splits)
     checks.check_weights(cfg, training='train' in splits)
     with fallbacks.process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if not any(isinstance(hook, FitCheckpointHook) for hook in runner.hooks):
             runner.register_hook(FitCheckpointHook())  # the config has its own custom_hooks
-        fallbacks.announce(changes)
+        fallbacks.log_changes(changes)
         yield runner
 
 

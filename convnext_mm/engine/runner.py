@@ -12,7 +12,7 @@ class ConvNeXtRunner(Runner):
     """mmengine's Runner for a config that is completed first.
 
     So the train and test scripts of mmseg and mmdet apply what a user's ``data_root``, ``classes``
-    and ``fast`` imply (:func:`convnext_mm.datasets.complete`, :func:`speed.expand`), as the tools
+    and ``fast`` imply (:func:`convnext_mm.datasets.complete`, :func:`speed.apply_fast`), as the tools
     of this package do.
     """
 
@@ -21,8 +21,8 @@ class ConvNeXtRunner(Runner):
         """Build from a config, which is completed in place.
 
         Raises:
-            UserError: As :func:`convnext_mm.datasets.complete` and :func:`speed.expand`.
+            UserError: As :func:`convnext_mm.datasets.complete` and :func:`speed.apply_fast`.
         """
         complete(cfg)
-        speed.expand(cfg)
+        speed.apply_fast(cfg)
         return super().from_cfg(cfg)

@@ -15,13 +15,13 @@ from ..errors import UserError
 from ..fused import Packable
 from ..utils import suggest, unwrap_model
 
-KEYS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
+DEFAULTS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
                             dynamic=False, cuda_graphs=False,
                             triton=False)
 """The keys of ``fast``, with what they are where they are not said."""
 
 
-def expand(cfg: Config) -> None:
+def apply_fast(cfg: Config) -> None:
     """Turn ``cfg.fast`` into settings of the optimizer's wrapper and a :class:`SpeedHook`.
 
     Raises:
@@ -31,10 +31,10 @@ def expand(cfg: Config) -> None:
     if not fast:
         return
     for key in fast:
-        if key not in KEYS:
+        if key not in DEFAULTS:
             raise UserError(f'fast.{key} is unknown.'
-                            + (suggest(key, KEYS) or f' Its keys: {", ".join(KEYS)}'))
-    settings = {**KEYS, **fast}
+                            + (suggest(key, DEFAULTS) or f' Its keys: {", ".join(DEFAULTS)}'))
+    settings = {**DEFAULTS, **fast}
     if settings['cuda_graphs'] and not settings['compile']:
         raise UserError("fast.cuda_graphs captures what fast.compile names: set e.g. "
                         "compile=['backbone', 'decode_head']")
@@ -47,7 +47,7 @@ def expand(cfg: Config) -> None:
         # Its range is fp32's: there is nothing to scale.
         wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False))
     if settings['triton']:
-        for _, backbone in backbones(cfg.get('model')):
+        for _, backbone in find_backbones(cfg.get('model')):
             backbone['triton'] = True
     hook = dict(type='SpeedHook', **{key: settings[key] for key in (
         'channels_last', 'compile', 'dynamic', 'cuda_graphs')})
@@ -55,13 +55,13 @@ def expand(cfg: Config) -> None:
     cfg.custom_hooks = [*others, hook]
 
 
-def backbones(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
+def find_backbones(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
     """(path, config) of every ConvNeXt inside ``node``."""
     if isinstance(node, dict) and node.get('type') == 'ConvNeXt':
         yield path, node
     for key, value in (node.items() if isinstance(node, dict) else
                        enumerate(node) if isinstance(node, (list, tuple)) else ()):
-        yield from backbones(value, f'{path}.{key}')
+        yield from find_backbones(value, f'{path}.{key}')
 
 
 class SpeedHook(Hook):
@@ -139,7 +139,7 @@ def use_channels_last(model: nn.Module) -> None:
         cutter.register_forward_pre_hook(_contiguous)
 
 
-def pack(model: nn.Module) -> None:
+def enable_packed_inference(model: nn.Module) -> None:
     """Let inference on a CPU keep weights as oneDNN takes them (see ``packed`` of ConvNeXt)."""
     for module in model.modules():
         if isinstance(module, Packable):

@@ -68,10 +68,10 @@ model = dict(roi_head=dict(mask_head=[_base_.model.roi_head.mask_head] * 3))
 
 
 def test_the_models_are_built_with_these_classes(read):
-    from convnext_mm.complexity import build
-    model = build(read(SEG))
+    from convnext_mm.complexity import build_on_meta
+    model = build_on_meta(read(SEG))
     assert [h.conv_seg.out_channels for h in (model.decode_head, model.auxiliary_head)] == [3, 3]
-    model = build(read(DET))
+    model = build_on_meta(read(DET))
     assert [head.fc_cls.out_features for head in model.roi_head.bbox_head] == [3, 3, 3]
     assert [head.conv_logits.out_channels for head in model.roi_head.mask_head] == [2, 2, 2]
 

@@ -331,20 +331,20 @@ def test_the_tool_reports_and_draws(tmp_path):
 def test_training_looks_at_some_of_it_first(tmp_path, capsys, monkeypatch):
     data = Segmentation(tmp_path)
     cfg = checks.read_config(str(data.config))
-    checks.glance_at_data(cfg, ('train', 'val'))
+    checks.check_data_sample(cfg, ('train', 'val'))
     assert 'Data: train 6 pictures, val 2 pictures; 16 of each looked at' in capsys.readouterr().out
     mask(tmp_path / 'masks/train/3.png', [0, 9])
     with pytest.raises(checks.UserError, match=r'(?s)values outside of the classes: 9.*check_data'):
-        checks.glance_at_data(cfg, ('train', 'val'))
-    checks.glance_at_data(checks.read_config(str(data.config), {'check_data': False}), ('train',))
+        checks.check_data_sample(cfg, ('train', 'val'))
+    checks.check_data_sample(checks.read_config(str(data.config), {'check_data': False}), ('train',))
     monkeypatch.setenv('RANK', '1')
-    checks.glance_at_data(cfg, ('train', 'val'))
+    checks.check_data_sample(cfg, ('train', 'val'))
     assert capsys.readouterr().out == ''
 
 
 def test_a_swallowed_class_is_said_at_the_start(tmp_path, capsys):
     data = Segmentation(tmp_path, extra='')
-    checks.glance_at_data(checks.read_config(str(data.config)), ('train', 'val'))
+    checks.check_data_sample(checks.read_config(str(data.config)), ('train', 'val'))
     said = capsys.readouterr().out
     assert said.count('it is swallowed and the others are shifted') == 2
     assert f'python tools/check_dataset.py {data.config}' in said

@@ -56,21 +56,21 @@ def test_options_that_mean_something_are_taken(option, read):
 def test_missing_data_is_listed_with_what_to_do():
     cfg = Config.fromfile(SEGMENTATION)
     with pytest.raises(UserError) as error:
-        checks.check_data(cfg, ('train', 'val'))
+        checks.check_data_exists(cfg, ('train', 'val'))
     message = str(error.value)
     for expected in ('data/ade/ADEChallengeData2016/images/training  pictures (train)',
                      'annotations/validation  masks (val)', 'ADEChallengeData2016.zip',
                      'make demo', '--cfg-options data_root='):
         assert expected in message
     with pytest.raises(UserError, match=r'instances_train2017.json  annotation file \(train\)'):
-        checks.check_data(Config.fromfile(DETECTION), ('train', 'val'))
+        checks.check_data_exists(Config.fromfile(DETECTION), ('train', 'val'))
 
 
 def test_data_root_moves_every_path(demo_data):
     for config, folder in ((SEGMENTATION, 'ADEChallengeData2016'), (DETECTION, 'coco')):
         cfg = Config.fromfile(config)
         checks.apply_options(cfg, {'data_root': str(demo_data / folder)})
-        checks.check_data(cfg, ('train', 'val', 'test'))
+        checks.check_data_exists(cfg, ('train', 'val', 'test'))
 
 
 def test_empty_folder_is_missing_data(demo_data, tmp_path):
@@ -80,7 +80,7 @@ def test_empty_folder_is_missing_data(demo_data, tmp_path):
             (tmp_path / part / split).mkdir(parents=True)
     checks.apply_options(cfg, {'data_root': str(tmp_path)})
     with pytest.raises(UserError, match=r'pictures \(train\), empty'):
-        checks.check_data(cfg, ('train',))
+        checks.check_data_exists(cfg, ('train',))
 
 
 def test_wrapped_datasets_are_looked_into():
@@ -90,7 +90,7 @@ def test_wrapped_datasets_are_looked_into():
                     dict(type='ConcatDataset', datasets=[inner])):
         cfg = Config(dict(train_dataloader=dict(dataset=dataset), default_scope='mmdet'))
         with pytest.raises(UserError, match='/nowhere/a.json'):
-            checks.check_data(cfg, ('train',))
+            checks.check_data_exists(cfg, ('train',))
 
 
 @pytest.mark.parametrize('load_from', [None, 'weights.pth'])

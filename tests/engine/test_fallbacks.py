@@ -17,7 +17,7 @@ def test_a_recipe_on_a_machine_without_gpu(no_gpu, config, layers):
     before = str(cfg).count("'SyncBN'")
     assert before >= layers
     cfg.launcher = 'pytorch'
-    changes = fallbacks.adapt(cfg)
+    changes = fallbacks.adapt_to_device(cfg)
     assert changes == ['mixed precision → fp32', 'SyncBN → BN', 'nccl → gloo']
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert 'loss_scale' not in cfg.optim_wrapper
@@ -30,7 +30,7 @@ def test_a_recipe_on_a_machine_without_gpu(no_gpu, config, layers):
 def test_nothing_changes_with_a_gpu(monkeypatch):
     monkeypatch.setattr(fallbacks, 'get_device', lambda: 'cuda')
     cfg, untouched = Config.fromfile(SEGMENTATION), Config.fromfile(SEGMENTATION)
-    assert fallbacks.adapt(cfg) == []
+    assert fallbacks.adapt_to_device(cfg) == []
     assert cfg.to_dict() == untouched.to_dict()
 
 

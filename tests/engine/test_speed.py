@@ -10,7 +10,7 @@ from torch import nn
 from convnext_mm import UserError
 from convnext_mm.engine import speed
 from convnext_mm.engine.checks import read_config
-from convnext_mm.engine.fallbacks import adapt
+from convnext_mm.engine.fallbacks import adapt_to_device
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, SEGMENTATION
 
 
@@ -30,7 +30,7 @@ def test_the_fragment_is_spread(tmp_path):
     assert cfg.custom_hooks[:-1] == plain.custom_hooks
     assert cfg.custom_hooks[-1].to_dict() == dict(
         type='SpeedHook', channels_last=True, compile=[], dynamic=False, cuda_graphs=False)
-    speed.expand(cfg)
+    speed.apply_fast(cfg)
     assert len(cfg.custom_hooks) == len(plain.custom_hooks) + 1, 'once'
     # As the toolboxes' own scripts read it.
     assert Config.fromfile(tmp_path / 'mine.py').optim_wrapper == cfg.optim_wrapper
@@ -55,7 +55,7 @@ def test_wrong_keys_are_named(tmp_path, text, message):
 
 def built(config: str, seed: int = 0) -> nn.Module:
     cfg = read_config(config, {'model.backbone.init_cfg': None})
-    adapt(cfg)
+    adapt_to_device(cfg)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(seed)
     model = MODELS.build(cfg.model)
