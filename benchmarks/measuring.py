@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns, ceilings of the machine, result files."""
+"""Shared by the benchmarks: timing, memory, peaks of the machine, result files, figures."""
 from __future__ import annotations
 
 import datetime
@@ -25,20 +25,20 @@ RESULTS = Path(__file__).parent / 'results'
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
-def pair(text: str) -> tuple[int, int]:
-    """WxH of the command line."""
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse WxH into (width, height)."""
     width, height = map(int, text.split('x'))
     return width, height
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """How long a step takes, with what it leaves on the GPU."""
+def time_once(step: Callable[[], object]) -> float:
+    """Return the seconds of a step, including the work that it has queued on the GPU."""
     synchronize()
     begin = time.perf_counter()
     step()
@@ -46,28 +46,29 @@ def seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def in_turns(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step; they take turns, so that a slow minute falls on all of them.
+def time_interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each step.
 
-    A step that fails in its first turn, which is for warming up, is left out with its reason.
+    Each round runs every step once, so that a slow phase of the machine affects all of them. A step
+    that fails in the warm-up round is reported and skipped.
     """
     for name in list(steps):
         try:
-            seconds(steps[name])
-        except Exception as error:  # another library's, or out of memory
+            time_once(steps[name])
+        except Exception as error:  # from another library, or out of memory
             print(f'    {name}: {type(error).__name__}: {str(error)[:200]}', file=sys.stderr)
             del steps[name]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats):
+    for round_ in range(repeats):
         for name, step in steps.items():
-            times[name].append(seconds(step))
-        print(f'\r    turn {turn + 1} of {repeats}', end='', file=sys.stderr, flush=True)
+            times[name].append(time_once(step))
+        print(f'\r    round {round_ + 1} of {repeats}', end='', file=sys.stderr, flush=True)
     print('\r' + ' ' * 30, end='\r', file=sys.stderr)
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 
 def peak_memory(step: Callable[[], object]) -> float | None:
-    """MiB that a step holds at most on the GPU; None without one."""
+    """Return the peak GPU memory of a step in MiB, or None without a GPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.reset_peak_memory_stats()
@@ -77,43 +78,45 @@ def peak_memory(step: Callable[[], object]) -> float | None:
 
 
 def page_faults(step: Callable[[], object]) -> int:
-    """Pages that the system hands out in a step, because malloc has given memory back.
+    """Count the minor page faults of a step.
 
-    A step takes longer for them; how many there are depends on what else the process has done.
+    They occur when malloc has returned memory to the system, and they cost time. Their number
+    depends on what the process has done before.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def kept_memory(forward: Callable[[], object], parameters: list[Tensor]) -> float:
-    """MiB that a forward pass keeps for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    kept: dict[int, torch.UntypedStorage] = {}
+def saved_activation_memory(forward: Callable[[], object], parameters: list[Tensor]) -> float:
+    """Return the MiB that a forward pass saves for the backward pass, without the parameters."""
+    excluded = {p.untyped_storage().data_ptr() for p in parameters}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(t: Tensor) -> None:
-        """Holds the storage, or its address could come again; not the tensor, whose graph would
-        hold this function and so itself."""
+        # Storages are kept alive, because a freed address could be reused. Tensors are not: their
+        # graph refers to this function, which would be a reference cycle.
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+        if storage.data_ptr() not in excluded:
+            saved[storage.data_ptr()] = storage
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
         forward()
-    return sum(storage.nbytes() for storage in kept.values()) / 2**20
+    return sum(storage.nbytes() for storage in saved.values()) / 2**20
 
 
-def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOPs and bytes a second of this machine: a large product, and a copy of 256 MiB."""
+def machine_peaks(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Measure FLOP/s with a large matmul, and bytes/s with a copy of 256 MiB."""
     side = 8192 if device == 'cuda' else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in 'ab')
     source = torch.empty(64 * 2**20, device=device)
     target = torch.empty_like(source)
-    times = in_turns(dict(product=lambda: F.linear(a, b), copy=lambda: target.copy_(source)), 5)
-    return 2 * side**3 / times['product'], 2 * source.nbytes / times['copy']
+    times = time_interleaved(
+        dict(matmul=lambda: F.linear(a, b), copy=lambda: target.copy_(source)), 5)
+    return 2 * side**3 / times['matmul'], 2 * source.nbytes / times['copy']
 
 
-def machine() -> str:
-    """This machine and its versions, in a line."""
+def describe_machine() -> str:
+    """Return the processor and the software versions in one line."""
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_name()
     else:
@@ -128,20 +131,20 @@ def machine() -> str:
 
 
 def write_results(name: str, title: str, text: str) -> Path:
-    """Keep a dated file with the machine, the versions and the command; returns its path."""
+    """Write a dated file with the command, the machine and the versions; return its path."""
     today = datetime.date.today().isoformat()
     kind = 'gpu' if torch.cuda.is_available() else 'cpu'
     path = RESULTS / f'{today}-{name}-{kind}.md'
     RESULTS.mkdir(exist_ok=True)
     script = os.path.relpath(sys.argv[0], Path(__file__).parent.parent)
     path.write_text(f'# {title}, {today}\n\n`{" ".join(["python", script, *sys.argv[1:]])}`\n\n'
-                    f'{machine()}.\n\n{text}\n', encoding='utf-8')
+                    f'{describe_machine()}.\n\n{text}\n', encoding='utf-8')
     return path
 
 
-def plot_ratios(path: Path, groups: dict[str, dict[str, float]]) -> None:
-    """How many times as fast as the reference each is: bars, a panel a group; or, of more than six
-    groups, points, a line a group."""
+def plot_speedups(path: Path, groups: dict[str, dict[str, float]]) -> None:
+    """Plot speedups over the baseline: bars in one panel per group, or points in one row per group
+    if there are more than six groups."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -149,14 +152,14 @@ def plot_ratios(path: Path, groups: dict[str, dict[str, float]]) -> None:
         figure = _points(plt, groups)
     else:
         figure = _bars(plt, groups)
-    figure.supxlabel("times as fast as OpenMMLab's sequence", fontsize=10)
+    figure.supxlabel('speedup over the OpenMMLab baseline', fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def _limit(name: str) -> bool:
-    return name.endswith('(limit)')
+def _is_reference(name: str) -> bool:
+    return name.endswith('(reference)')
 
 
 def _bars(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
@@ -165,9 +168,10 @@ def _bars(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
                                 squeeze=False)
     for axis, (title, group) in zip(axes[0], groups.items(), strict=True):
         names = list(group)[::-1]
-        colors = ['tab:orange' if n.startswith('ours') else '0.85' if _limit(n) else '0.6'
+        colors = ['tab:orange' if n.startswith('ours') else '0.85' if _is_reference(n) else '0.6'
                   for n in names]
-        bars = axis.barh(names, [group[n] for n in names], color=colors)
+        labels = [n.replace('convolutions alone', 'convolutions\nalone') for n in names]
+        bars = axis.barh(labels, [group[n] for n in names], color=colors)
         axis.bar_label(bars, fmt='%.2f', padding=3, fontsize=9)
         axis.axvline(1, color='black', linewidth=0.8)
         axis.set_title(title.replace(', ', '\n', 1), fontsize=10, loc='right')
@@ -180,17 +184,17 @@ def _points(plt: ModuleType, groups: dict[str, dict[str, float]]) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 0.3 * len(groups) + 1.8))
     titles = list(groups)[::-1]
     names = dict.fromkeys(n for group in groups.values() for n in group
-                          if n.startswith('ours') or _limit(n))
+                          if n.startswith('ours') or _is_reference(n))
     for name in names:
-        held = [(groups[title][name], row) for row, title in enumerate(titles)
-                if name in groups[title]]
-        style = dict(marker='|', markersize=11) if _limit(name) else dict(marker='o')
-        axis.plot(*zip(*held, strict=True), linestyle='', label=name, **style)
+        points = [(groups[title][name], row) for row, title in enumerate(titles)
+                  if name in groups[title]]
+        style = dict(marker='|', markersize=11) if _is_reference(name) else dict(marker='o')
+        axis.plot(*zip(*points, strict=True), linestyle='', label=name, **style)
     axis.axvline(1, color='black', linewidth=0.8)
     axis.set_yticks(range(len(titles)), titles, fontsize=9)
     axis.grid(axis='y', color='0.92')
     axis.set_axisbelow(True)
     axis.spines[['top', 'right']].set_visible(False)
     axis.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, fontsize=9,
-                frameon=False)
+                columnspacing=1, frameon=False)
     return figure

@@ -1,4 +1,7 @@
-"""What the backbone is measured against, with the parameters of one and the same ConvNeXt."""
+"""The implementations that the backbone is compared with.
+
+Those defined here use the parameters of a given ConvNeXt; transformers and timm bring their own.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnext_mm import ConvNeXt
-from convnext_mm.kernels import eager
-from convnext_mm.kernels.packed import PackedConvolution, packed_linear
+from convnext_mm.fused import eager
+from convnext_mm.fused.packed import PackedConvolution, packed_linear
 from convnext_mm.layers import LayerNorm2d
 
 
 class OpenMMLab(nn.Module):
-    """The reference: OpenMMLab's sequence of operations.
+    """The baseline: OpenMMLab's sequence of operations.
 
-    Maps are (N, C, H, W) throughout and permuted around the norm and the linear layers; norms over
-    channels are made contiguous.
+    Feature maps are (N, C, H, W), and permuted before and after the norm and the linear layers of a
+    block. Norms over channels return contiguous maps.
 
     Args:
-        model: Whose parameters are used.
+        model: Provides the parameters.
     """
 
     def __init__(self, model: ConvNeXt) -> None:
@@ -40,13 +43,13 @@ class OpenMMLab(nn.Module):
         return outs
 
     def branch(self, b: nn.Module, x: Tensor) -> Tensor:
-        """What a block adds to its input."""
+        """The residual branch of a block."""
         y = b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1))))
         y = b.pwconv2(self.grn(b.grn, y)).permute(0, 3, 1, 2)
         return y if b.gamma is None else y.mul(b.gamma.view(1, -1, 1, 1))
 
     def grn(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """V2's global response normalisation of a (N, H, W, C) map; V1 has none."""
+        """Global response normalization of a (N, H, W, C) map in V2; identity in V1."""
         if isinstance(layer, nn.Identity):
             return x
         response = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
@@ -61,7 +64,7 @@ class OpenMMLab(nn.Module):
 
 
 class Authors(OpenMMLab):
-    """The authors' sequence: their own norm over channels, step by step."""
+    """The authors' sequence of operations: the norm over channels is written out."""
 
     def branch(self, b: nn.Module, x: Tensor) -> Tensor:
         y = b.act(b.pwconv1(b.norm(b.dwconv(x).permute(0, 2, 3, 1))))
@@ -75,8 +78,8 @@ class Authors(OpenMMLab):
         return layer.weight[:, None, None] * x + layer.bias[:, None, None]
 
 
-class Products(nn.Module):
-    """The limit: the matrix products of the blocks alone, on maps that are there already."""
+class MatmulsAlone(nn.Module):
+    """A reference: the matmuls of the blocks, on inputs that are allocated beforehand."""
 
     def __init__(self, model: ConvNeXt) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class Products(nn.Module):
         self.inputs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """One product after another; returns what has a gradient."""
+        """Run all matmuls; return their outputs, through which gradients flow."""
         outs = []
         kind = x.device.type
         dtype = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
@@ -102,9 +105,9 @@ class Products(nn.Module):
         return outs
 
 
-class Skeleton(nn.Module):
-    """A nearer limit of inference on a CPU: every product and every convolution, in oneDNN's
-    layout, with nothing between them."""
+class MatmulsAndConvolutionsAlone(nn.Module):
+    """A reference for inference on a CPU: all matmuls and convolutions in oneDNN's layout, without
+    the operations between them."""
 
     def __init__(self, model: ConvNeXt) -> None:
         super().__init__()
@@ -112,7 +115,7 @@ class Skeleton(nn.Module):
         self.stages: list[tuple] = []
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) → nothing; maps pass through."""
+        """Run all operations on (N, 3, H, W); returns an empty list."""
         if not self.stages:
             self.stages = [(self._downsampling(*down), [self._block(b) for b in stage])
                            for down, stage in zip(self.model.downsample_layers, self.model.stages,
@@ -139,32 +142,32 @@ class Skeleton(nn.Module):
                   for linear in (b.pwconv1, b.pwconv2)))
 
 
-def transformers(model: ConvNeXt) -> nn.Module:
-    """transformers' backbone of this size with weights of its own."""
-    import transformers as library
+def transformers_backbone(model: ConvNeXt) -> nn.Module:
+    """Build transformers' backbone of the same size, with its own weights."""
+    import transformers
     version = 'V2' if model.arch.use_grn else ''
-    config = getattr(library, f'ConvNext{version}Config')(
+    config = getattr(transformers, f'ConvNext{version}Config')(
         depths=list(model.arch.depths), hidden_sizes=list(model.arch.dims),
         layer_scale_init_value=1.0,
         out_features=[f'stage{i + 1}' for i in range(len(model.arch.depths))])
-    return Wrapped(getattr(library, f'ConvNext{version}Backbone')(config),
+    return Wrapped(getattr(transformers, f'ConvNext{version}Backbone')(config),
                    lambda out: out.feature_maps)
 
 
-def timm(arch: str) -> nn.Module:
-    """timm's features_only ConvNeXt of a size, with weights of its own."""
-    import timm as library
+def timm_backbone(arch: str) -> nn.Module:
+    """Build timm's features_only ConvNeXt of a size, with its own weights."""
+    import timm
     name = f'convnextv2_{arch[3:]}' if arch.startswith('v2_') else f'convnext_{arch}'
-    return Wrapped(library.create_model(name, features_only=True), lambda out: out)
+    return Wrapped(timm.create_model(name, features_only=True), lambda out: out)
 
 
 class Wrapped(nn.Module):
-    """Another library's model, whose output is a list of maps."""
+    """A model of another library, with a function that takes the feature maps from its output."""
 
-    def __init__(self, model: nn.Module, maps: Callable) -> None:
+    def __init__(self, model: nn.Module, feature_maps: Callable) -> None:
         super().__init__()
-        self.model, self.maps = model, maps
+        self.model, self.feature_maps = model, feature_maps
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) → the feature maps."""
-        return list(self.maps(self.model(x)))
+        return list(self.feature_maps(self.model(x)))

@@ -1,10 +1,11 @@
-"""A recipe's whole training step, by OpenMMLab's backbone and by ours with each key of ``fast``.
+"""Time the training step of a recipe with OpenMMLab's backbone, and with ours and ``fast`` options.
 
-    python benchmarks/train_step.py                             # UPerNet tiny, as its recipe says
+    python benchmarks/train_step.py                             # UPerNet tiny with its own settings
     python benchmarks/train_step.py --config configs/RECIPE.py --size 1280x800       # a detector
 
-Forward, losses, backward, AdamW; the data is on the device already. Drop path is the recipe's, but
-for ``--drop-path``: on a CPU, what it drops is not computed here. Results go to benchmarks/results.
+A step consists of forward pass, losses, backward pass and AdamW, on data that is already on the
+device. The drop path rate is the recipe's unless ``--drop-path`` sets it; on a CPU, our backbone
+does not compute dropped branches. Results go to benchmarks/results.
 """
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from convnext_mm.training import fallbacks, speed
-from convnext_mm.training.checks import read_config
+from convnext_mm.engine import fallbacks, speed
+from convnext_mm.engine.checks import read_config
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-REFERENCE = "OpenMMLab's backbone (reference)"
+BASELINE = "OpenMMLab's backbone (baseline)"
 VARIANTS: dict[str, dict] = {
-    REFERENCE: {}, 'ours': {}, 'ours, minimal': dict(memory='minimal'),
+    BASELINE: {}, 'ours': {}, 'ours, minimal': dict(memory='minimal'),
     'ours, heads channels_last': dict(channels_last=True),
     'ours, fused AdamW': dict(fused_optimizer=True),
     'ours, both': dict(channels_last=True, fused_optimizer=True)}
@@ -41,8 +42,8 @@ if DEVICE == 'cuda':
         channels_last=True, fused_optimizer=True, compile=True, cuda_graphs=True)
 
 
-def build(name: str, variant: dict, args: argparse.Namespace) -> tuple[nn.Module, object]:
-    """Model and optimizer of the recipe, arranged as the variant says."""
+def build_variant(name: str, variant: dict, args: argparse.Namespace) -> tuple[nn.Module, object]:
+    """Build the model and optimizer of the recipe with the options of a variant."""
     options = {'model.backbone.init_cfg': None,
                'model.backbone.memory': variant.get('memory', 'lean')}
     if args.drop_path is not None:
@@ -50,15 +51,15 @@ def build(name: str, variant: dict, args: argparse.Namespace) -> tuple[nn.Module
     cfg = read_config(str(args.config), options)
     if variant.get('fused_optimizer'):
         cfg.optim_wrapper.optimizer.fused = True
-    fallbacks.adapt(cfg)
+    fallbacks.adapt_to_device(cfg)
     cfg.optim_wrapper.type = 'OptimWrapper'
     cfg.optim_wrapper.pop('loss_scale', None)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    model = revert_sync_batchnorm(model)  # there is one process
-    if name == REFERENCE:
+    model = revert_sync_batchnorm(model)  # a single process
+    if name == BASELINE:
         model.backbone = peers.OpenMMLab(model.backbone)
     model.to(DEVICE).train()
     if variant.get('channels_last'):
@@ -72,15 +73,15 @@ def build(name: str, variant: dict, args: argparse.Namespace) -> tuple[nn.Module
     return model, build_optim_wrapper(model, cfg.optim_wrapper).optimizer
 
 
-def samples(model: nn.Module, pictures: int, size: tuple[int, int]) -> tuple[Tensor, list]:
-    """Pictures of noise, with labels or with boxes and masks."""
+def random_batch(model: nn.Module, count: int, size: tuple[int, int]) -> tuple[Tensor, list]:
+    """Return images of noise, and data samples with labels or with boxes and masks."""
     width, height = size
     generator = np.random.default_rng(0)
-    x = torch.randn(pictures, 3, height, width, device=DEVICE)
+    x = torch.randn(count, 3, height, width, device=DEVICE)
     meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width),
                 batch_input_shape=(height, width), scale_factor=(1.0, 1.0))
-    found = []
-    for _ in range(pictures):
+    samples = []
+    for _ in range(count):
         if hasattr(model, 'decode_head'):
             from mmseg.structures import SegDataSample
             labels = generator.integers(0, model.decode_head.num_classes, (1, height, width))
@@ -103,19 +104,19 @@ def samples(model: nn.Module, pictures: int, size: tuple[int, int]) -> tuple[Ten
             sample.ignored_instances = InstanceData(
                 bboxes=torch.zeros(0, 4, device=DEVICE),
                 labels=torch.zeros(0, dtype=torch.long, device=DEVICE))
-        found.append(sample)
-    return x, found
+        samples.append(sample)
+    return x, samples
 
 
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, kind: torch.dtype,
-            args: argparse.Namespace) -> Callable[[], None]:
-    """One step of training; bf16 and fp16 by autocast, without a loss scaler."""
-    x, data = samples(model, args.batch, args.size)
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, kind: torch.dtype,
+              args: argparse.Namespace) -> Callable[[], None]:
+    """Return a training step; bf16 and fp16 use autocast without a loss scaler."""
+    x, samples = random_batch(model, args.batch, args.size)
 
     def step() -> None:
-        torch.manual_seed(0)  # the same drops for all
+        torch.manual_seed(0)  # the same branches are dropped in every variant
         with torch.autocast(DEVICE, kind, enabled=kind != torch.float32):
-            loss, _ = model.parse_losses(model.loss(x, data))
+            loss, _ = model.parse_losses(model.loss(x, samples))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -127,45 +128,46 @@ if __name__ == '__main__':
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', type=Path,
                         default=Path('configs/upernet_convnext_tiny_512_160k_ade20k.py'))
-    parser.add_argument('--size', type=measuring.pair, default=(512, 512), metavar='WxH')
+    parser.add_argument('--size', type=measuring.parse_size, default=(512, 512), metavar='WxH')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--dtypes', nargs='+', choices=measuring.DTYPES, default=['fp32', 'bf16'])
-    parser.add_argument('--drop-path', type=float, help="instead of the recipe's")
+    parser.add_argument('--drop-path', type=float, help="replaces the recipe's rate")
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--compile', action='store_true', help='torch.compile as well')
-    parser.add_argument('--name', default='train-step', help='of the files in benchmarks/results')
+    parser.add_argument('--compile', action='store_true', help='measure torch.compile as well')
+    parser.add_argument('--name', default='train-step',
+                        help='name of the result files in benchmarks/results (train-step)')
     args = parser.parse_args()
     variants = {**VARIANTS, **(COMPILED if args.compile else {})}
-    MMLogger.get_instance('mmengine', log_level='WARNING')  # not how each parameter begins
+    MMLogger.get_instance('mmengine', log_level='WARNING')  # hide how each parameter is initialized
     tables, groups, first = [], {}, None
     title = f'{args.config.stem.split("_patch4")[0]}, {args.batch} × {args.size[0]}×{args.size[1]}'
     for dtype in args.dtypes:
         steps = {}
         for name, variant in variants.items():
-            model, optimizer = build(name, variant, args)
-            steps[name] = step_of(model, optimizer, measuring.DTYPES[dtype], args)
-        times = measuring.in_turns(steps, args.repeats)
-        if REFERENCE not in times:
-            print(f'    {title}, {dtype}: left out, as the reference does not run')
+            model, optimizer = build_variant(name, variant, args)
+            steps[name] = make_step(model, optimizer, measuring.DTYPES[dtype], args)
+        times = measuring.time_interleaved(steps, args.repeats)
+        if BASELINE not in times:
+            print(f'    {title}, {dtype}: skipped, because the baseline failed')
             continue
-        ratios = {name: times[REFERENCE] / spent for name, spent in times.items()}
-        first = first or times[REFERENCE]
+        speedups = {name: times[BASELINE] / spent for name, spent in times.items()}
+        first = first or times[BASELINE]
         lines = [f'**{title}, {dtype}**', '',
-                 f'| | ms | times as fast | as the stock recipe in {args.dtypes[0]} | peak, MiB |',
+                 f'| | ms | speedup | over the baseline in {args.dtypes[0]} | peak memory, MiB |',
                  '|---|---|---|---|---|']
         for name, spent in times.items():
             peak = measuring.peak_memory(steps[name])
-            lines.append(f'| {name} | {1e3 * spent:.0f} | {ratios[name]:.2f} | '
+            lines.append(f'| {name} | {1e3 * spent:.0f} | {speedups[name]:.2f} | '
                          f'{first / spent:.2f} | {"" if peak is None else f"{peak:.0f}"} |')
         print('\n'.join(lines), flush=True)
         tables.append('\n'.join(lines))
-        groups[f'{title}, {dtype}'] = ratios
+        groups[f'{title}, {dtype}'] = speedups
     if not groups:
         parser.exit(1, 'Nothing was measured\n')
-    path = measuring.write_results(args.name, 'A training step beside the stock recipe',
+    path = measuring.write_results(args.name, 'Training step compared with the stock recipe',
                                    '\n\n'.join(tables))
-    picture = path.with_suffix('.png')
-    measuring.plot_ratios(picture, groups)
+    figure = path.with_suffix('.png')
+    measuring.plot_speedups(figure, groups)
     with path.open('a', encoding='utf-8') as file:
-        file.write(f'\n![times as fast]({picture.name})\n')
-    print(f'Kept in {path}')
+        file.write(f'\n![speedup]({figure.name})\n')
+    print(f'Results: {path}')
