@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Arch(NamedTuple):
-    """Blocks and channels of each stage, and whether the blocks have a GRN, as in V2."""
+    """Blocks and channels of each stage, and whether the blocks have GRN, as in V2."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from mmengine.model import BaseModule
@@ -41,15 +42,15 @@ class ConvNeXt(BaseModule):
             all stages, in a list of stages ([2] or [-2]), or per stage ([False, False, True,
             False]).
         norm_eval: Keep norms in eval mode during training. LayerNorm and GRN compute the same in
-            both modes: this is for norms with running statistics that a user puts in.
+            both modes: this is for custom norms with running statistics.
         output_stride: 8, 16 or 32: stages beyond it keep the size of the map and use dilated
             convolutions. Default: no limit.
-        memory: Activations that a block saves for the backward pass: five maps ('lean', the
-            fastest), one ('minimal', recomputes a sixth of the matmuls), or all ('plain', one
-            layer after another). The numbers are the same.
+        memory: Activations that a block saves for the backward pass: five maps of C channels
+            ('lean', the fastest), one ('minimal', recomputes a sixth of the matmuls), or all
+            ('plain', one layer after another). The numbers are the same.
         triton: Use the package's Triton kernels on GPUs that support them.
-        packed: Let inference on a CPU also keep weights in oneDNN's layout: faster, for twice the
-            memory of the weights. Changes of parameters are noticed, but not through ``.data``.
+        packed: Whether inference on a CPU also holds the weights in oneDNN's layout: faster, at
+            twice their memory. Changed parameters are noticed, except writes through ``.data``.
         init_cfg: ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` loads backbone weights in any
             published naming (:func:`convnext_mm.checkpoints.load_backbone`). Without it:
             truncated normal with std 0.02, zero biases (Liu et al., Section 3).
@@ -60,6 +61,7 @@ class ConvNeXt(BaseModule):
 
     memory_format = torch.channels_last  # of the maps inside; a subclass may change it
     contiguous_outputs = True  # False: outputs in memory_format; see forward
+    is_init: bool  # of BaseModule
 
     def __init__(self,
                  arch: str = 'tiny',
@@ -77,7 +79,7 @@ class ConvNeXt(BaseModule):
                  memory: str = 'lean',
                  triton: bool = False,
                  packed: bool = False,
-                 init_cfg: dict | None = None) -> None:
+                 init_cfg: dict[str, Any] | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch, layer_scale, self.out_indices, self.with_cp = check_options(
             arch, depths, dims, use_grn, drop_path_rate, layer_scale_init_value, out_indices,
@@ -112,7 +114,7 @@ class ConvNeXt(BaseModule):
 
         for module in self._frozen():
             module.requires_grad_(False)
-        # Whoever loads (torch, mmengine, a toolbox): every published naming is accepted.
+        # Every loader (torch, mmengine, a toolbox) accepts every published naming.
         self.register_load_state_dict_pre_hook(checkpoints.rename_on_load)
 
     def init_weights(self) -> None:
@@ -122,7 +124,8 @@ class ConvNeXt(BaseModule):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.init_cfg:
             checkpoints.load_backbone(self, self.init_cfg)
         self.is_init = True
@@ -130,9 +133,9 @@ class ConvNeXt(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(N, in_chans, H, W) → one (N, dims[i], H / stride, W / stride) per out index.
 
-        The outputs are contiguous: mmcv's compiled operators (RoIAlign among them) read memory in
-        that order whatever a tensor's strides, and return nonsense for channels_last maps. Where
-        no such operator follows, ``contiguous_outputs = False`` saves the copies.
+        The outputs are contiguous: mmcv's compiled operators (such as RoIAlign) ignore strides and
+        return wrong results for channels_last maps. Where no such operator follows,
+        ``contiguous_outputs = False`` saves the copies.
         """
         # In channels_last, the permutations around norms and linear layers copy nothing.
         x = x.contiguous(memory_format=self.memory_format)
@@ -140,7 +143,7 @@ class ConvNeXt(BaseModule):
         for i, (downsample, stage) in enumerate(
                 zip(self.downsample_layers, self.stages, strict=True)):
             x = downsample(x)
-            for block in stage:
+            for block in cast(nn.Sequential, stage):
                 if i in self.with_cp and torch.is_grad_enabled():
                     x = checkpoint(block, x, use_reentrant=False)
                 else:
@@ -167,7 +170,7 @@ class ConvNeXt(BaseModule):
 
         Args:
             param_name: Name of the parameter in the model.
-            prefix: Of the backbone in the model, such as 'backbone.'.
+            prefix: The backbone's prefix in the model, such as 'backbone.'.
             decay_type: 'layer_wise' or 'stage_wise'.
             num_layers: Layers to count; 'auto': one per block (or stage). Default: the authors'.
 
@@ -175,12 +178,12 @@ class ConvNeXt(BaseModule):
             The depth, from 0 (stem) to ``num_layers + 1`` (output norms), and the number of
             depths, ``num_layers + 2``, as mmpretrain's backbones return them.
         """
-        depths = [len(stage) for stage in self.stages]
+        depths = [len(cast(nn.Sequential, stage)) for stage in self.stages]
         rule = layer_decay.convnext_rule(depths, decay_type, num_layers)
         return rule.depth(param_name.removeprefix(prefix)), rule.num_layers + 2
 
     def _frozen(self) -> list[nn.Module]:
-        """The stem and the stages that ``frozen_stages`` names."""
+        """The modules frozen by ``frozen_stages``: the stem and the first stages."""
         if self.frozen_stages < 0:
             return []
         return [*self.downsample_layers[:max(self.frozen_stages, 1)],

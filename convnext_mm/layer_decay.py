@@ -24,8 +24,8 @@ class Rule(NamedTuple):
 def convnext_layer_id(name: str, num_layers: int) -> int:
     """Depth of a ConvNeXt parameter in ``layer_wise`` decay.
 
-    Three blocks of the third stage form a layer; the fourth stage (and any after it) is one
-    layer; output norms come after it, as do neck and heads.
+    The first two stages are one layer each, three blocks of the third stage form a layer, and the
+    fourth stage (and any after it) is one layer. Output norms come last, as do neck and heads.
 
     Args:
         name: Parameter name in the backbone, such as ``stages.2.4.gamma``.
@@ -87,20 +87,20 @@ def convnext_rule(depths: Sequence[int], decay_type: str = 'layer_wise',
 
     Args:
         depths: Blocks per stage.
-        decay_type: 'stage_wise', or layer-wise.
-        num_layers: Layers to count; 'auto': one per block, or per stage with 'stage_wise'. None:
-            as many as layers of :func:`convnext_layer_id`, which is the authors' 6 or 12.
+        decay_type: 'stage_wise'; anything else is layer-wise.
+        num_layers: Number of layers; 'auto': one per block, or per stage with 'stage_wise'. None:
+            as many as :func:`convnext_layer_id` distinguishes (6 or 12 in the authors' recipes).
     """
     if decay_type == 'stage_wise':
-        count = len(depths) if num_layers == 'auto' else _count(depths, num_layers)
+        count = len(depths) if num_layers == 'auto' else _count_layers(depths, num_layers)
         return Rule(lambda name: convnext_stage_id(name, count), count)
     if num_layers == 'auto':
         return Rule(lambda name: convnext_block_id(name, depths), sum(depths))
-    count = _count(depths, num_layers)
+    count = _count_layers(depths, num_layers)
     return Rule(lambda name: convnext_layer_id(name, count), count)
 
 
-def _count(depths: Sequence[int], num_layers: int | str | None) -> int:
+def _count_layers(depths: Sequence[int], num_layers: int | str | None) -> int:
     if num_layers is not None:
         return int(num_layers)
     thirds = -(-depths[2] // 3) if len(depths) > 2 else 0
@@ -117,5 +117,5 @@ def vit_layer_id(name: str, num_layers: int) -> int:
 
 
 def lr_scale(layer_id: int, num_layers: int, decay_rate: float) -> float:
-    """The factor of the learning rate at a depth: 1 at ``num_layers + 1``, less before it."""
+    """The factor of the learning rate at a depth: 1 at ``num_layers + 1``, smaller below."""
     return decay_rate ** (num_layers + 1 - layer_id)

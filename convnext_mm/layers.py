@@ -7,25 +7,19 @@ from torch import Tensor, nn
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a (N, C, H, W) map.
-
-    The (N, H, W, C) view goes through PyTorch's fused kernel; on a channels_last map neither
-    permutation copies.
-    """
+    """LayerNorm over the channels of a (N, C, H, W) map."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # PyTorch's fused kernel wants channels last; on a channels_last map nothing is copied.
         x = x.permute(0, 2, 3, 1)
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias,
                             self.eps).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Sequential):
-    """LayerNorm over channels, then a convolution of stride 2 (Liu et al., 2022, Section 2.6).
+    """LayerNorm over channels, then a 2x2 convolution with stride 2 (Liu et al., 2022, Sec. 2.6).
 
-    Args:
-        in_channels: C.
-        out_channels: C'.
-        dilation: Not None: no stride; see :class:`DilatedConv`.
+    With ``dilation``, the convolution has no stride; see :class:`DilatedConv`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int | None = None) -> None:
@@ -36,10 +30,10 @@ class Downsample(nn.Sequential):
 
 
 class DilatedConv(nn.Conv2d):
-    """The 2x2 convolution between stages without its stride: the map keeps its size.
+    """The 2x2 convolution of :class:`Downsample` without stride: the size of the map stays.
 
-    Padding is on the right and at the bottom only, so that every ``dilation``-th output equals
-    that of the strided convolution.
+    Padding is at the right and bottom only, so that every ``dilation``-th output equals that of
+    the strided convolution.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,11 +42,10 @@ class DilatedConv(nn.Conv2d):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch per sample (Huang et al., 2016).
+    """Stochastic depth: zeroes a residual branch of a sample in training (Huang et al., 2016).
 
-    Args:
-        drop_prob: Probability that a sample's branch is zeroed in training. The others are
-            divided by ``1 - drop_prob``, which keeps the mean.
+    It does so with probability ``drop_prob``. The other branches are divided by
+    ``1 - drop_prob``, which preserves the mean.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -76,11 +69,7 @@ class DropPath(nn.Module):
 
 
 class GRN(nn.Module):
-    """Global response normalization (Woo et al., "ConvNeXt V2", 2023, Section 3, Algorithm 1).
-
-    Args:
-        dim: Channels of the (N, H, W, dim) input.
-    """
+    """Global response normalization (Woo et al., 2023, Algorithm 1) of a (N, H, W, dim) map."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -89,9 +78,9 @@ class GRN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In half precision, the sum of squares over a map would overflow.
-        response = torch.linalg.vector_norm(
+        norm = torch.linalg.vector_norm(
             x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        response = response / (response.mean(dim=-1, keepdim=True) + 1e-6)
+        response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
         # gamma · (x · response) + beta + x, in one pass over x instead of four.
         scale = 1 + self.gamma * response
         return torch.addcmul(self.beta.to(x.dtype), x, scale.to(x.dtype))
@@ -127,8 +116,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        y: Tensor = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.pwconv2(self.grn(self.act(self.pwconv1(y))))
         if self.gamma is not None:
             y = y * self.gamma
-        return x + self.drop_path(y.permute(0, 3, 1, 2))
+        y = self.drop_path(y.permute(0, 3, 1, 2))
+        return x + y

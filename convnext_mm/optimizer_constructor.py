@@ -1,4 +1,4 @@
-"""The optimizer constructor that gives each layer of a backbone its own learning rate."""
+"""Optimizer constructor for layer-wise learning-rate decay."""
 from __future__ import annotations
 
 import inspect
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -21,55 +21,54 @@ from .layers import GRN
 from .utils import suggest
 
 WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
-"""Parts that DistributedDataParallel, torch.compile, FSDP and checkpointing add to names."""
+"""What DistributedDataParallel, torch.compile, FSDP and checkpointing insert into names."""
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, GRN)
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or module without the parts that wrappers add."""
+    """The name of a parameter or module without what wrappers insert."""
     return '.'.join(part for part in name.split('.') if part not in WRAPPERS)
 
 
 class UnknownBackbone(UserError, NotImplementedError):
-    """A backbone without a rule of decay; mmseg raises NotImplementedError here."""
+    """A backbone without a decay rule; mmseg raises NotImplementedError in this case."""
 
 
 class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
-    """Gives each layer of the backbone a learning rate that shrinks towards the input.
+    """Gives each layer of the backbone a learning rate that decays towards the input.
 
-    Biases and one-dimensional parameters get no weight decay, nor does V2's GRN; frozen
-    parameters are left out. The backbone may sit anywhere in the model, and the model or parts of
-    it may be wrapped (DistributedDataParallel, FSDP, torch.compile). Registered under this
-    name in the mmengine, mmseg and mmdet scopes.
+    Biases, one-dimensional parameters and V2's GRN get no weight decay; frozen parameters are
+    excluded. The backbone may be anywhere in the model, and the model or parts of it may be
+    wrapped (DistributedDataParallel, FSDP, torch.compile). Registered under this name in the
+    scopes mmengine, mmseg and mmdet.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper with its ``optimizer``.
         paramwise_cfg: Required:
 
-            - ``decay_rate``: factor a layer, above 0 and at most 1.
-            - ``num_layers``: 6 or 12 in the authors' recipes; 'auto' makes every block a step of
-              its own (with 'stage_wise': every stage).
+            - ``decay_rate``: factor per layer, above 0 and at most 1.
+            - ``num_layers``: 6 or 12 in the authors' recipes; 'auto': one layer per block (with
+              'stage_wise': per stage).
 
             Optional:
 
             - ``decay_type``: 'layer_wise' (default) or 'stage_wise' for ConvNeXt, 'layer_wise'
-              or 'layer_wise_vit' for BEiT and MAE. Other backbones say their layers by a
-              method ``get_layer_depth(param_name, prefix)``, which returns depth and number
-              of layers, as mmpretrain's do.
+              or 'layer_wise_vit' for BEiT and MAE. Other backbones need a method
+              ``get_layer_depth(param_name, prefix)`` that returns a parameter's depth and the
+              number of depths, as mmpretrain's have.
             - ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult``,
               ``dwconv_decay_mult``, ``bias_lr_mult``, ``dcn_offset_lr_mult``: as in mmengine's
-              DefaultOptimWrapperConstructor. Factors of learning rates are multiplied with
-              the layer's; factors of weight decay go before the rule above, which holds where
-              none is given.
-            - ``bypass_duplicate``: a parameter that two modules share is taken once, with a
-              warning (True), is an error (False), or is taken once (not given).
+              DefaultOptimWrapperConstructor. Factors of the learning rate multiply the layer's;
+              factors of the weight decay override the rule above.
+            - ``bypass_duplicate``: a parameter shared by two modules is added once, with a warning
+              (True) or without (not given), or is an error (False).
 
     Raises:
-        UserError: ``paramwise_cfg`` lacks a value, has a wrong one or an unknown key; or
-            ``num_layers`` is less than the backbone has; the optimizer has no ``lr``; or FSDP has
-            flattened the parameters.
-        UnknownBackbone: There is no rule for the model's backbone.
+        UserError: ``paramwise_cfg`` has a missing or wrong value or an unknown key; ``num_layers``
+            is less than the backbone has; the optimizer has no ``lr``; or FSDP has flattened the
+            parameters.
+        UnknownBackbone: The model's backbone has no decay rule.
     """
 
     MULTIPLIERS = ('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'dwconv_decay_mult',
@@ -87,29 +86,29 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         if any(name.endswith('_flat_param') for name, _ in model.named_parameters()):
             raise UserError('FSDP has flattened the parameters of several layers into one, which '
-                            'can have but one learning rate: set use_orig_params=True in '
+                            'can have only one learning rate: set use_orig_params=True in '
                             'model_wrapper_cfg')
         with ExitStack() as stack:
             if any(_is_fsdp(module) for module in model.modules()):
                 from torch.distributed.fsdp import FullyShardedDataParallel
-                # Shards are one-dimensional, and a parameter's shape says whether it decays.
+                # Shards are one-dimensional, but whether a parameter decays depends on its shape.
                 stack.enter_context(
                     FullyShardedDataParallel.summon_full_params(model, writeback=False))
             return super().__call__(model)
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Append ``module``'s parameter groups to ``params``, one per depth and decay."""
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+        """Append ``module``'s parameter groups to ``params``, one per depth and weight decay."""
         if not _is_number(self.base_lr):
             raise UserError(f'optim_wrapper.optimizer.lr must be a number, got {self.base_lr!r}: '
-                            'it is what layers get a share of')
+                            'learning rates of layers are fractions of it')
         rules = self.find_rules(module)
-        outside = Rule(lambda name: 0, -1)  # depth and number of layers that make a factor of 1
+        outside = Rule(lambda name: 0, -1)  # gives a factor of 1
         last = max((rule.num_layers for rule in rules.values()), default=0) + 1
         groups: dict[str, dict] = {}
         seen: set[int] = set()
         bypass = self.paramwise_cfg.get('bypass_duplicate')
         unmatched = set(self.paramwise_cfg.get('custom_keys', ()))
-        for name, param, owner, parent in _parameters(module):
+        for name, param, owner, parent in _named_parameters(module):
             if not param.requires_grad:
                 continue
             if id(param) in seen:
@@ -125,9 +124,9 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             rule = outside if prefix is None else rules[prefix]
             depth = rule.depth(name[len(prefix or ''):])
             scale = lr_scale(depth, rule.num_layers, self.decay_rate)
-            lr_mult, decay_mult, custom = self.multipliers(name, param, owner, parent)
+            lr_mult, decay_mult, custom = self.find_multipliers(name, param, owner, parent)
             unmatched.discard(custom)
-            # A weight decay that the config does not set is left to the optimizer's default.
+            # Without a weight decay in the config, the optimizer's default applies.
             settings: dict[str, Any] = dict(lr_scale=scale * lr_mult,
                                             lr=scale * lr_mult * self.base_lr)
             if decay_mult == 0:
@@ -141,23 +140,23 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                 + (f'_lr×{lr_mult:g}' if lr_mult != 1 else '')
                 + (f'_wd×{decay_mult:g}' if decay_mult not in (0, 1) else '')
                 + (f' ({custom})' if custom else ''))
-            # Several backbones may put other factors at one depth.
+            # Two backbones may have different factors at the same depth.
             key = f'{settings["group_name"]} {scale}'
             group = groups.setdefault(key, dict(settings, params=[], param_names=[]))
             group['params'].append(param)
             group['param_names'].append(name)
         for key in sorted(unmatched):
-            print_log(f'paramwise_cfg.custom_keys: {key!r} is in no name of a parameter that '
-                      'trains (or a longer key took them all)', logger='current',
+            print_log(f'paramwise_cfg.custom_keys: {key!r} is in no name of a trainable parameter '
+                      '(or a longer key matches all of them)', logger='current',
                       level=logging.WARNING)
         self.log_groups(groups)
         params.extend(groups.values())
 
     def find_rules(self, model: nn.Module) -> dict[str, Rule]:
-        """The rule of every backbone in ``model``, under the prefix of its parameters' names.
+        """{prefix of its parameters' names: decay rule} of every backbone in ``model``.
 
         Raises:
-            UnknownBackbone: There is none that a rule is known for.
+            UnknownBackbone: No module has a decay rule.
         """
         rules: dict[str, Rule] = {}
         unknown = [type(model).__name__]
@@ -166,7 +165,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             prefix = path + '.' if path else ''
             if any(prefix.startswith(known) for known in rules):
                 continue
-            rule = self.rule(module, prefix)
+            rule = self.find_rule(module, prefix)
             if rule is not None:
                 rules[prefix] = rule
             elif path.endswith('backbone'):
@@ -174,17 +173,17 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         if not rules:
             raise UnknownBackbone(
                 f'LearningRateDecayOptimizerConstructor has no {self.decay_type} rule for the '
-                f'backbone {unknown[-1]}: it knows ConvNeXt (layer_wise, stage_wise), BEiT and MAE '
-                '(layer_wise), and backbones with a method get_layer_depth(param_name, prefix) '
-                'that returns depth and number of layers')
+                f'backbone {unknown[-1]}. Supported are ConvNeXt (layer_wise, stage_wise), BEiT '
+                'and MAE (layer_wise), and backbones with a method get_layer_depth(param_name, '
+                'prefix) that returns depth and number of depths')
         return rules
 
-    def rule(self, module: nn.Module, prefix: str) -> Rule | None:
-        """The rule for ``module`` if it is a backbone that one is known for.
+    def find_rule(self, module: Any, prefix: str) -> Rule | None:
+        """The decay rule of ``module``; None if it is not a supported backbone.
 
         Args:
             module: Any module of the model.
-            prefix: Of its parameters' names, such as ``backbone.``.
+            prefix: Prefix of its parameters' names, such as ``backbone.``.
 
         Raises:
             UserError: ``num_layers`` does not fit it.
@@ -193,16 +192,16 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         names = [plain_name(name) for name, _ in module.named_parameters()]
         stage_wise, auto = self.decay_type == 'stage_wise', self.num_layers == 'auto'
         num_layers: Any = self.num_layers
-        # Looked up on the class, since wrappers forward attributes to what they wrap.
-        ask = getattr(type(module), 'get_layer_depth', None)
+        # Looked up on the class, since wrappers forward attributes to the wrapped module.
+        get_depth = getattr(type(module), 'get_layer_depth', None)
         is_convnext = {'stages', 'downsample_layers'} <= children
-        if ask and 'decay_type' in inspect.signature(ask).parameters:
+        if get_depth and 'decay_type' in inspect.signature(get_depth).parameters:
             def depth_of(name: str) -> tuple[int, int]:
                 return module.get_layer_depth(prefix + name, prefix, self.decay_type, num_layers)
             rule = Rule(lambda name: depth_of(name)[0], depth_of(names[0])[1] - 2)
-        elif is_convnext and (stage_wise or not ask):  # another implementation of ConvNeXt
-            rule = convnext_rule(_counts(names), self.decay_type, num_layers)
-        elif ask:
+        elif is_convnext and (stage_wise or not get_depth):  # another implementation of ConvNeXt
+            rule = convnext_rule(_count_blocks(names), self.decay_type, num_layers)
+        elif get_depth:
             return self._mmpretrain_rule(module, prefix, names)
         elif (re.search('BEiT|MAE', ' '.join(kind.__name__ for kind in type(module).__mro__))
               and 'layers' in children and not stage_wise):
@@ -211,18 +210,18 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             rule = Rule(lambda name: vit_layer_id(name, num_layers), num_layers)
         else:
             return None
-        # More layers than num_layers would be faster than the heads, not slower.
+        # Layers beyond num_layers would learn faster than the heads.
         deepest = max((rule.depth(name) for name in names
                        if name.startswith(('stages.', 'downsample_layers.', 'layers.'))), default=0)
         if deepest > rule.num_layers:
             raise UserError(
-                f'paramwise_cfg.num_layers={num_layers} is too few: the backbone '
+                f'paramwise_cfg.num_layers={num_layers} is too small: the backbone '
                 f'{type(module).__name__} has a layer {deepest} in {self.decay_type} decay. Write '
-                f"num_layers={deepest + (len(_counts(names)) > 3 and not stage_wise)}, or 'auto' "
-                f'for a step for every {"stage" if stage_wise else "block"}')
+                f'num_layers={deepest + (len(_count_blocks(names)) > 3 and not stage_wise)}, or '
+                f"'auto' for one layer per {'stage' if stage_wise else 'block'}")
         return rule
 
-    def _mmpretrain_rule(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Rule:
+    def _mmpretrain_rule(self, module: Any, prefix: str, names: Sequence[str]) -> Rule:
         """The rule of a backbone with mmpretrain's ``get_layer_depth(param_name, prefix)``."""
         kind = type(module).__name__
         if self.decay_type == 'stage_wise':
@@ -235,15 +234,15 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                             f"num_layers='auto' or {defined}")
         return Rule(lambda name: module.get_layer_depth(prefix + name, prefix)[0], defined)
 
-    def multipliers(self, name: str, param: nn.Parameter, owner: nn.Module,
-                    parent: nn.Module | None) -> tuple[float, float, str | None]:
-        """What ``paramwise_cfg`` says of one parameter, by mmengine's precedence.
+    def find_multipliers(self, name: str, param: nn.Parameter, owner: nn.Module,
+                         parent: nn.Module | None) -> tuple[float, float, str | None]:
+        """The factors of a parameter in ``paramwise_cfg``, with mmengine's precedence.
 
         Args:
             name: Its name in the model, without wrappers.
             param: The parameter.
-            owner: The module it is a parameter of.
-            parent: The module that ``owner`` is a child of.
+            owner: The module that owns it.
+            parent: The parent module of ``owner``.
 
         Returns:
             Factors of learning rate and weight decay, and the custom key that matched.
@@ -251,7 +250,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         cfg = self.paramwise_cfg
         short = name.rsplit('.', 1)[-1]
         is_norm, is_bias = isinstance(owner, NORMS), short == 'bias'
-        # GRN's parameters have four axes; the authors of V2 leave them out by name.
+        # GRN's parameters have four axes; the authors of V2 exclude them by name.
         decay_mult = 0.0 if (param.ndim == 1 or is_bias or isinstance(owner, GRN)
                              or name in ('pos_embed', 'cls_token')) else 1.0
         keys = cfg.get('custom_keys', {})
@@ -276,7 +275,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         return lr_mult, decay_mult, None
 
     def log_groups(self, groups: dict[str, dict]) -> None:
-        """One line a group, from the stem to the heads."""
+        """Log one line per group, from the stem to the heads."""
         width = max((len(group['group_name']) for group in groups.values()), default=0) + 2
         lines = [f'{self.decay_type} learning-rate decay {self.decay_rate}, '
                  f'{self.num_layers} layers',
@@ -289,10 +288,10 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         print_log('\n'.join(lines), logger='current')
 
     def _validate_cfg(self) -> None:
-        """See that ``paramwise_cfg`` and the optimizer's config say what is needed.
+        """Check ``paramwise_cfg`` against the optimizer's config.
 
         Raises:
-            UserError: Names the key, the value and what was expected.
+            UserError: A missing or wrong value, or an unknown key.
         """
         cfg = self.paramwise_cfg
         example = ('write e.g. paramwise_cfg=dict(decay_rate=0.9, num_layers=6, '
@@ -306,38 +305,38 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                             f'{rate!r}: {example}')
         if layers != 'auto' and (not isinstance(layers, int) or isinstance(layers, bool)
                                  or layers < 1):
-            raise UserError("paramwise_cfg.num_layers must be a whole number from 1 up or 'auto', "
-                            f'got {layers!r}: {example}')
+            raise UserError("paramwise_cfg.num_layers must be a whole number of at least 1, or "
+                            f"'auto', got {layers!r}: {example}")
         decay_type = cfg.get('decay_type', 'layer_wise')
         if decay_type not in self.DECAY_TYPES:
-            raise UserError(f'paramwise_cfg.decay_type={decay_type!r}: expected '
+            raise UserError(f'paramwise_cfg.decay_type={decay_type!r}: expected one of '
                             f'{", ".join(map(repr, self.DECAY_TYPES))}')
         bypass = cfg.get('bypass_duplicate')
         if not isinstance(bypass, (bool, type(None))):
             raise UserError(f'paramwise_cfg.bypass_duplicate={bypass!r} must be True or False')
         custom = cfg.get('custom_keys', {})
         if not isinstance(custom, dict) or not all(isinstance(v, dict) for v in custom.values()):
-            raise UserError(f'paramwise_cfg.custom_keys={custom!r} must be a dict from a part of '
-                            'parameters\' names to factors: write e.g. '
+            raise UserError(f'paramwise_cfg.custom_keys={custom!r} must map parts of parameter '
+                            'names to dicts of factors: write e.g. '
                             'custom_keys=dict(decode_head=dict(lr_mult=10.0))')
         factors = {key: cfg[key] for key in self.MULTIPLIERS if cfg.get(key) is not None}
         for name, entry in custom.items():
             # Other keys are settings of the optimizer, such as betas.
             _check_keys(f'paramwise_cfg.custom_keys.{name}', entry, ('lr_mult', 'decay_mult'),
-                        only_near=True)
+                        only_typos=True)
             factors.update({f'custom_keys.{name}.{key}': value for key, value in entry.items()
                             if key in ('lr_mult', 'decay_mult')})
         for key, value in factors.items():
             if not _is_number(value) or value < 0:
-                raise UserError(f'paramwise_cfg.{key}={value!r} must be a number from 0 up')
+                raise UserError(f'paramwise_cfg.{key}={value!r} must be a number of at least 0')
             if key.endswith('decay_mult') and value and self.base_wd is None:
                 raise UserError(f'paramwise_cfg.{key}={value!r} multiplies the weight decay: set '
                                 'optim_wrapper.optimizer.weight_decay as well')
 
 
-def _parameters(model: nn.Module
-                ) -> Iterator[tuple[str, nn.Parameter, nn.Module, nn.Module | None]]:
-    """(plain name, parameter, its module, that module's parent); shared ones come repeatedly."""
+def _named_parameters(model: nn.Module
+                      ) -> Iterator[tuple[str, nn.Parameter, nn.Module, nn.Module | None]]:
+    """(plain name, parameter, its module, that module's parent); shared ones appear repeatedly."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in modules.items():
         parent = modules[path.rpartition('.')[0]] if path else None
@@ -346,25 +345,25 @@ def _parameters(model: nn.Module
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    return any(kind.__name__ == 'FullyShardedDataParallel' for kind in type(module).__mro__)
+    return any(cls.__name__ == 'FullyShardedDataParallel' for cls in type(module).__mro__)
 
 
-def _counts(names: Sequence[str]) -> list[int]:
-    """Blocks in each stage, from the names ``stages.STAGE.BLOCK.…``."""
-    found = {tuple(map(int, match.groups())) for name in names
-             if (match := re.match(r'stages\.(\d+)\.(\d+)\.', name))}
-    stages = max((stage for stage, _ in found), default=-1) + 1
-    return [sum(stage == i for stage, _ in found) for i in range(stages)]
+def _count_blocks(names: Sequence[str]) -> list[int]:
+    """Blocks per stage, from names ``stages.STAGE.BLOCK.…``."""
+    blocks = {tuple(map(int, match.groups())) for name in names
+              if (match := re.match(r'stages\.(\d+)\.(\d+)\.', name))}
+    num_stages = max((stage for stage, _ in blocks), default=-1) + 1
+    return [sum(stage == i for stage, _ in blocks) for i in range(num_stages)]
 
 
-def _check_keys(where: str, cfg: dict, known: Sequence[str], only_near: bool = False) -> None:
-    """Refuse unknown keys; with ``only_near`` just those that look like a known one misspelt."""
+def _check_keys(where: str, cfg: dict, known: Sequence[str], only_typos: bool = False) -> None:
+    """Reject unknown keys; with ``only_typos`` only those that resemble a known one."""
     for key in cfg:
         hint = suggest(key, known)
-        if key not in known and (hint or not only_near):
+        if key not in known and (hint or not only_typos):
             raise UserError(f'{where} has no key {key!r}.'
                             + (hint or f' Its keys: {", ".join(known)}'))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ MEMORY = ('plain', 'lean', 'minimal')
 
 
 class Options(NamedTuple):
-    """Options of the backbone, checked and in one form each.
+    """The backbone's options, checked and normalized.
 
     Args:
         arch: Depths, dims and ``use_grn``.
@@ -64,15 +64,15 @@ def check_options(arch: str, depths: Sequence[int] | None, dims: Sequence[int] |
 
 def check_arch(arch: str, depths: Sequence[int] | None = None,
                dims: Sequence[int] | None = None, use_grn: bool | None = None) -> Arch:
-    """The size that ``arch`` names, with explicit values in place of its own.
+    """The size of ``arch``, overridden by explicit values.
 
     Raises:
         UserError: An unknown ``arch``, or values that contradict each other.
     """
     if arch not in ARCHS:
-        parts = [name for name in ARCHS if str(arch) in name]
+        containing = [name for name in ARCHS if str(arch) in name]
         hint = suggest(arch, ARCHS, count=2) or (
-            f' Did you mean {" or ".join(parts)}?' if parts else '')
+            f' Did you mean {" or ".join(containing)}?' if containing else '')
         raise UserError(f'ConvNeXt: arch={arch!r} is unknown; the sizes are {", ".join(ARCHS)}.'
                         f'{hint}')
     published = ARCHS[arch]
@@ -83,7 +83,7 @@ def check_arch(arch: str, depths: Sequence[int] | None = None,
     dims = published.dims if dims is None else tuple(dims)
     if len(depths) != len(dims):
         raise UserError(f'ConvNeXt: depths={list(depths)} and dims={list(dims)} must have the same '
-                        f'number of stages (a missing one is that of arch={arch!r})')
+                        f'number of stages (the default of each is that of arch={arch!r})')
     if not depths or any(not isinstance(n, int) or n < 1 for n in (*depths, *dims)):
         raise UserError(f'ConvNeXt: depths={list(depths)} and dims={list(dims)} must be whole '
                         'numbers of at least 1')
@@ -100,7 +100,7 @@ def _stage_indices(key: str, indices: Sequence[int], stages: int) -> tuple[int, 
 
 def _checkpointed_stages(with_cp: bool | Sequence[int] | Sequence[bool],
                          stages: int) -> tuple[int, ...]:
-    """The stages that ``with_cp`` names."""
+    """The stages that ``with_cp`` selects."""
     if isinstance(with_cp, bool):
         return tuple(range(stages)) if with_cp else ()
     if any(isinstance(flag, bool) for flag in with_cp):

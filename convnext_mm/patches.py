@@ -5,7 +5,7 @@
 
 - ``checkpoints``: mmengine reads checkpoint files without executing what they contain.
 - ``config``: a config that imports this package is completed when mmengine reads it.
-- ``constructors``: mmseg and mmdet find our LearningRateDecayOptimizerConstructor under its name.
+- ``constructors``: in mmseg and mmdet, LearningRateDecayOptimizerConstructor is ours.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmengine.runner import CheckpointLoader
 from . import checkpoints
 from .checkpoints.files import read_only_weights
 from .datasets import complete, completes_configs
-from .engine.speed import expand
+from .engine.speed import apply_fast
 from .errors import UserError
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
 from .utils import suggest
@@ -38,16 +38,15 @@ def apply() -> None:
     """Apply the patches that :data:`SWITCH` names; applying them again changes nothing.
 
     Raises:
-        UserError: It names an unknown patch.
+        UserError: An unknown patch.
     """
     names = os.environ.get(SWITCH)
     chosen = list(PATCHES) if names is None else [
         name.strip() for name in names.split(',') if name.strip() not in ('', 'none')]
     for name in chosen:
         if name not in PATCHES:
-            raise UserError(f'{SWITCH}={names}: there is no patch {name!r}.'
-                            f'{suggest(name, PATCHES)} Expected some of {", ".join(PATCHES)}, '
-                            'separated by commas, or none')
+            raise UserError(f'{SWITCH}={names}: unknown patch {name!r}.{suggest(name, PATCHES)} '
+                            f'Expected some of {", ".join(PATCHES)}, separated by commas, or none')
         PATCHES[name]()
 
 
@@ -56,10 +55,10 @@ def read_checkpoints_safely() -> None:
 
     Why: mmengine falls back to unpickling, which runs any code in a file. Affects everything that
     mmengine's CheckpointLoader reads. Its loaders for other places, such as s3:// and
-    open-mmlab://, stay, and read only weights. Without the patch, files are read as mmengine does;
-    .safetensors files and other namings are then known only to ConvNeXt's own ``init_cfg``.
+    open-mmlab://, remain, but read only weights. Without the patch, mmengine reads files in its own
+    way, and only ConvNeXt's ``init_cfg`` accepts .safetensors files and other namings.
     """
-    def safe(loader: Callable) -> Callable:
+    def restrict(loader: Callable) -> Callable:
         def load(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
             return read_only_weights(loader, filename, map_location=map_location, **kwargs)
         load.reads_only_weights = True  # type: ignore[attr-defined]
@@ -67,39 +66,39 @@ def read_checkpoints_safely() -> None:
 
     for scheme, loader in list(CheckpointLoader._schemes.items()):
         if not hasattr(loader, 'reads_only_weights') and loader is not checkpoints.read:
-            CheckpointLoader.register_scheme(scheme, safe(loader), force=True)
+            CheckpointLoader.register_scheme(scheme, restrict(loader), force=True)
     CheckpointLoader.register_scheme(('', 'http://', 'https://'), checkpoints.read, force=True)
 
 
 def complete_configs() -> None:
     """Let mmengine complete config files that import this package, when it reads them.
 
-    Why: the inferencers of mmseg and mmdet build a model from the path of a config; a recipe with a
-    user's ``classes`` would get heads of the recipe's size. Affects only configs with
+    Why: the inferencers of mmseg and mmdet build a model from the path of a config; a recipe with
+    custom ``classes`` would get heads of the recipe's size. Affects only configs with
     ``convnext_mm`` in ``custom_imports``. Without the patch, training and testing still complete
     configs (:class:`convnext_mm.engine.runner.ConvNeXtRunner`); inferencers do not.
     """
     if hasattr(Config.__init__, 'completes'):
         return
-    construct = Config.__init__
+    original = Config.__init__
 
-    @functools.wraps(construct)
-    def completed(self: Config, *args: Any, **kwargs: Any) -> None:
-        construct(self, *args, **kwargs)
+    @functools.wraps(original)
+    def completing(self: Config, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
         imports = (self.get('custom_imports') or {}).get('imports') or ()
         if completes_configs() and self.filename and 'convnext_mm' in imports:
             complete(self)
-            expand(self)
-    completed.completes = True  # type: ignore[attr-defined]
-    Config.__init__ = completed
+            apply_fast(self)
+    completing.completes = True  # type: ignore[attr-defined]
+    Config.__init__ = completing
 
 
 def override_constructors() -> None:
-    """Let mmseg and mmdet find our optimizer constructor under the name of their own.
+    """Replace mmseg's and mmdet's LearningRateDecayOptimizerConstructor with ours.
 
-    Why: both register a LearningRateDecayOptimizerConstructor that knows neither V2 nor ``'auto'``,
-    and refuses some models. Affects configs with that name in the scopes of mmseg and mmdet.
-    Without the patch, ``_scope_='mmengine'`` beside the name selects ours.
+    Why: theirs support neither V2 nor ``'auto'``, and reject some models. Affects configs with that
+    name in the scopes of mmseg and mmdet. Without the patch, ``_scope_='mmengine'`` beside the name
+    selects ours.
     """
     for toolbox in TOOLBOXES:
         if not find_spec(toolbox):
@@ -120,9 +119,9 @@ def _register(registry: Registry) -> None:
 
 
 def _register_after_import(registry: Registry) -> None:
-    """Register ours whenever the toolbox has registered its own, on the first lookup of a name.
+    """Register ours after the toolbox has registered its own, on the first lookup of a name.
 
-    So neither toolbox is imported (which takes seconds) before it is used.
+    This avoids importing a toolbox, which takes seconds, before it is used.
     """
     if hasattr(registry.import_from_location, 'overrides'):
         return

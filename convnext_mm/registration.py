@@ -21,11 +21,11 @@ from .optimizer_constructor import LearningRateDecayOptimizerConstructor
 def register() -> None:
     """Register all classes with mmengine, whose registries are parents of the toolboxes'.
 
-    A name is found there from every scope that has no class of that name itself.
+    Every scope without a class of the same name finds them there.
     """
     for registry, classes in (
             (MODELS, (ConvNeXt,)), (RUNNERS, (ConvNeXtRunner,)), (PARAM_SCHEDULERS, (PolicyLR,)),
             (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, SpeedHook)),
             (OPTIM_WRAPPER_CONSTRUCTORS, (LearningRateDecayOptimizerConstructor,))):
-        for one in classes:
-            registry.register_module(module=one, force=True)
+        for cls in classes:
+            registry.register_module(module=cls, force=True)

@@ -24,14 +24,14 @@ def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and writes files for all; known before they are connected."""
+    """Whether this process has rank 0 and so prints and writes files; needs no process group."""
     return os.environ.get('RANK', '0') == '0'
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers such as DistributedDataParallel."""
-    while hasattr(model, 'module'):
-        model = model.module
+    while isinstance(inner := getattr(model, 'module', None), nn.Module):
+        model = inner
     return model
 
 
@@ -39,8 +39,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it on success and is removed on an error.
 
-    Readers see the old file or the new one, never a partial one. The suffix stays, since some
-    writers choose the format by it. The caller may move the temporary file elsewhere itself.
+    Readers see the old file or the new one, never a partial one. The suffix stays the same, since
+    some writers choose the format by it. The caller may move the temporary file elsewhere.
     """
     path = Path(path)
     part = path.with_name(f'.{path.stem}_part{path.suffix}')

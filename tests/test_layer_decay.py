@@ -145,7 +145,7 @@ def test_frozen_parameters_are_left_out():
     (dict(decay_rate=0.9, num_layers=6, xyz=1), "no key 'xyz'. Its keys: decay_rate, num_layers"),
     (dict(decay_rate=0.9, num_layers=6, norm_decay_mult=-1), 'norm_decay_mult=-1 must be a numb'),
     (dict(decay_rate=0.9, num_layers=6, bypass_duplicate='yes'), "bypass_duplicate='yes' must be"),
-    (dict(decay_rate=0.9, num_layers=6, custom_keys=['head']), "custom_keys=.'head'. must be a"),
+    (dict(decay_rate=0.9, num_layers=6, custom_keys=['head']), "custom_keys=.'head'. must map"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=10)), "custom_keys={'head': 10} mu"),
     (dict(decay_rate=0.9, num_layers=6, custom_keys=dict(head=dict(lr_mul=10))),
      "custom_keys.head has no key 'lr_mul'. Did you mean lr_mult"),
