@@ -1,4 +1,4 @@
-# Ours, after the authors' V1 recipes; not trained yet.
+# Our recipe, derived from the authors' V1 recipes; not trained yet.
 _base_ = [
     './_base_/models/cascade_mask_rcnn_convnextv2_fpn.py', './_base_/datasets/coco_instance.py',
     './_base_/schedules/schedule_3x_amp.py', './_base_/runtime_mmdet.py'

@@ -1,2 +1,2 @@
-# One scale, sliding window: the recipe as it stands.
+# Single-scale test with a sliding window, as in the recipe itself.
 _base_ = './upernet_convnext_xlarge_640_160k_ade20k.py'

@@ -1,4 +1,4 @@
-# Ours, after the authors' V1 recipes; not trained yet.
+# Our recipe, derived from the authors' V1 recipes; not trained yet.
 _base_ = [
     './_base_/models/upernet_convnextv2.py', './_base_/datasets/ade20k.py',
     './_base_/schedules/schedule_160k_amp.py', './_base_/runtime_mmseg.py'

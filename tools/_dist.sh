@@ -1,5 +1,5 @@
-# Sourced by dist_train.sh and dist_test.sh: starts a script on the GPUs (or CPU processes) of
-# one node or several. Several nodes: run on each with NNODES, NODE_RANK, MASTER_ADDR and PORT.
+# Sourced by dist_train.sh and dist_test.sh: starts a script on the GPUs (or in CPU processes) of
+# one or several nodes. For several, run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT.
 launch() {
     local script=$1 processes=$2
     shift 2
@@ -11,7 +11,7 @@ launch() {
     port=${PORT:-}
     if [ -z "$port" ]; then
         if [ "$nnodes" -gt 1 ]; then
-            echo "Several nodes must agree on a port: set PORT, the same on each." >&2
+            echo "Several nodes need a common port: set PORT to the same value on each node." >&2
             exit 2
         fi
         port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')

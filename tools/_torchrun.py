@@ -1,4 +1,4 @@
-"""torchrun without a traceback of its own: what went wrong, the processes have said already."""
+"""torchrun without its own traceback, because the processes have printed their errors already."""
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,4 +1,4 @@
-"""Train and evaluate segmentation, then detection, on pictures drawn for the purpose."""
+"""Train and evaluate segmentation, then detection, on generated images."""
 from convnext_mm.demo import main
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "Usage: $0 CONFIG GPUS [options of tools/train.py]" >&2
-    echo "Several nodes: NNODES, NODE_RANK, MASTER_ADDR and PORT in the environment of each." >&2
+    echo "For several nodes set NNODES, NODE_RANK, MASTER_ADDR and PORT on each node." >&2
     exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/_dist.sh"

@@ -4,10 +4,10 @@ from convnext_mm.engine.launch import common_parser, run_cli, train
 if __name__ == '__main__':
     parser = common_parser(__doc__)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='go on from CHECKPOINT, or from the latest in the work dir')
+                        help='resume from CHECKPOINT, or from the latest one in the work dir')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
-                        help="scale the learning rate by GPUs × batch / the recipe's 16")
+                        help="scale the learning rate by the total batch size / the recipe's 16")
     parser.add_argument('--migrate', action='store_true',
-                        help='convert a config for mmcv 0.x or 1.x first, into the work dir')
+                        help='first convert a config for mmcv 0.x or 1.x into the work dir')
     run_cli(train, parser.parse_args())

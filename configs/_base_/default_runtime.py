@@ -1,4 +1,4 @@
-# What every recipe of both tasks shares.
+# Settings that all recipes of both tasks share.
 custom_imports = dict(imports=['convnext_mm'], allow_failed_imports=False)
 
 default_hooks = dict(
@@ -22,5 +22,5 @@ runner_type = 'ConvNeXtRunner'  # completes the config for the user's data
 log_level = 'INFO'
 load_from = None
 resume = False
-# --auto-scale-lr: the learning rates are meant for 8 GPUs × 2 images.
+# The learning rates were chosen for 8 GPUs × 2 images; --auto-scale-lr adapts them.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,9 +1,10 @@
-# A faster step: _base_ = ['./RECIPE.py', './_base_/fast.py'], or one key on the command line.
+# A faster training step. Inherit it: _base_ = ['./RECIPE.py', './_base_/fast.py']
+# or set single keys: --cfg-options fast.bf16=True
 fast = dict(
-    channels_last=True,  # convolutions of neck and heads; the backbone always is
-    fused_optimizer=True,  # one kernel for all of AdamW
+    channels_last=True,  # for neck and heads; the backbone always uses it
+    fused_optimizer=True,  # AdamW in one kernel
     bf16=True,  # without a loss scaler; needs an Ampere GPU or newer
     compile=[],  # e.g. ['backbone', 'decode_head', 'auxiliary_head']
     dynamic=False,  # compile for images of any size
-    cuda_graphs=False,  # replay the compiled parts; images of one size
-    triton=False)  # this package's Triton kernels, which have not run on a GPU yet
+    cuda_graphs=False,  # replay the compiled parts; needs images of one size
+    triton=False)  # our Triton kernels; tested in the interpreter, not on a GPU

@@ -1,14 +1,14 @@
-# The tiny Cascade Mask R-CNN recipe on another data set: the demo's. What differs is what yours
-# would change.
+# The tiny Cascade Mask R-CNN recipe on the demo's data set. For your own data set, change the same
+# settings.
 _base_ = ('../cascade_mask_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_'
           '3x_coco_in1k.py')
 
-# Data and classes; the files below data_root are named as in COCO.
+# Data and classes. The files in data_root have the same names as in COCO.
 data_root = 'data/demo/coco/'
 classes = ('ball', 'crate', 'star', 'leaf')
 palette = [(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]
 
-# Crop: pictures of 128 to 160 pixels.
+# Image size: the images have 128 to 160 pixels.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -24,13 +24,13 @@ test_pipeline = [
         type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-in_this_process = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(in_this_process, batch_size=4, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(in_this_process, dataset=dict(pipeline=test_pipeline))
+no_workers = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(no_workers, batch_size=4, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(no_workers, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# Size: that of the segmentation demo, whose backbone this starts from, as the recipes start
-# from one trained on ImageNet; heads to match, for a CPU.
+# Model size for a CPU. The backbone is that of the segmentation demo and starts from its weights,
+# as the recipes start from ImageNet weights.
 depths = [2, 2, 4, 2]
 dims = [32, 64, 128, 256]
 channels = 64
@@ -47,7 +47,7 @@ model = dict(
         in_channels=channels, feat_channels=channels, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=channels),
-        # A list is replaced as a whole: each stage is the recipe's with other sizes.
+        # A list replaces that of the recipe, so each stage repeats the recipe's settings.
         bbox_head=[
             dict(
                 stage,

@@ -1,13 +1,15 @@
-# The tiny UPerNet recipe on another data set: the demo's. What differs is what yours would change.
+# The tiny UPerNet recipe on the demo's data set. For your own data set, change the same settings.
 _base_ = '../upernet_convnext_tiny_512_160k_ade20k.py'
 
-# Data and classes; the folders below data_root are named as in ADE20K, 0 in a mask is no class.
+# Data and classes. The folders in data_root have the same names as in ADE20K; 0 in a mask means
+# no class.
 data_root = 'data/demo/ADEChallengeData2016'
 classes = ('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf')
 palette = [[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
            [255, 167, 38], [255, 238, 88], [0, 150, 136]]
 
-# Crop: pictures of 128 to 160 pixels, whose colours are varied as they are drawn.
+# Crop size: the images have 128 to 160 pixels. Their colors already vary, so there is no
+# PhotoMetricDistortion.
 crop_size = (128, 128)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -23,12 +25,12 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs'),
 ]
-in_this_process = dict(num_workers=0, persistent_workers=False)
-train_dataloader = dict(in_this_process, batch_size=8, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(in_this_process, dataset=dict(pipeline=test_pipeline))
+no_workers = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(no_workers, batch_size=8, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(no_workers, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# Size: a third of tiny's width, from scratch, for a CPU.
+# Model size for a CPU: a third of tiny's width, trained from scratch.
 depths = [2, 2, 4, 2]
 dims = [32, 64, 128, 256]
 model = dict(

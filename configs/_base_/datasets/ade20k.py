@@ -12,7 +12,7 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-# The annotation is loaded behind Resize: the truth stays at the picture's own size.
+# Annotations are loaded after Resize, so that the ground truth keeps the original size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),

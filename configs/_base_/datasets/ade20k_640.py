@@ -1,15 +1,15 @@
-# As in ade20k.py, with pictures and crops of 640 instead of 512.
+# ade20k.py with scales and crops for 640 instead of 512 pixels.
 _base_ = './ade20k.py'
 crop_size = (640, 640)
 scale = (2560, 640)
 
-own = dict(
+sizes = dict(
     RandomResize=dict(scale=scale), RandomCrop=dict(crop_size=crop_size), Resize=dict(scale=scale))
 train_pipeline = [
-    dict(step, **own.get(step['type'], {})) for step in _base_.train_pipeline
+    dict(step, **sizes.get(step['type'], {})) for step in _base_.train_pipeline
 ]
 test_pipeline = [
-    dict(step, **own.get(step['type'], {})) for step in _base_.test_pipeline
+    dict(step, **sizes.get(step['type'], {})) for step in _base_.test_pipeline
 ]
 tta_pipeline = [
     _base_.tta_pipeline[0],

@@ -1,7 +1,7 @@
 dataset_type = 'CocoDataset'
 data_root = 'data/coco/'
 
-# The augmentation of DETR: one resize, or a resize, a crop and a resize.
+# The augmentation of DETR: resize, or resize, crop and resize.
 short_sides = dict(
     type='RandomChoiceResize',
     scales=[(side, 1333) for side in range(480, 801, 32)],
@@ -29,7 +29,7 @@ train_pipeline = [
         ]),
     dict(type='PackDetInputs'),
 ]
-# The annotation is loaded behind Resize: the truth stays at the picture's own size.
+# Annotations are loaded after Resize, so that the ground truth keeps the original size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),

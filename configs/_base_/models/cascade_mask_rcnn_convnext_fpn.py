@@ -6,7 +6,7 @@ model = dict(
         type='CascadeRoIHead',
         num_stages=3,
         stage_loss_weights=[1, 0.5, 0.25],
-        # The three stages differ in how far their boxes may still move.
+        # The stages differ in the target_stds of their box deltas.
         bbox_head=[
             dict(
                 type='ConvFCBBoxHead',

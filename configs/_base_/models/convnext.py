@@ -1,4 +1,4 @@
-# The tiny backbone, and pictures as its weights were trained on them: RGB, normalised.
+# The tiny backbone, and RGB images normalized as in its pretraining.
 model = dict(
     data_preprocessor=dict(
         mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),

@@ -1,9 +1,9 @@
-# What Mask R-CNN and Cascade Mask R-CNN share: pictures, neck, proposals, the ways into the heads.
+# Parts common to Mask R-CNN and Cascade Mask R-CNN: preprocessing, neck, RPN, RoI extractors.
 _base_ = './convnext.py'
 roi_extractor = dict(
     type='SingleRoIExtractor', out_channels=256, featmap_strides=[4, 8, 16, 32])
 nms = dict(type='nms', iou_threshold=0.7)
-# How boxes are matched and sampled for a head: Cascade's three move the threshold.
+# Matching and sampling of boxes for a head; the stages of Cascade R-CNN override the thresholds.
 rcnn_training = dict(
     assigner=dict(
         type='MaxIoUAssigner',
