@@ -1,10 +1,10 @@
-"""Parameters, multiply-adds and memory of a config's model, counted without running it."""
+"""Parameters, FLOPs and training memory of a config's model, computed without running it."""
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -19,11 +19,17 @@ from .errors import UserError
 from .options import MEMORY
 
 PROPOSALS, MASKS = 1000, 100
-"""RoIs that the authors' count sends through each box head and each mask head."""
+"""RoIs per box head and per mask head in the authors' FLOPs."""
 
 
 class Complexity(NamedTuple):
-    """``parameters`` of the whole model, ``flops`` (multiply-adds) for one picture of ``size``."""
+    """Parameters and FLOPs of a model.
+
+    Args:
+        parameters: Parameters of the whole model.
+        flops: Multiply-adds for one image.
+        size: Width and height of the image, in pixels.
+    """
 
     parameters: int
     flops: int
@@ -31,16 +37,19 @@ class Complexity(NamedTuple):
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
-    """The config's model on the meta device: shapes without values. ``cfg`` is fitted to here."""
+    """Build the config's model on the meta device, without memory for its parameters.
+
+    ``cfg`` is adapted to the device (:func:`convnext_mm.engine.fallbacks.adapt_to_device`).
+    """
     fallbacks.adapt_to_device(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of mmseg's losses, which count nothing here
+        warnings.simplefilter('ignore')  # from mmseg's losses, which are not used here
         return MODELS.build(cfg.model)
 
 
 def input_size(cfg: Config) -> tuple[int, int]:
-    """Width and height that the authors count with: 1280×800, or a segmentor's test scale."""
+    """Return the width and height of the papers: 1280×800, or a segmentor's test scale."""
     if cfg.get('default_scope') == 'mmdet':
         return 1280, 800
     steps = cfg.test_dataloader.dataset.pipeline
@@ -48,25 +57,25 @@ def input_size(cfg: Config) -> tuple[int, int]:
 
 
 def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Complexity:
-    """Count a config's model.
+    """Compute parameters and FLOPs of inference.
 
-    Convolutions and products of matrices count, each multiply-add once, as in the papers' "FLOPs";
-    norms, activations and resizing do not. A segmentor's auxiliary head takes no
-    part in inference; a two-stage detector's heads get :data:`PROPOSALS` and :data:`MASKS`.
+    As in the papers, FLOPs are the multiply-adds of convolutions and matmuls, without norms,
+    activations and resizing. The auxiliary head of a segmentor is excluded, since inference does
+    not use it. The heads of a two-stage detector process :data:`PROPOSALS` and :data:`MASKS` RoIs.
 
     Args:
-        cfg: Of a segmentor or a detector; changed by :func:`build_on_meta`.
-        size: Width and height of the picture; not given: :func:`input_size`.
+        cfg: A segmentor's or detector's config; changed by :func:`build_on_meta`.
+        size: Width and height of the image. Default: :func:`input_size`.
     """
     width, height = size = size or input_size(cfg)
-    model = build_on_meta(cfg).eval()
-    picture = torch.empty(1, cfg.model.backbone.get('in_chans', 3), height, width, device='meta')
+    model: Any = build_on_meta(cfg).eval()
+    image = torch.empty(1, cfg.model.backbone.get('in_chans', 3), height, width, device='meta')
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), torch.device('meta'), counter:
         if getattr(model, 'roi_head', None) is None:
-            model(picture, mode='tensor')
+            model(image, mode='tensor')
         else:
-            features = model.extract_feat(picture)
+            features = model.extract_feat(image)
             model.rpn_head(features)
             for kind, rois in (('bbox', PROPOSALS), ('mask', MASKS)):
                 _run_heads(model.roi_head, kind, rois)
@@ -75,70 +84,74 @@ def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Comp
 
 
 class TrainingMemory(NamedTuple):
-    """Bytes that a step of training takes at its peak.
+    """Estimated peak memory of a training step, in bytes.
 
-    ``states``: weights and gradients in fp32, AdamW's two moments. ``kept``: what the backward pass
-    of backbone and heads needs. ``loss``: each head's logits at the size of the pictures, as
-    cross-entropy keeps them, and two more while the decode head's are gone back through.
-    Workspaces of convolutions, copies of weights in half precision and fragmentation come on top.
+    Workspaces of convolutions, half-precision copies of weights and fragmentation are not included.
+
+    Args:
+        states: Weights and gradients in fp32, and both moments of AdamW.
+        activations: Activations that backbone and heads save for the backward pass.
+        loss: Logits of each head at image size, which cross-entropy saves, and two more maps
+            during the backward pass of the decode head's loss.
     """
 
     states: int
-    kept: int
+    activations: int
     loss: int
 
     @property
     def total(self) -> int:
+        """The sum of all parts."""
         return sum(self)
 
 
-def estimate_training_memory(cfg: Config, pictures: int = 2, half: bool = True) -> TrainingMemory:
-    """Reckon the memory that a segmentor trains in, from the tensors that autograd saves.
+def estimate_training_memory(cfg: Config, batch_size: int = 2,
+                             mixed_precision: bool = True) -> TrainingMemory:
+    """Estimate the memory that training a segmentor needs, from the tensors that autograd saves.
 
     Args:
-        cfg: Of a segmentor; changed by :func:`build_on_meta`.
-        pictures: A step's, at the size of its crops.
-        half: Whether it trains in mixed precision.
+        cfg: A segmentor's config; changed by :func:`build_on_meta`.
+        batch_size: Images per GPU, each as large as a crop.
+        mixed_precision: Whether forward and backward pass use mixed precision.
 
     Raises:
-        UserError: The model is no segmentor.
+        UserError: The model is not a segmentor.
     """
     if 'decode_head' not in cfg.model:
-        raise UserError('memory is reckoned for segmentors only: a detector\'s depends on what is '
-                        'in the pictures')
-    cfg.model.backbone.drop_path_rate = 0.0  # nothing is left out
-    width, height = size = tuple(cfg.model.data_preprocessor.size)[::-1]
-    model = build_on_meta(cfg).train()
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # or a storage's number could come again
+        raise UserError('The training memory can be estimated for segmentors only: that of a '
+                        'detector depends on the objects in the images')
+    cfg.model.backbone.drop_path_rate = 0.0  # the peak is reached when no branch is dropped
+    width, height = tuple(cfg.model.data_preprocessor.size)[::-1]
+    model: Any = build_on_meta(cfg).train()
+    saved: dict[int, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address could be used again
 
-    def pack(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         alive.append(tensor)
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        saved[storage._cdata] = storage.nbytes()
         return tensor
-    # Tensors without values that say they were on a CPU, whose autocast knows them.
+    # Autocast does not support meta tensors. Fake tensors have no values either, but a device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device='cpu')
         own = {p.untyped_storage()._cdata for p in model.parameters()}
-        picture = torch.empty(pictures, cfg.model.backbone.get('in_chans', 3), height, width)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                torch.autocast('cpu', torch.bfloat16, enabled=half):
-            features = model.extract_feat(picture)
+        images = torch.empty(batch_size, cfg.model.backbone.get('in_chans', 3), height, width)
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor), \
+                torch.autocast('cpu', torch.bfloat16, enabled=mixed_precision):
+            features = model.extract_feat(images)
             heads = [head for head in (model.decode_head, getattr(model, 'auxiliary_head', None))
                      if head is not None]
             logits = [head(features) for head in heads]
-    area = pictures * size[0] * size[1] * 4
-    maps = [area * one.shape[1] for one in logits]
-    return TrainingMemory(16 * sum(p.numel() for p in model.parameters()),
-                  sum(size for key, size in kept.items() if key not in own),
-                  sum(maps) + 2 * maps[0])
+    logit_bytes = [4 * batch_size * width * height * one.shape[1] for one in logits]
+    return TrainingMemory(states=16 * sum(p.numel() for p in model.parameters()),
+                          activations=sum(size for key, size in saved.items() if key not in own),
+                          loss=sum(logit_bytes) + 2 * logit_bytes[0])
 
 
 def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
-    """Send ``rois`` feature maps through each 'bbox' or 'mask' head, without cutting them out."""
-    heads, extractors = (getattr(roi_head, f'{kind}_{what}', None)
-                         for what in ('head', 'roi_extractor'))
+    """Run each 'bbox' or 'mask' head on feature maps of ``rois`` RoIs, without RoIAlign."""
+    heads: Any = getattr(roi_head, f'{kind}_head', None)
+    extractors: Any = getattr(roi_head, f'{kind}_roi_extractor', None)
     if heads is None:
         return
     if not isinstance(heads, nn.ModuleList):
@@ -149,36 +162,37 @@ def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
 
 def complexity_table(configs: Iterable[str], size: tuple[int, int] | None = None,
           memory: bool = False) -> str:
-    """A Markdown table of configs, a row each, made with a progress bar.
+    """Return a Markdown table with one row per config; show a progress bar.
 
     Args:
-        configs: Files.
-        size: Of the picture that FLOPs are counted for, see :func:`compute_complexity`.
-        memory: Whether the memory of training is reckoned as well, in GB, by what is kept.
+        configs: Config files.
+        size: Width and height of the image, see :func:`compute_complexity`.
+        memory: Whether to add the estimated training memory, in GB, for each ``memory`` option of
+            the backbone.
 
     Raises:
-        UserError: A config cannot be read, or built here.
+        UserError: A config cannot be read, or its model cannot be built.
     """
-    rows = ['| config | parameters | FLOPs | picture |' + (
+    rows = ['| config | parameters | FLOPs | image |' + (
         ''.join(f' training, {m} |' for m in MEMORY) if memory else '')]
     rows.append('|---' * (rows[0].count('|') - 1) + '|')
     for path in track(list(configs), 'Counting', transient=True):
         cfg = checks.read_config(path)
         try:
-            found = compute_complexity(cfg, size)
+            result = compute_complexity(cfg, size)
         except UserError:
             raise
-        except Exception as error:  # a user's config: anything can be wrong in it
-            raise UserError(f'{path}: its model cannot be counted: {type(error).__name__}: '
-                            f'{error}') from error
-        rows.append(f'| `{Path(path).stem}` | {found.parameters / 1e6:.2f}M | '
-                    f'{_billions(found.flops)} | {found.size[0]}×{found.size[1]} |' + (
-                        _memories(path) if memory else ''))
+        except Exception as error:  # a user's model can raise anything
+            raise UserError(f'{path}: the FLOPs of its model cannot be computed: '
+                            f'{type(error).__name__}: {error}') from error
+        rows.append(f'| `{Path(path).stem}` | {result.parameters / 1e6:.2f}M | '
+                    f'{_format_flops(result.flops)} | {result.size[0]}×{result.size[1]} |' + (
+                        _memory_cells(path) if memory else ''))
     return '\n'.join(rows)
 
 
-def _memories(path: str) -> str:
-    """Cells with the memory of training for each way of keeping activations."""
+def _memory_cells(path: str) -> str:
+    """Return table cells with the training memory for each ``memory`` option."""
     cells = []
     for kind in MEMORY:
         cfg = checks.read_config(path, {'model.backbone.memory': kind})
@@ -186,6 +200,6 @@ def _memories(path: str) -> str:
     return ''.join(cells)
 
 
-def _billions(flops: int) -> str:
-    """Whole billions as in the papers' tables; decimals below ten."""
+def _format_flops(flops: int) -> str:
+    """Format as whole billions like the papers' tables, with decimals below ten."""
     return f'{flops / 1e9:.0f}G' if flops >= 1e10 else f'{flops / 1e9:.2g}G'

@@ -1,1 +1,1 @@
-"""What training adds around mmengine's Runner: fallbacks, checks of the input, pictures."""
+"""Training and evaluation around mmengine's Runner: checks, fallbacks, hooks, launching."""

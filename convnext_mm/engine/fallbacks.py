@@ -1,4 +1,4 @@
-"""Lets a recipe written for many GPUs run on what this machine has."""
+"""Adapts a recipe for several GPUs to a machine without one."""
 from __future__ import annotations
 
 import os
@@ -16,10 +16,10 @@ from ..utils import is_first_process
 
 
 def adapt_to_device(cfg: Config) -> list[str]:
-    """Change ``cfg`` in place so that it runs here; nothing changes where there is a GPU.
+    """Replace settings that need a GPU, in place, if there is none.
 
     Returns:
-        What was changed, a line each; empty where nothing had to be.
+        A description of each change.
     """
     if get_device() != 'cpu':
         return []
@@ -37,7 +37,7 @@ def adapt_to_device(cfg: Config) -> list[str]:
         if dist_cfg.get('backend') == 'nccl':
             dist_cfg.backend = 'gloo'
             changes.append('nccl → gloo')
-        # mmengine's own wrapping passes the index of a GPU.
+        # mmengine's default wrapper passes a GPU index.
         cfg.setdefault('model_wrapper_cfg', ConfigDict(
             type='MMDistributedDataParallel', device_ids=None,
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
@@ -45,19 +45,20 @@ def adapt_to_device(cfg: Config) -> list[str]:
 
 
 def log_changes(changes: list[str]) -> None:
-    """Say in one line what :func:`adapt_to_device` changed."""
+    """Log the changes of :func:`adapt_to_device` in one line."""
     if changes and is_first_process():
-        print_log(f'No GPU here, running on the CPU: {", ".join(changes)}.', logger='current')
+        print_log(f'No GPU found, running on the CPU: {", ".join(changes)}.', logger='current')
 
 
 @contextmanager
 def process_group(cfg: Config) -> Iterator[None]:
-    """Open a process group on CPUs, since mmengine's launchers assume GPUs, and close it again.
+    """Initialize a process group on CPUs, and destroy it on exit.
 
-    A group that is still open when the interpreter exits can crash in its own threads.
+    mmengine's launchers require GPUs. A process group that is still open when the interpreter
+    exits can crash in its background threads.
 
     Raises:
-        UserError: A launcher that cannot work without GPUs.
+        UserError: The launcher needs GPUs, or its environment variables are missing.
     """
     if not _needs_process_group(cfg):
         yield
@@ -65,24 +66,28 @@ def process_group(cfg: Config) -> Iterator[None]:
     dist.init_process_group('gloo')
     try:
         yield
-        dist.barrier()  # a process that leaves first would break the others' last messages
+        dist.barrier()  # a process that leaves early would break the others' last messages
     finally:
         dist.destroy_process_group()
 
 
 def _needs_process_group(cfg: Config) -> bool:
-    """Whether this is one of several processes on CPUs, after checks of the launcher."""
+    """Whether ``cfg.launcher`` started several processes on CPUs.
+
+    Raises:
+        UserError: See :func:`process_group`.
+    """
     launcher = cfg.get('launcher', 'none')
     if launcher == 'none' or get_device() != 'cpu' or dist.is_initialized():
         return False
     if launcher != 'pytorch':
-        raise UserError(f'--launcher {launcher} needs a GPU for each process and there is none '
-                        'here; on CPUs use tools/dist_train.sh CONFIG PROCESSES.')
+        raise UserError(f'--launcher {launcher} needs a GPU for each process, but none was found. '
+                        'On CPUs use tools/dist_train.sh CONFIG PROCESSES.')
     missing = [key for key in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK') if key not in os.environ]
     if missing:
         raise UserError(f'--launcher pytorch expects torchrun, which sets {", ".join(missing)}: '
-                        'start with tools/dist_train.sh CONFIG PROCESSES.')
-    # Without a limit every process would start a thread for every core.
+                        'use tools/dist_train.sh CONFIG PROCESSES.')
+    # By default, each process would start one thread per core.
     if 'OMP_NUM_THREADS' not in os.environ:
         local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
@@ -90,7 +95,7 @@ def _needs_process_group(cfg: Config) -> bool:
 
 
 def _replace_sync_bn(node: object) -> int:
-    """SyncBN → BN everywhere below ``node``; returns how many were replaced."""
+    """Replace SyncBN with BN in a config node; return the number of replacements."""
     if isinstance(node, dict):
         count = int(node.get('type') in ('SyncBN', 'MMSyncBN'))
         if count:

@@ -1,4 +1,4 @@
-"""Hooks that draw a run: ``curves.png``, and ``predictions/`` beside input and ground truth."""
+"""Hooks that draw training curves and predictions."""
 from __future__ import annotations
 
 import functools
@@ -16,41 +16,44 @@ from ..visualization import draw_curves, draw_sample, read_log
 
 
 def never_fatal(draw: Callable) -> Callable:
-    """A picture that cannot be drawn costs a warning, not the run."""
+    """Decorate a method so that its errors become warnings: a figure must not stop a run."""
     @functools.wraps(draw)
     def wrapper(*args, **kwargs):
         try:
             return draw(*args, **kwargs)
         except Exception as error:
-            print_log(f'No picture: {type(error).__name__}: {error}', logger='current',
+            print_log(f'Cannot draw: {type(error).__name__}: {error}', logger='current',
                       level=logging.WARNING)
     return wrapper
 
 
 class CurvesHook(Hook):
-    """Keeps ``curves.png`` in the work dir: loss, metric and learning rates over iterations.
+    """Draws ``curves.png`` in the work dir: loss, metrics and learning rates over iterations.
 
-    The learning rates are those of the first and the last layer group, which layer decay
-    sets apart. Drawn after every validation, after training and after testing, from the
-    log that mmengine writes, so that a resumed run's picture begins where the run began.
+    Layer decay gives each layer group a learning rate; the lowest and the highest are drawn. The
+    figure is updated after each validation, after training and after testing. It is drawn from
+    mmengine's log, so that after a resume it still shows the whole run.
     """
 
-    priority = 'LOW'  # behind the hook that writes the log
+    priority = 'LOW'  # after the hook that writes the log
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Add the lowest and the highest learning rate to the log."""
         rates = runner.optim_wrapper.get_lr().get('lr')
-        if rates:  # keys that end in 'lr' are logged with every line
+        if rates:  # scalars whose names end in 'lr' are in every line of the log
             runner.message_hub.update_scalar('train/lowest_lr', min(rates))
             runner.message_hub.update_scalar('train/highest_lr', max(rates))
 
     @master_only
     @never_fatal
     def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        """Update the figure."""
         draw_curves(read_log(runner.work_dir), Path(runner.work_dir, 'curves.png'))
 
     @master_only
     @never_fatal
     def after_train(self, runner) -> None:
+        """Update the figure and log its path."""
         path = Path(runner.work_dir, 'curves.png')
         if draw_curves(read_log(runner.work_dir), path):
             print_log(f'Curves: {path}', logger='current')
@@ -58,18 +61,20 @@ class CurvesHook(Hook):
     @master_only
     @never_fatal
     def after_test(self, runner) -> None:
-        """The training's curves, found in the work dir or beside the tested checkpoint."""
+        """Draw the curves of the training from the log in the work dir or beside the checkpoint."""
         path = Path(runner.work_dir, 'curves.png')
-        beside = os.path.dirname(runner._load_from or '')
-        if draw_curves(read_log(runner.work_dir) or read_log(beside), path):
+        checkpoint_dir = os.path.dirname(runner._load_from or '')
+        if draw_curves(read_log(runner.work_dir) or read_log(checkpoint_dir), path):
             print_log(f'Curves: {path}', logger='current')
 
 
 class PredictionsHook(Hook):
-    """Draws some pictures of every validation and test to ``predictions/`` in the work dir.
+    """Draws predictions of each validation and test to ``predictions/`` in the work dir.
+
+    Each figure shows an image, its ground truth and its prediction side by side.
 
     Args:
-        num_pictures: How many, evenly spread over the data set.
+        num_pictures: Number of images, evenly spread over the data set.
     """
 
     def __init__(self, num_pictures: int = 8) -> None:
@@ -91,4 +96,5 @@ class PredictionsHook(Hook):
 
     @master_only
     def after_test(self, runner) -> None:
+        """Log the path of the figures."""
         print_log(f'Predictions: {Path(runner.work_dir, "predictions")}', logger='current')

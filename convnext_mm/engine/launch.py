@@ -1,4 +1,4 @@
-"""From a config and command-line options to a running Runner, for both tasks."""
+"""Command-line entry points for both tasks: from a config and options to a running Runner."""
 from __future__ import annotations
 
 import argparse
@@ -15,14 +15,15 @@ from mmengine.runner import Runner
 
 from .. import checkpoints, migration
 from ..checkpoints.loading import FitCheckpointHook
-from ..datasets import contact_sheet, inspection
+from ..datasets import inspection
+from ..datasets.contact_sheet import draw_contact_sheet
 from ..errors import UserError
 from ..utils import is_first_process, unwrap_model
 from . import checks, fallbacks, speed
 
 
 class KeyValueAction(DictAction):
-    """mmengine's KEY=VALUE pairs; what is no pair is an error of usage."""
+    """Parses KEY=VALUE pairs as mmengine does, and reports arguments without '='."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         for pair in values:
@@ -32,11 +33,16 @@ class KeyValueAction(DictAction):
 
 
 def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentParser:
-    """The arguments that the tools share; ``launcher``: those of several processes as well."""
+    """Return a parser with the arguments that the tools share.
+
+    Args:
+        description: Shown by ``--help``.
+        launcher: Whether to add the arguments for several processes.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file, such as '
                         'configs/upernet_convnext_tiny_512_160k_ade20k.py')
-    parser.add_argument('--work-dir', help='folder for logs, checkpoints and pictures '
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and figures '
                         '(work_dirs/CONFIG)')
     add_cfg_options(parser)
     if not launcher:
@@ -49,15 +55,15 @@ def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentP
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """``--cfg-options``."""
+    """Add ``--cfg-options``."""
     parser.add_argument('--cfg-options', nargs='+', action=KeyValueAction, metavar='KEY=VALUE',
-                        help='change settings of the config, such as '
+                        help='override settings of the config, such as '
                         'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
-                        'lists as key="[a,b]"')
+                        'a list is key="[a,b]"')
 
 
 def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``action(args)``; a user's mistake ends in its message and status 2."""
+    """Call ``action(args)``; on a :class:`UserError`, print its message and exit with status 2."""
     try:
         action(args)
     except UserError as error:
@@ -67,19 +73,26 @@ def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespa
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train by ``args``: those of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``,
-    ``migrate``."""
+    """Train a model.
+
+    Args:
+        args: Arguments of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr`` and
+            ``migrate``.
+
+    Raises:
+        UserError: The arguments, the config, the data or the weights are unusable.
+    """
     cfg = _load_config(args)
     if args.amp:
         if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
-            raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, this config has '
+            raise UserError(f'--amp needs optim_wrapper.type=OptimWrapper, but this config sets '
                             f'{cfg.optim_wrapper.type}')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UserError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in '
-                            'the config: the batch size over all GPUs that its lr is meant for')
+                            'the config: the total batch size that its lr was chosen for')
         cfg.auto_scale_lr.enable = True
     if args.resume:
         cfg.resume = True
@@ -90,49 +103,59 @@ def train(args: argparse.Namespace) -> None:
 
 
 def test(args: argparse.Namespace) -> None:
-    """Evaluate by ``args``: those of :func:`common_parser` and ``checkpoint``, ``out``, ``show``,
-    ``show_dir``, ``wait_time``, ``tta``."""
+    """Evaluate a model.
+
+    Args:
+        args: Arguments of :func:`common_parser`, ``checkpoint``, ``out``, ``show``, ``show_dir``,
+            ``wait_time`` and ``tta``.
+
+    Raises:
+        UserError: The arguments, the config, the data or the checkpoint are unusable.
+    """
     cfg = _load_config(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
                                                wait_time=args.wait_time)
         if args.show_dir and cfg.default_scope == 'mmdet':
-            # A relative path would be taken below the run's folder of logs.
+            # mmdet resolves a relative path inside the run's log folder.
             cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)
         elif args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
-    if args.tta or cfg.get('test_time_augmentation'):  # the latter in the _ms recipes
+    if args.tta or cfg.get('test_time_augmentation'):  # set in the _ms recipes
         _use_tta(cfg)
-    dump = _dump_predictions(cfg, args.out) if args.out else None
+    build_dump_metric = _dump_predictions(cfg, args.out) if args.out else None
     with _build_runner(cfg, ('test',)) as runner:
-        model = unwrap_model(runner.model)  # from several processes, from augmentation
+        model = unwrap_model(runner.model)  # from DistributedDataParallel and augmentation
         checkpoints.check_complete(model, args.checkpoint)
         speed.enable_packed_inference(model)
-        if dump is not None:
-            runner.test_evaluator.metrics.append(dump())
+        if build_dump_metric is not None:
+            runner.test_evaluator.metrics.append(build_dump_metric())
         runner.test()
 
 
 def check_dataset(args: argparse.Namespace) -> None:
-    """Check the data by ``args``: those of :func:`common_parser`.
+    """Check all images and annotations, print a report and draw a contact sheet.
+
+    Args:
+        args: Arguments of :func:`common_parser`.
 
     Raises:
-        UserError: There are errors, which have been printed.
+        UserError: The data has errors; the report lists them.
     """
     cfg = _load_config(args)
     checks.check_data_exists(cfg, ('train', 'val'))
-    found = inspection.inspect(cfg)
-    print(inspection.report(found))
-    picture = Path(cfg.work_dir, 'dataset.png')
-    contact_sheet.draw(cfg, picture)
-    print(f'Pictures with their annotations: {picture}')
+    found = inspection.inspect_splits(cfg)
+    print(inspection.format_report(found))
+    path = Path(cfg.work_dir, 'dataset.png')
+    draw_contact_sheet(cfg, path)
+    print(f'Images with their annotations: {path}')
     if any(problem.level == 'error' for one in found for problem in one.problems):
         raise UserError('the data has errors (✗ above)')
 
 
 def _load_config(args: argparse.Namespace) -> Config:
-    """The config with the options of the command line in it."""
+    """Return the completed config with the command-line options applied."""
     if vars(args).get('migrate'):
         args.config = _migrate_old_config(args)
     cfg = checks.read_config(args.config, args.cfg_options)
@@ -147,22 +170,22 @@ def _load_config(args: argparse.Namespace) -> Config:
 
 
 def _migrate_old_config(args: argparse.Namespace) -> str:
-    """The new config for an old one, kept in the work dir; a new one as it is."""
+    """Convert an old config into the work dir and return the new path; leave others as they are."""
     if not migration.old_keys(args.config):
         return args.config
     old = Path(args.config)
-    # In a folder of its own: mmengine writes the whole config it runs under the name of the file.
+    # In a subfolder, because mmengine dumps the complete config under this name to the work dir.
     new = Path(args.work_dir or Path('work_dirs', old.stem), 'migrated', old.name)
-    said = migration.migrate(old, new)
-    new.with_name('report.txt').write_text(said + '\n', encoding='utf-8')
+    report = migration.migrate(old, new)
+    new.with_name('report.txt').write_text(report + '\n', encoding='utf-8')
     if is_first_process():
-        print(said)
+        print(report)
     return str(new)
 
 
 @contextmanager
 def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
-    """Check the input, adapt the config to the machine, and build the Runner in its processes."""
+    """Check the input, adapt the config to the device, and build the Runner in a process group."""
     changes = fallbacks.adapt_to_device(cfg)
     checks.check_data_exists(cfg, splits)
     checks.check_data_sample(cfg, splits)
@@ -170,47 +193,47 @@ def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
     with fallbacks.process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if not any(isinstance(hook, FitCheckpointHook) for hook in runner.hooks):
-            runner.register_hook(FitCheckpointHook())  # the config has its own custom_hooks
+            runner.register_hook(FitCheckpointHook())  # the config overrides custom_hooks
         fallbacks.log_changes(changes)
         yield runner
 
 
 def _use_tta(cfg: Config) -> None:
-    """Wrap the model and swap the test pipeline for test-time augmentation.
+    """Wrap the model and replace the test pipeline for test-time augmentation.
 
     Raises:
-        UserError: The config does not say which augmentations.
+        UserError: The config does not define the augmentations.
     """
     for key in ('tta_model', 'tta_pipeline'):
         if key not in cfg:
-            raise UserError(f'--tta needs {key} in the config; the recipes have it in '
+            raise UserError(f'--tta needs {key} in the config; for an example see '
                             'configs/_base_/')
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     roi_head = cfg.model.get('roi_head', {})
     if roi_head.get('mask_head'):
-        print('--tta: boxes only, since mmdet merges no masks.')
+        print('--tta: evaluating boxes only, because mmdet cannot merge masks.')
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = ['bbox']
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
 
 
 def _dump_predictions(cfg: Config, out: str) -> Callable | None:
-    """Have predictions written: PNG masks to a folder (mmseg) or one pickle (mmdet).
+    """Write predictions to a folder of PNG masks (mmseg) or to a pickle file (mmdet).
 
     Returns:
-        For mmdet, what builds the dumping metric once the runner is there.
+        For mmdet, a function that builds the metric to add to the runner's evaluator.
 
     Raises:
-        UserError: A name that mmdet's dump does not take.
+        UserError: The file name does not end in .pkl (mmdet).
     """
     if cfg.default_scope == 'mmseg':
         cfg.test_evaluator.update(output_dir=out, keep_results=True)
         return None
     if not out.endswith(('.pkl', '.pickle')):
-        raise UserError(f'--out {out}: detections are written to one file, expected a name that '
-                        'ends in .pkl')
+        raise UserError(f'--out {out}: detections are written to one file, whose name must end '
+                        'in .pkl')
 
-    def build():
+    def build_metric():
         from mmdet.evaluation import DumpDetResults
         return DumpDetResults(out_file_path=out)
-    return build
+    return build_metric

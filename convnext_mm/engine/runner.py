@@ -1,28 +1,28 @@
-"""The Runner of the recipes (``runner_type`` in their runtime)."""
+"""The Runner that the recipes select by ``runner_type``."""
 from __future__ import annotations
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..datasets import complete
+from ..datasets import complete_config
 from . import speed
 
 
 class ConvNeXtRunner(Runner):
-    """mmengine's Runner for a config that is completed first.
+    """A Runner that completes its config first.
 
-    So the train and test scripts of mmseg and mmdet apply what a user's ``data_root``, ``classes``
-    and ``fast`` imply (:func:`convnext_mm.datasets.complete`, :func:`speed.apply_fast`), as the tools
-    of this package do.
+    So ``data_root``, ``classes`` and ``fast`` work with the train and test scripts of mmseg and
+    mmdet as well as with the tools of this package.
     """
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ConvNeXtRunner:
-        """Build from a config, which is completed in place.
+        """Build a Runner from a config, which is completed in place.
 
         Raises:
-            UserError: As :func:`convnext_mm.datasets.complete` and :func:`speed.apply_fast`.
+            UserError: See :func:`convnext_mm.datasets.complete_config` and
+                :func:`speed.apply_fast`.
         """
-        complete(cfg)
+        complete_config(cfg)
         speed.apply_fast(cfg)
         return super().from_cfg(cfg)

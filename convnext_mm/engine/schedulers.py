@@ -1,4 +1,4 @@
-"""The learning-rate policies of mmcv 1.x, as a scheduler for mmengine."""
+"""The learning-rate policies of mmcv 1.x as an mmengine scheduler."""
 from __future__ import annotations
 
 import math
@@ -7,46 +7,55 @@ from typing import Any
 
 from mmengine.optim.scheduler.param_scheduler import _ParamScheduler
 
+from ..errors import UserError
 
-def regular_rate(policy: str, base: float, progress: float, whole: float, *,
+
+def regular_rate(policy: str, base: float, progress: int, total: int, *,
                  step: int | Sequence[int] = (), gamma: float | None = None,
                  power: float = 1.0, min_lr: float | None = None,
                  min_lr_ratio: float | None = None) -> float:
-    """The learning rate of mmcv 1.x without warm-up (``mmcv.runner.hooks.lr_updater``).
+    """Return the learning rate of mmcv 1.x without warm-up (``mmcv.runner.hooks.lr_updater``).
 
     Args:
         policy: A key of :data:`convnext_mm.migration.schedule.POLICIES`.
-        base: The group's initial learning rate.
+        base: Initial learning rate of the parameter group.
         progress: Iteration or epoch, from 0.
-        whole: Iterations or epochs of the training.
-        step: Where 'step' multiplies by ``gamma``: a list, or one that repeats.
-        gamma: 0.1 for 'step' where it is not given.
-        power: Of 'poly' and 'inv'.
-        min_lr: The rate at the end, of every group.
-        min_lr_ratio: The same as a share of ``base``.
+        total: Total iterations or epochs.
+        step: When 'step' multiplies by ``gamma``: a list of times, or a period.
+        gamma: Factor of 'step' (0.1 if not set), 'exp' and 'inv'.
+        power: Exponent of 'poly' and 'inv'.
+        min_lr: Final learning rate of every group.
+        min_lr_ratio: Final learning rate relative to ``base``.
     """
     if min_lr_ratio is not None:
         min_lr = base * min_lr_ratio
     if policy == 'step':
-        times = progress // step if isinstance(step, int) else sum(progress >= s for s in step)
-        rate = base * (0.1 if gamma is None else gamma) ** times
+        count = progress // step if isinstance(step, int) else sum(progress >= s for s in step)
+        rate = base * (0.1 if gamma is None else gamma) ** count
         return rate if min_lr is None else max(rate, min_lr)
     low = min_lr or 0.0
     if policy == 'poly':
-        return (base - low) * (1 - progress / whole) ** power + low
+        return (base - low) * (1 - progress / total) ** power + low
     if policy == 'CosineAnnealing':
-        return low + 0.5 * (base - low) * (math.cos(math.pi * progress / whole) + 1)
+        return low + 0.5 * (base - low) * (math.cos(math.pi * progress / total) + 1)
     if policy == 'LinearAnnealing':
-        return base + (low - base) * progress / whole
-    if policy == 'exp':
-        return base * gamma ** progress
-    if policy == 'inv':
-        return base * (1 + gamma * progress) ** -power
+        return base + (low - base) * progress / total
+    if policy in ('exp', 'inv'):
+        if gamma is None:
+            raise UserError(f'PolicyLR: policy={policy!r} needs gamma')
+        return base * (gamma ** progress if policy == 'exp' else (1 + gamma * progress) ** -power)
     return base
 
 
 def warmup_factor(warmup: str | None, iteration: int, length: float, ratio: float) -> float:
-    """What a warm-up of mmcv 1.x multiplies the regular rate with."""
+    """Return the factor by which a warm-up of mmcv 1.x multiplies the regular learning rate.
+
+    Args:
+        warmup: 'linear', 'constant', 'exp' or None.
+        iteration: Iteration, from 0.
+        length: Iterations of the warm-up.
+        ratio: Factor at its start.
+    """
     if warmup is None or iteration >= length:
         return 1.0
     if warmup == 'constant':
@@ -57,21 +66,21 @@ def warmup_factor(warmup: str | None, iteration: int, length: float, ratio: floa
 
 
 class PolicyLR(_ParamScheduler):
-    """The learning rate of an ``lr_config`` of mmcv 1.x, by its closed form.
+    """Computes the learning rate of an ``lr_config`` of mmcv 1.x in closed form.
 
-    For what mmengine's own schedulers, which multiply the last rate on, do not reach: a least rate
-    under a warm-up, the end of a cosine, an exponential warm-up.
+    mmengine's schedulers multiply the previous learning rate. They cannot express a minimum rate
+    during a warm-up, the end of a cosine, or an exponential warm-up.
 
     Args:
-        optimizer: Optimizer or wrapper.
+        optimizer: Optimizer or optimizer wrapper.
         policy: A key of :data:`convnext_mm.migration.schedule.POLICIES`.
-        whole: Iterations of the training, or epochs with ``epoch_length``.
-        epoch_length: Iterations an epoch, where the policy goes by epochs. With
-            ``by_epoch=True, convert_to_iter_based=True`` the Runner says it.
-        warmup: 'linear', 'constant', 'exp' or None, always by iterations.
-        warmup_iters: Length of the warm-up, in epochs with ``warmup_by_epoch``.
-        warmup_ratio: Factor at its beginning.
-        settings: As in :func:`regular_rate`.
+        whole: Total iterations, or epochs if ``epoch_length`` is set.
+        epoch_length: Iterations per epoch, if the policy counts epochs. With
+            ``by_epoch=True, convert_to_iter_based=True`` the Runner sets it.
+        warmup: 'linear', 'constant', 'exp' or None; always counts iterations.
+        warmup_iters: Length of the warm-up, in epochs if ``warmup_by_epoch``.
+        warmup_ratio: Factor at its start.
+        settings: See :func:`regular_rate`.
     """
 
     def __init__(self, optimizer: Any, policy: str, whole: int, *, epoch_length: int | None = None,
@@ -89,7 +98,7 @@ class PolicyLR(_ParamScheduler):
     @classmethod
     def build_iter_from_epoch(cls, *args: Any, epoch_length: int, begin: int = 0,
                               end: int = 10**9, by_epoch: bool = True, **kwargs: Any) -> PolicyLR:
-        """The Runner's way to a scheduler that knows the length of an epoch."""
+        """Build the scheduler with the epoch length that the Runner passes."""
         return cls(*args, epoch_length=epoch_length, by_epoch=False, **kwargs)
 
     def _get_value(self) -> list[float]:

@@ -1,4 +1,4 @@
-"""``fast = dict(...)`` of a config: what makes a step faster, a key each."""
+"""Applies ``fast = dict(...)`` of a config: one key per speed-up of a training step."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -16,16 +16,15 @@ from ..fused import Packable
 from ..utils import suggest, unwrap_model
 
 DEFAULTS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
-                            dynamic=False, cuda_graphs=False,
-                            triton=False)
-"""The keys of ``fast``, with what they are where they are not said."""
+                                dynamic=False, cuda_graphs=False, triton=False)
+"""The keys of ``fast`` and their defaults."""
 
 
 def apply_fast(cfg: Config) -> None:
-    """Turn ``cfg.fast`` into settings of the optimizer's wrapper and a :class:`SpeedHook`.
+    """Apply ``cfg.fast`` to the optimizer wrapper and backbones, and add a :class:`SpeedHook`.
 
     Raises:
-        UserError: A key that there is not, or one that goes with another.
+        UserError: A key is unknown, or contradicts or lacks another.
     """
     fast = cfg.get('fast')
     if not fast:
@@ -36,15 +35,15 @@ def apply_fast(cfg: Config) -> None:
                             + (suggest(key, DEFAULTS) or f' Its keys: {", ".join(DEFAULTS)}'))
     settings = {**DEFAULTS, **fast}
     if settings['cuda_graphs'] and not settings['compile']:
-        raise UserError("fast.cuda_graphs captures what fast.compile names: set e.g. "
+        raise UserError("fast.cuda_graphs needs fast.compile, whose parts it captures. Set e.g. "
                         "compile=['backbone', 'decode_head']")
     if settings['cuda_graphs'] and settings['dynamic']:
-        raise UserError('fast.cuda_graphs needs pictures of one size: leave fast.dynamic out')
+        raise UserError('fast.cuda_graphs needs images of one size: remove fast.dynamic')
     wrapper = cfg.get('optim_wrapper')
     if wrapper and settings['fused_optimizer']:
         wrapper.optimizer.fused = True
     if wrapper and settings['bf16']:
-        # Its range is fp32's: there is nothing to scale.
+        # bf16 has the range of fp32, so the loss needs no scaling.
         wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False))
     if settings['triton']:
         for _, backbone in find_backbones(cfg.get('model')):
@@ -56,7 +55,7 @@ def apply_fast(cfg: Config) -> None:
 
 
 def find_backbones(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
-    """(path, config) of every ConvNeXt inside ``node``."""
+    """Yield path and config of every ConvNeXt inside a config node."""
     if isinstance(node, dict) and node.get('type') == 'ConvNeXt':
         yield path, node
     for key, value in (node.items() if isinstance(node, dict) else
@@ -65,15 +64,15 @@ def find_backbones(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]
 
 
 class SpeedHook(Hook):
-    """Arranges a model for speed before it is used. Its parameters' names and values stay.
+    """Makes a model faster before it runs. Names and values of parameters do not change.
 
     Args:
-        channels_last: Convolutions of neck and heads compute in channels_last, as the backbone
-            does. What is cut out of maps by mmcv's operations is made contiguous before them.
-        compile: Parts of the model that ``torch.compile`` compiles in training, such as
-            ``['backbone', 'decode_head', 'auxiliary_head']``, or ``['roi_head.bbox_head']``.
-        dynamic: Compile for pictures of any size; else each new size compiles anew.
-        cuda_graphs: Replay the compiled parts as CUDA graphs (pictures of one size).
+        channels_last: Run the convolutions of neck and heads in channels_last, as the backbone
+            always does. Inputs of mmcv's RoI operations are made contiguous.
+        compile: Parts of the model that ``torch.compile`` compiles for training, such as
+            ``['backbone', 'decode_head', 'auxiliary_head']`` or ``['roi_head.bbox_head']``.
+        dynamic: Compile for images of any size; otherwise each new size is compiled again.
+        cuda_graphs: Replay the compiled parts as CUDA graphs (images of one size).
     """
 
     priority = 'VERY_HIGH'
@@ -84,33 +83,34 @@ class SpeedHook(Hook):
         self.dynamic, self.cuda_graphs = dynamic, cuda_graphs
 
     def before_run(self, runner: Any) -> None:
-        """Set the layout of the model's memory."""
+        """Set the memory format of the model."""
         if self.channels_last:
             use_channels_last(unwrap_model(runner.model))
 
     def before_train(self, runner: Any) -> None:
-        """Compile.
+        """Compile parts of the model.
 
         Raises:
-            UserError: A part that the model has not.
+            UserError: The model has no such part.
         """
         compile_parts(unwrap_model(runner.model), self.parts, self.dynamic, self.cuda_graphs)
         if self.parts:
-            print_log(f'Compiled when first used: {", ".join(self.parts)}.', logger='current')
+            print_log(f'To be compiled on first use: {", ".join(self.parts)}.', logger='current')
 
 
 def compile_parts(model: nn.Module, names: Iterable[str], dynamic: bool = False,
                   cuda_graphs: bool = False) -> None:
-    """Let ``torch.compile`` compile parts of a model; the names of parameters stay.
+    """Compile parts of a model with ``torch.compile``; parameter names do not change.
 
     Args:
-        model: With the parts as attributes.
-        names: Such as 'decode_head' or 'roi_head.bbox_head'; of a list of modules, each is meant.
+        model: The model that contains the parts.
+        names: Submodules such as 'decode_head' or 'roi_head.bbox_head'. Of a ``ModuleList``, each
+            module is compiled.
         dynamic: Compile for inputs of any size.
         cuda_graphs: Replay the parts as CUDA graphs.
 
     Raises:
-        UserError: A part that the model has not.
+        UserError: The model has no such part.
     """
     for name in names:
         try:
@@ -119,33 +119,34 @@ def compile_parts(model: nn.Module, names: Iterable[str], dynamic: bool = False,
             raise UserError(f'fast.compile: the model has no {name!r}; its parts: '
                             f'{", ".join(n for n, _ in model.named_children())}') from None
         for module in part if isinstance(part, nn.ModuleList) else [part]:
-            # Not the module itself: mmseg's heads call forward without its __call__.
+            # Not the module: mmseg's heads call forward directly, not __call__.
             module.forward = torch.compile(module.forward, dynamic=dynamic,
                                            mode='reduce-overhead' if cuda_graphs else None)
 
 
 def use_channels_last(model: nn.Module) -> None:
-    """Let a model's convolutions compute in channels_last; mmcv's operations get what they read.
+    """Convert a model to channels_last, except for the inputs of mmcv's RoI operations.
 
-    mmcv's RoIAlign and the like read memory as contiguous whatever a tensor's strides say, and
-    compute nonsense from other layouts without a word.
+    Operations such as mmcv's RoIAlign ignore strides and read memory as contiguous, so that
+    other layouts silently give wrong results.
     """
-    model.to(memory_format=torch.channels_last)
-    cutters = [module for module in model.modules() if hasattr(module, 'roi_layers')]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    roi_extractors = [module for module in model.modules() if hasattr(module, 'roi_layers')]
     for module in model.modules():
         if isinstance(module, ConvNeXt):
-            module.contiguous_outputs = bool(cutters)
-    for cutter in cutters:
-        cutter.register_forward_pre_hook(_contiguous)
+            module.contiguous_outputs = bool(roi_extractors)
+    for extractor in roi_extractors:
+        extractor.register_forward_pre_hook(_make_contiguous)
 
 
 def enable_packed_inference(model: nn.Module) -> None:
-    """Let inference on a CPU keep weights as oneDNN takes them (see ``packed`` of ConvNeXt)."""
+    """Let inference on a CPU use weights in oneDNN's layout (see ``packed`` of ConvNeXt)."""
     for module in model.modules():
         if isinstance(module, Packable):
             module.packed = True
 
 
-def _contiguous(module: nn.Module, args: tuple) -> tuple:
+def _make_contiguous(module: nn.Module, args: tuple) -> tuple:
+    """Pre-hook that makes the feature maps, the first argument, contiguous."""
     feats, *others = args
     return (tuple(feat.contiguous() for feat in feats), *others)
