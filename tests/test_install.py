@@ -33,10 +33,19 @@ def test_every_requirement_has_an_upper_bound(install):
         assert all('<' in requirement for requirement in [install.TORCH, *requirements]), extra
 
 
-def test_segmentation_extras_are_the_stacks_without_mmdet(install):
+def test_segmentation_extras_have_no_mmdet_and_no_ops(install):
     from setup import EXTRAS
-    for extra, stack in (('forks', install.FORKS), ('openmmlab', install.OPENMMLAB)):
-        assert {*EXTRAS[extra]} - {*EXTRAS[f'{extra}-seg']} == {stack['mmdet']}
+    assert {*EXTRAS['forks']} - {*EXTRAS['forks-seg']} == {install.FORKS['mmdet']}
+    full, segmentation = ({*EXTRAS[name]} for name in ('openmmlab', 'openmmlab-seg'))
+    assert full - segmentation == {install.OPENMMLAB['mmdet'], install.OPENMMLAB['mmcv']}
+    assert segmentation - full == {install.OPENMMLAB['mmcv_lite']}
+
+
+@pytest.mark.parametrize(('distribution', 'stack'), [
+    ('onedl-mmcv', 'forks'), ('mmcv', 'openmmlab'), ('mmcv-lite', 'openmmlab'), ('torch', None)])
+def test_stack_of_an_environment(install, monkeypatch, distribution, stack):
+    monkeypatch.setattr(install, 'installed', lambda python, name: name == distribution)
+    assert install.stack_of('python') == stack
 
 
 def test_default_torch_version_is_supported(install):

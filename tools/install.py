@@ -132,12 +132,18 @@ def installed(python: str | Path, distribution: str) -> bool:
 def stack_of(python: str | Path) -> str | None:
     """The stack whose mmcv a Python has: 'forks', 'openmmlab' or None."""
     return next((name for name, stack in (('forks', FORKS), ('openmmlab', OPENMMLAB))
-                 if installed(python, distributions(stack)[0])), None)
+                 if any(installed(python, mmcv) for mmcv in mmcv_distributions(stack))), None)
 
 
 def distributions(stack: dict[str, str]) -> list[str]:
-    """Distribution names of a stack's mmcv, mmengine, mmseg and mmdet."""
-    return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
+    """Distribution names of a stack's own packages."""
+    return [re.split('[<>=]', stack[key])[0]
+            for key in ('mmcv', 'mmcv_lite', 'mmengine', 'mmseg', 'mmdet') if key in stack]
+
+
+def mmcv_distributions(stack: dict[str, str]) -> list[str]:
+    """Distribution names of a stack's mmcv with ops and, last, without ops (may be the same)."""
+    return [name for name in distributions(stack) if 'mmcv' in name]
 
 
 def torch_requirement(version: str) -> str:
@@ -229,7 +235,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as folder:
         progress.show('precompiling the header', force=True)
         flags = None if cuda else precompile(Path(folder))
-        pip(progress, 'uninstall', '-y', re.split('[<>=]', requirement)[0])
+        pip(progress, 'uninstall', '-y', *mmcv_distributions(FORKS), *mmcv_distributions(OPENMMLAB))
         # No cache: pip's may have an mmcv that was built without ops or for another PyTorch.
         command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
                    requirement]
@@ -283,7 +289,7 @@ def install(args: argparse.Namespace) -> None:
     expected = f'import torch; assert torch.__version__.split("+")[0] == {args.torch!r}'
     if not works(PYTHON, expected if args.torch else 'import torch'):
         # mmcv's ops only work with the PyTorch that they were compiled for.
-        pip(progress, 'uninstall', '-y', distributions(FORKS)[0], distributions(OPENMMLAB)[0])
+        pip(progress, 'uninstall', '-y', *mmcv_distributions(FORKS), *mmcv_distributions(OPENMMLAB))
         pip(progress, 'install', torch, *torch_source())
     progress.done()
 
@@ -293,14 +299,17 @@ def install(args: argparse.Namespace) -> None:
         # Both stacks have the same import names, so files of one would shadow the other's.
         pip(progress, 'uninstall', '-y', *distributions(FORKS), *distributions(OPENMMLAB))
     tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', BUILD)]
-    packages = [v for k, v in stack.items() if k != 'mmcv'
+    packages = [v for k, v in stack.items() if k not in ('mmcv', 'mmcv_lite')
                 and not (k == 'mmdet' and args.segmentation_only)]
     pip(progress, 'install', *tools, *packages)
-    if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
+    mmcv = mmcv_distributions(stack)
+    if args.segmentation_only and not installed(PYTHON, mmcv[-1]):
         # onedl-mmcv compiles its ops whenever PyTorch can be imported; in an isolated build it
-        # cannot. mmcv respects the variable, but needs the older setuptools installed above.
+        # cannot. mmcv-lite has no ops, but its build needs the older setuptools installed above.
         options = ['--no-build-isolation'] if stack is OPENMMLAB else []
-        pip(progress, 'install', *options, stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
+        pip(progress, 'uninstall', '-y', *mmcv)
+        pip(progress, 'install', *options, stack.get('mmcv_lite', stack['mmcv']),
+            env=dict(MMCV_WITH_OPS='0'))
     progress.done()
 
     if need_ops:
