@@ -305,11 +305,9 @@ def install(args: argparse.Namespace) -> None:
     mmcv = mmcv_distributions(stack)
     if args.segmentation_only and not installed(PYTHON, mmcv[-1]):
         # onedl-mmcv compiles its ops whenever PyTorch can be imported; in an isolated build it
-        # cannot. mmcv-lite has no ops, but its build needs the older setuptools installed above.
-        options = ['--no-build-isolation'] if stack is OPENMMLAB else []
+        # cannot. OpenMMLab's mmcv without ops is a distribution of its own, mmcv-lite.
         pip(progress, 'uninstall', '-y', *mmcv)
-        pip(progress, 'install', *options, stack.get('mmcv_lite', stack['mmcv']),
-            env=dict(MMCV_WITH_OPS='0'))
+        pip(progress, 'install', stack.get('mmcv_lite', stack['mmcv']), env=dict(MMCV_WITH_OPS='0'))
     progress.done()
 
     if need_ops:
