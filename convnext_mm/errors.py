@@ -1,8 +1,8 @@
-"""The error for what a user can mend."""
+"""The error for mistakes that a user can fix."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what was expected and what to do.
+    """A mistake in the user's input; the message says what was expected and what to do.
 
-    The tools print the message alone, without a traceback, and exit with status 2.
+    The tools print only the message, without a traceback, and exit with status 2.
     """

@@ -22,8 +22,7 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
-from . import checkpoints
-from .checkpoints.files import read_only_weights
+from .checkpoints.files import call_weights_only, read_checkpoint
 from .datasets import complete, completes_configs
 from .engine.speed import apply_fast
 from .errors import UserError
@@ -60,14 +59,14 @@ def read_checkpoints_safely() -> None:
     """
     def restrict(loader: Callable) -> Callable:
         def load(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
-            return read_only_weights(loader, filename, map_location=map_location, **kwargs)
+            return call_weights_only(loader, filename, map_location=map_location, **kwargs)
         load.reads_only_weights = True  # type: ignore[attr-defined]
         return load
 
     for scheme, loader in list(CheckpointLoader._schemes.items()):
-        if not hasattr(loader, 'reads_only_weights') and loader is not checkpoints.read:
+        if not hasattr(loader, 'reads_only_weights') and loader is not read_checkpoint:
             CheckpointLoader.register_scheme(scheme, restrict(loader), force=True)
-    CheckpointLoader.register_scheme(('', 'http://', 'https://'), checkpoints.read, force=True)
+    CheckpointLoader.register_scheme(('', 'http://', 'https://'), read_checkpoint, force=True)
 
 
 def complete_configs() -> None:

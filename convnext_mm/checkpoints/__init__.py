@@ -1,6 +1,6 @@
-"""Checkpoints: found, downloaded once, read without running code, fitted exactly, converted."""
-from .files import locate, read, weights
+"""Checkpoints: find, download, read without running code, load completely or not at all, export."""
+from .files import extract_weights, locate_checkpoint, read_checkpoint
 from .loading import check_complete, load_backbone, load_model, rename_on_load
 
-__all__ = ['check_complete', 'load_backbone', 'load_model', 'locate', 'read',
-           'rename_on_load', 'weights']
+__all__ = ['check_complete', 'extract_weights', 'load_backbone', 'load_model',
+           'locate_checkpoint', 'read_checkpoint', 'rename_on_load']

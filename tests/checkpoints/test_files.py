@@ -15,7 +15,7 @@ from mmengine.runner.checkpoint import _load_checkpoint
 from safetensors.torch import save_file
 
 from convnext_mm import ConvNeXt, UserError
-from convnext_mm.checkpoints import locate, read, weights
+from convnext_mm.checkpoints import extract_weights, locate_checkpoint, read_checkpoint
 from tests.helpers import ROOT, SEGMENTATION, golden, run_tool
 
 
@@ -43,7 +43,7 @@ def save_hostile_pickle(marker: Path, path: Path) -> None:
 def test_old_formats_and_bare_pickles_never_run(save, tmp_path):
     save(tmp_path / 'marker', tmp_path / 'file.pth')
     with pytest.raises(UserError, match='never executed'):
-        read(str(tmp_path / 'file.pth'))
+        read_checkpoint(str(tmp_path / 'file.pth'))
     assert not (tmp_path / 'marker').exists()
 
 
@@ -59,12 +59,12 @@ def hostile(tmp_path):
 
 
 @pytest.mark.parametrize('load', [
-    read, CheckpointLoader.load_checkpoint, _load_checkpoint,
+    read_checkpoint, CheckpointLoader.load_checkpoint, _load_checkpoint,
     lambda path: ConvNeXt(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()],
     ids=['read', 'CheckpointLoader', '_load_checkpoint', 'init_cfg'])
 def test_code_in_a_checkpoint_never_runs(hostile, load):
     path, marker = hostile
-    with pytest.raises(UserError, match=r'hostile.pth holds more than weights \(\S+\), which is '
+    with pytest.raises(UserError, match=r'hostile.pth contains more than weights \(\S+\), which is '
                                         'never executed.\n.*CONVNEXT_MM_TRUST=/.*hostile.pth'):
         load(str(path))
     assert not marker.exists()
@@ -105,10 +105,10 @@ def test_a_user_can_trust_one_file(hostile, monkeypatch, tmp_path):
     path, marker = hostile
     monkeypatch.setenv('CONVNEXT_MM_TRUST', str(tmp_path / 'another.pth'))
     with pytest.raises(UserError, match='never executed'):
-        read(str(path))
+        read_checkpoint(str(path))
     assert not marker.exists()
     monkeypatch.setenv('CONVNEXT_MM_TRUST', f'{tmp_path}/another.pth:{path}')
-    assert 'a' in weights(read(str(path)))
+    assert 'a' in extract_weights(read_checkpoint(str(path)))
     assert marker.exists()
 
 
@@ -116,14 +116,14 @@ def test_a_user_can_trust_one_file(hostile, monkeypatch, tmp_path):
     (b'', 'is empty'), (b'  <!DOCTYPE html><html></html>', 'is a web page'),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git lfs pull'),
     (b'PK\x03\x04 and no more', 'its end is missing'),
-    (b'no pickle at all', 'is damaged, or no file of torch.save'),
+    (b'no pickle at all', 'is damaged, or was not written by torch.save'),
     (b'\x10\0\0\0\0\0\0\0{"a": ', 'is cut off or damaged'), (None, 'Checkpoint not found')])
 def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
     path = tmp_path / 'file.pth'
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        read(str(path))
+        read_checkpoint(str(path))
     assert str(path) in str(error.value)
 
 
@@ -135,20 +135,20 @@ def test_truncated_file_is_named(tmp_path, suffix, share):
     (save_file if suffix == 'safetensors' else torch.save)(state, path)
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
     with pytest.raises(UserError, match='Not a usable checkpoint.*is cut off'):
-        read(str(path))
+        read_checkpoint(str(path))
 
 
 def test_a_folder_is_named_with_what_is_in_it(tmp_path):
     (tmp_path / 'model.safetensors').touch()
     with pytest.raises(UserError, match='is a folder.*\n.*model.safetensors'):
-        read(str(tmp_path))
+        read_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize('content', [dict(a=1), [torch.zeros(1)], dict(state_dict={})])
 def test_files_without_weights_are_named(tmp_path, content):
     torch.save(content, tmp_path / 'file.pth')
-    with pytest.raises(UserError, match='holds no weights'):
-        read(str(tmp_path / 'file.pth'))
+    with pytest.raises(UserError, match='contains no weights'):
+        read_checkpoint(str(tmp_path / 'file.pth'))
 
 
 def test_what_trainers_store_beside_weights_is_read(tmp_path):
@@ -160,7 +160,7 @@ def test_what_trainers_store_beside_weights_is_read(tmp_path):
                    message_hub=dict(log_scalars={'train/loss': history},
                                     resumed_keys={'train/loss': True}, runtime_info={}))
     torch.save(content, tmp_path / 'iter_4.pth')
-    content = read(str(tmp_path / 'iter_4.pth'))
+    content = read_checkpoint(str(tmp_path / 'iter_4.pth'))
     assert content['message_hub']['log_scalars']['train/loss'].mean(2) == 2.0
     assert content['meta']['time'] == 2.0
     assert content['args'].drop_path == 0.1
@@ -169,8 +169,8 @@ def test_what_trainers_store_beside_weights_is_read(tmp_path):
 def test_safetensors_are_known_by_their_contents(tmp_path):
     path = tmp_path / 'model.bin'
     save_file({'a': torch.ones(2)}, path, dict(meta=json.dumps(dict(epoch=3))))
-    content = read(str(path))
-    assert torch.equal(weights(content)['a'], torch.ones(2))
+    content = read_checkpoint(str(path))
+    assert torch.equal(extract_weights(content)['a'], torch.ones(2))
     assert content['meta'] == dict(epoch=3)
 
 
@@ -181,7 +181,7 @@ def test_a_url_without_network_says_where_to_put_the_file(monkeypatch, tmp_path)
         raise OSError('no route to host')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
     with pytest.raises(UserError, match='put it at .*convnext_tiny_1k_224.pth'):
-        locate('https://example.com/convnext/convnext_tiny_1k_224.pth')
+        locate_checkpoint('https://example.com/convnext/convnext_tiny_1k_224.pth')
 
 
 @pytest.fixture
@@ -205,8 +205,8 @@ def served(tmp_path, monkeypatch):
 def test_a_url_is_downloaded_once_by_one_process(served):
     folder, address, hub, log = served
     torch.save({'a': torch.zeros(1)}, folder / 'tiny.pth')
-    script = ('from convnext_mm.checkpoints import read; '
-              f'assert "a" in read("{address}/tiny.pth")')
+    script = ('from convnext_mm.checkpoints import read_checkpoint; '
+              f'assert "a" in read_checkpoint("{address}/tiny.pth")')
     with ThreadPoolExecutor() as pool:
         done = list(pool.map(lambda _: subprocess.run(
             [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True), range(3)))
@@ -224,10 +224,10 @@ def test_a_hash_in_the_name_is_verified(served, name, fits):
     name = name.format(hashlib.sha256((folder / 'a.pth').read_bytes()).hexdigest()[:8])
     (folder / 'a.pth').rename(folder / name)
     if fits:
-        assert 'a' in read(f'{address}/{name}')
+        assert 'a' in read_checkpoint(f'{address}/{name}')
     else:
         with pytest.raises(UserError, match='Cannot download.*invalid hash'):
-            read(f'{address}/{name}')
+            read_checkpoint(f'{address}/{name}')
         assert not (hub / 'hub/checkpoints' / name).exists()
 
 
@@ -237,5 +237,5 @@ def test_repositories_with_files_of_one_name_are_told_apart(monkeypatch, tmp_pat
                         lambda url, path, digest: save_file({url: torch.zeros(1)}, path))
     urls = [f'https://huggingface.co/facebook/convnext-{size}-224/resolve/main/model.safetensors'
             for size in ('tiny', 'base')]
-    assert [list(weights(read(url))) for url in urls] == [[url] for url in urls]
+    assert [list(extract_weights(read_checkpoint(url))) for url in urls] == [[url] for url in urls]
     assert (tmp_path / 'checkpoints/facebook--convnext-tiny-224--model.safetensors').is_file()

@@ -8,7 +8,7 @@ from torch import nn
 
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.checkpoints import check_complete, load_backbone
-from convnext_mm.checkpoints.loading import FitCheckpointHook, fit, for_model
+from convnext_mm.checkpoints.loading import FitCheckpointHook, fit_backbone_weights, fit_model_weights
 from tests.helpers import GOLDEN_SIZE, assert_close, golden, load_golden, official
 
 
@@ -60,7 +60,7 @@ def test_damage_is_found_under_every_name(name):
     gone = next(key for key in state if '1.' in key and key.endswith('bias') and 'stages' in key)
     del state[gone]
     with pytest.raises(UserError, match='1 parameters.*\n  missing'):
-        fit(state, ConvNeXt(**GOLDEN_SIZE), 'it')
+        fit_backbone_weights(state, ConvNeXt(**GOLDEN_SIZE), 'it')
 
 
 @pytest.mark.parametrize(('kwargs', 'hint'), [
@@ -69,37 +69,37 @@ def test_damage_is_found_under_every_name(name):
     (dict(depths=[1, 2, 3], dims=[8, 16, 24]), 'unexpected stages.3.0')])
 def test_another_size_is_named(kwargs, hint):
     with pytest.raises(UserError, match=f'(?s){hint}'):
-        fit(official(), ConvNeXt(**kwargs), 'it')
+        fit_backbone_weights(official(), ConvNeXt(**kwargs), 'it')
 
 
 def test_layer_scale_that_the_model_has_not():
     with pytest.raises(UserError, match='unexpected stages.0.0.gamma'):
-        fit(official(), ConvNeXt(**GOLDEN_SIZE, layer_scale_init_value=0), 'it')
+        fit_backbone_weights(official(), ConvNeXt(**GOLDEN_SIZE, layer_scale_init_value=0), 'it')
 
 
 def test_no_convnext_is_named():
-    with pytest.raises(UserError, match='it holds no ConvNeXt: its names begin with layer1.0'):
-        fit({'layer1.0.conv1.weight': torch.zeros(1)}, ConvNeXt(**GOLDEN_SIZE), 'it')
+    with pytest.raises(UserError, match='it contains no ConvNeXt: its names begin with layer1.0'):
+        fit_backbone_weights({'layer1.0.conv1.weight': torch.zeros(1)}, ConvNeXt(**GOLDEN_SIZE), 'it')
 
 
 def test_several_convnexts_need_a_prefix():
     state = {f'{who}.backbone.{name}': value + i for i, who in enumerate(('teacher', 'student'))
              for name, value in official().items()}
     backbone = ConvNeXt(**GOLDEN_SIZE)
-    with pytest.raises(UserError, match='holds 2 ConvNeXts.*student.backbone.*prefix='):
-        fit(state, backbone, 'it')
+    with pytest.raises(UserError, match='contains 2 ConvNeXts.*student.backbone.*prefix='):
+        fit_backbone_weights(state, backbone, 'it')
     with pytest.raises(UserError, match="no ConvNeXt with the prefix 'ema.'"):
-        fit(state, backbone, 'it', 'ema')
-    fitted = fit(state, backbone, 'it', 'student').state
+        fit_backbone_weights(state, backbone, 'it', 'ema')
+    fitted = fit_backbone_weights(state, backbone, 'it', 'student').state
     name = 'stages.0.0.gamma'
     assert torch.equal(fitted[name], official()[name] + 1)
 
 
 def test_stages_and_norms_that_are_not_used_are_dropped():
-    fitted = fit(official('v1_official_downstream'), ConvNeXt(**GOLDEN_SIZE, out_indices=[1]), 'it')
-    assert {name.split('.')[0] for name in fitted.dropped} == {
+    fitted = fit_backbone_weights(official('v1_official_downstream'), ConvNeXt(**GOLDEN_SIZE, out_indices=[1]), 'it')
+    assert {name.split('.')[0] for name in fitted.ignored} == {
         'norm0', 'norm2', 'norm3', 'stages', 'downsample_layers'}
-    assert not fitted.fresh
+    assert not fitted.random
 
 
 def test_one_line_says_what_was_done(tmp_path, caplog):
@@ -112,8 +112,8 @@ def test_one_line_says_what_was_done(tmp_path, caplog):
         logger.removeHandler(caplog.handler)
     lines = [r.getMessage() for r in caplog.records if 'ConvNeXt: loaded' in r.getMessage()]
     assert len(lines) == 1
-    for part in ('timm.pth', '79 tensors (timm)', 'dropped: norm (2), head (2)',
-                 'fresh: norm0 (2), norm1 (2), norm2 (2), norm3 (2)', 'summed for in_chans=1'):
+    for part in ('timm.pth', '79 tensors (timm)', 'ignored: norm (2), head (2)',
+                 'randomly initialized: norm0 (2), norm1 (2), norm2 (2), norm3 (2)', 'summed for in_chans=1'):
         assert part in lines[0]
 
 
@@ -147,8 +147,8 @@ def test_a_subclass_may_add_parts(tmp_path):
     torch.save(golden('v1_timm')['checkpoint'], tmp_path / 'timm.pth')
     Extended(**GOLDEN_SIZE, init_cfg=dict(
         type='Pretrained', checkpoint=str(tmp_path / 'timm.pth'))).init_weights()
-    fitted = fit(golden('v1_timm')['checkpoint'], Extended(**GOLDEN_SIZE), 'it')
-    assert [name for name in fitted.fresh if 'norm' not in name] == [
+    fitted = fit_backbone_weights(golden('v1_timm')['checkpoint'], Extended(**GOLDEN_SIZE), 'it')
+    assert [name for name in fitted.random if 'norm' not in name] == [
         'adapter.weight', 'adapter.bias']
 
 
@@ -182,7 +182,7 @@ def test_openmmlabs_whole_models_load_by_torch_and_mmengine(tmp_path):
 def test_weights_of_a_backbone_alone_are_no_whole_model(tmp_path):
     path = str(tmp_path / 'file.pth')
     torch.save(golden('v1_official_classification')['checkpoint'], path)
-    with pytest.raises(UserError, match="hold nothing for the ConvNeXt at 'backbone'"):
+    with pytest.raises(UserError, match="contain nothing for the ConvNeXt at 'backbone'"):
         load_checkpoint(Segmentor(), path)
     with pytest.raises(UserError, match='missing decode_head.weight'):
         check_complete(Segmentor(), path)
@@ -215,4 +215,4 @@ def test_resuming_needs_the_whole_model():
 
 def test_models_of_others_are_left_alone():
     state = golden('v1_mmpretrain')['checkpoint']['state_dict']
-    assert for_model(dict(state_dict=state), nn.Linear(1, 1), 'it') == (state, '')
+    assert fit_model_weights(dict(state_dict=state), nn.Linear(1, 1), 'it') == (state, '')

@@ -24,7 +24,7 @@ def test_golden_features(name, suffix, tmp_path):
 def in_family(name: str, family: str) -> dict:
     """A golden classifier under another family's names."""
     state = official(name)
-    prefix = naming.FAMILIES[family].prefix[name.startswith('v2')]
+    prefix = naming.SCHEMES[family].prefix[name.startswith('v2')]
     out, lost = naming.from_official(state, family, prefix)
     assert all(name.startswith('norm.') for name in lost), lost
     return out
@@ -57,8 +57,8 @@ def sparse(state: dict) -> dict:
 
 VARIANTS = [
     *((name, family) for name in ('v1_official_classification', 'v2_official_classification')
-      for family in naming.FAMILIES
-      if not (name.startswith('v2') and naming.FAMILIES[family].grn is None))]
+      for family in naming.SCHEMES
+      if not (name.startswith('v2') and naming.SCHEMES[family].grn is None))]
 
 
 @pytest.mark.parametrize(('name', 'family'), VARIANTS)
@@ -120,7 +120,7 @@ def test_parity_with_transformers(version, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outs[0][1], outs[1][1], rtol=1e-4, atol=1e-6)
     gradients, *_ = naming.to_official(
-        {name: p.grad for name, p in theirs.named_parameters()}, naming.Found('transformers', ''))
+        {name: p.grad for name, p in theirs.named_parameters()}, naming.DetectedConvNeXt('transformers', ''))
     assert len(gradients) == len(list(ours.parameters()))
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
