@@ -7,7 +7,7 @@ HERE = Path(__file__).parent
 TORCH = 'torch>=2.6,<2.15'
 BUILD = 'setuptools>=77.0.3,<90'  # license expressions
 # The maintained forks and OpenMMLab's own packages share their import names: install one stack,
-# not both. mmdet needs mmcv's compiled ops, mmseg does not.
+# not both. Of the forks, only mmdet needs mmcv's compiled ops; OpenMMLab's mmseg needs them, too.
 FORKS = dict(
     mmcv='onedl-mmcv>=2.3.6,<2.4',
     mmengine='onedl-mmengine>=0.10.12,<0.11',
@@ -15,7 +15,6 @@ FORKS = dict(
     mmdet='onedl-mmdetection>=3.5.1,<3.6')
 OPENMMLAB = dict(
     mmcv='mmcv>=2.1,<2.2',
-    mmcv_lite='mmcv-lite>=2.1,<2.2',  # the same without compiled ops, instead of mmcv
     mmengine='mmengine>=0.10.7,<0.11',
     mmseg='mmsegmentation>=1.2.2,<1.3',
     mmdet='mmdet>=3.3,<3.4',
@@ -25,8 +24,8 @@ OPENMMLAB = dict(
 EXTRAS = {
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
-    'openmmlab': [v for k, v in OPENMMLAB.items() if k != 'mmcv_lite'],
-    'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k not in ('mmcv', 'mmdet')],
+    'openmmlab': [*OPENMMLAB.values()],
+    'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is the reference that the backbone is compared with.
     'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'transformers>=5,<6', 'build>=1.5,<2',
              BUILD, 'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],

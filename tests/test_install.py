@@ -33,16 +33,25 @@ def test_every_requirement_has_an_upper_bound(install):
         assert all('<' in requirement for requirement in [install.TORCH, *requirements]), extra
 
 
-def test_segmentation_extras_have_no_mmdet_and_no_ops(install):
+def test_segmentation_extras_are_the_stacks_without_mmdet(install):
     from setup import EXTRAS
-    assert {*EXTRAS['forks']} - {*EXTRAS['forks-seg']} == {install.FORKS['mmdet']}
-    full, segmentation = ({*EXTRAS[name]} for name in ('openmmlab', 'openmmlab-seg'))
-    assert full - segmentation == {install.OPENMMLAB['mmdet'], install.OPENMMLAB['mmcv']}
-    assert segmentation - full == {install.OPENMMLAB['mmcv_lite']}
+    for extra, stack in (('forks', install.FORKS), ('openmmlab', install.OPENMMLAB)):
+        assert {*EXTRAS[extra]} - {*EXTRAS[f'{extra}-seg']} == {stack['mmdet']}
+
+
+@pytest.mark.parametrize(('name', 'segmentation_only', 'has_ops'), [
+    ('forks', True, False), ('openmmlab', False, False), ('openmmlab', True, True)])
+def test_stack_that_works_with_the_ops_there_are(install, name, segmentation_only, has_ops):
+    install.check_stack(name, segmentation_only, has_ops)
+
+
+def test_openmmlabs_segmentation_without_ops_is_an_error(install):
+    with pytest.raises(install.Failed, match=r'--stack forks --segmentation-only'):
+        install.check_stack('openmmlab', segmentation_only=True, has_ops=False)
 
 
 @pytest.mark.parametrize(('distribution', 'stack'), [
-    ('onedl-mmcv', 'forks'), ('mmcv', 'openmmlab'), ('mmcv-lite', 'openmmlab'), ('torch', None)])
+    ('onedl-mmcv', 'forks'), ('mmcv', 'openmmlab'), ('torch', None)])
 def test_stack_of_an_environment(install, monkeypatch, distribution, stack):
     monkeypatch.setattr(install, 'installed', lambda python, name: name == distribution)
     assert install.stack_of('python') == stack

@@ -132,18 +132,12 @@ def installed(python: str | Path, distribution: str) -> bool:
 def stack_of(python: str | Path) -> str | None:
     """The stack whose mmcv a Python has: 'forks', 'openmmlab' or None."""
     return next((name for name, stack in (('forks', FORKS), ('openmmlab', OPENMMLAB))
-                 if any(installed(python, mmcv) for mmcv in mmcv_distributions(stack))), None)
+                 if installed(python, distributions(stack)[0])), None)
 
 
 def distributions(stack: dict[str, str]) -> list[str]:
-    """Distribution names of a stack's own packages."""
-    return [re.split('[<>=]', stack[key])[0]
-            for key in ('mmcv', 'mmcv_lite', 'mmengine', 'mmseg', 'mmdet') if key in stack]
-
-
-def mmcv_distributions(stack: dict[str, str]) -> list[str]:
-    """Distribution names of a stack's mmcv with ops and, last, without ops (may be the same)."""
-    return [name for name in distributions(stack) if 'mmcv' in name]
+    """Distribution names of a stack's mmcv, mmengine, mmseg and mmdet."""
+    return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
 
 
 def torch_requirement(version: str) -> str:
@@ -182,6 +176,18 @@ def check_machine(need_ops: bool) -> None:
     if not Path(sysconfig.get_paths()['include'], 'Python.h').is_file():
         raise Failed("mmcv's ops need Python's headers: apt install python3-dev (Debian, Ubuntu) "
                      'or dnf install python3-devel (Fedora)')
+
+
+def check_stack(name: str, segmentation_only: bool, has_ops: bool) -> None:
+    """Check that the stack works without mmcv's compiled ops, if they are not to be compiled.
+
+    Raises:
+        Failed: It does not.
+    """
+    if name == 'openmmlab' and segmentation_only and not has_ops:
+        raise Failed("OpenMMLab's mmsegmentation imports mmcv's compiled ops. For segmentation "
+                     'without a compiler use the forks: '
+                     'python3 tools/install.py --stack forks --segmentation-only')
 
 
 def torch_source() -> list[str]:
@@ -235,7 +241,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as folder:
         progress.show('precompiling the header', force=True)
         flags = None if cuda else precompile(Path(folder))
-        pip(progress, 'uninstall', '-y', *mmcv_distributions(FORKS), *mmcv_distributions(OPENMMLAB))
+        pip(progress, 'uninstall', '-y', re.split('[<>=]', requirement)[0])
         # No cache: pip's may have an mmcv that was built without ops or for another PyTorch.
         command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
                    requirement]
@@ -270,6 +276,7 @@ def install(args: argparse.Namespace) -> None:
     # A working stack of the Python that runs this script is shared with .venv, not built again.
     shared = (not args.torch and outside == name
               and works(sys.executable, 'import torch, mmcv.ops'))
+    check_stack(name, args.segmentation_only, shared or works(PYTHON, 'import mmcv.ops'))
     need_ops = not (args.segmentation_only or shared)
     check_machine(need_ops)
 
@@ -289,7 +296,7 @@ def install(args: argparse.Namespace) -> None:
     expected = f'import torch; assert torch.__version__.split("+")[0] == {args.torch!r}'
     if not works(PYTHON, expected if args.torch else 'import torch'):
         # mmcv's ops only work with the PyTorch that they were compiled for.
-        pip(progress, 'uninstall', '-y', *mmcv_distributions(FORKS), *mmcv_distributions(OPENMMLAB))
+        pip(progress, 'uninstall', '-y', distributions(FORKS)[0], distributions(OPENMMLAB)[0])
         pip(progress, 'install', torch, *torch_source())
     progress.done()
 
@@ -299,15 +306,13 @@ def install(args: argparse.Namespace) -> None:
         # Both stacks have the same import names, so files of one would shadow the other's.
         pip(progress, 'uninstall', '-y', *distributions(FORKS), *distributions(OPENMMLAB))
     tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', BUILD)]
-    packages = [v for k, v in stack.items() if k not in ('mmcv', 'mmcv_lite')
+    packages = [v for k, v in stack.items() if k != 'mmcv'
                 and not (k == 'mmdet' and args.segmentation_only)]
     pip(progress, 'install', *tools, *packages)
-    mmcv = mmcv_distributions(stack)
-    if args.segmentation_only and not installed(PYTHON, mmcv[-1]):
+    if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
         # onedl-mmcv compiles its ops whenever PyTorch can be imported; in an isolated build it
-        # cannot. OpenMMLab's mmcv without ops is a distribution of its own, mmcv-lite.
-        pip(progress, 'uninstall', '-y', *mmcv)
-        pip(progress, 'install', stack.get('mmcv_lite', stack['mmcv']), env=dict(MMCV_WITH_OPS='0'))
+        # cannot.
+        pip(progress, 'install', stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
     progress.done()
 
     if need_ops:
@@ -340,7 +345,7 @@ if __name__ == '__main__':
     parser.add_argument('--torch', metavar='VERSION',
                         help=f'PyTorch version to install (any installed one, else {TORCH_TESTED})')
     parser.add_argument('--segmentation-only', action='store_true',
-                        help="skip mmdet and mmcv's compiled ops; needs no compiler")
+                        help="skip mmdet and mmcv's compiled ops; needs no compiler (forks)")
     parser.add_argument('--rebuild', action='store_true', help="compile mmcv's ops again")
     begun = time.time()
     try:
