@@ -1,12 +1,16 @@
 """Constants and functions that several test modules share."""
 from __future__ import annotations
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -105,3 +109,22 @@ def build_on_meta(config: str):
     from convnext_mm import complexity
     cfg = Config.fromfile(config)
     return cfg, complexity.build_on_meta(cfg)
+
+
+def call_tool(script: str, *args: object) -> subprocess.CompletedProcess:
+    """Run a tool from the root in this process, which has imported the toolboxes already.
+
+    Only for runs that end before a Runner is built: mmengine's visualizers and loggers are global.
+    """
+    out, err, status, cwd = io.StringIO(), io.StringIO(), 0, os.getcwd()
+    command = [script, *(str(arg) for arg in args)]
+    os.chdir(ROOT)
+    try:
+        with mock.patch.object(sys, 'argv', command), mock.patch.dict(os.environ), \
+                redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(script, run_name='__main__')
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:
+        os.chdir(cwd)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())

@@ -1,3 +1,4 @@
+"""Running a recipe for several GPUs on a machine without one."""
 import pytest
 from mmengine.config import Config
 
@@ -12,7 +13,7 @@ def no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(('config', 'layers'), [(SEGMENTATION, 2), (DETECTION, 3)])
-def test_a_recipe_on_a_machine_without_gpu(no_gpu, config, layers):
+def test_a_recipe_is_adapted_to_a_machine_without_gpu(no_gpu, config, layers):
     cfg = Config.fromfile(config)
     before = str(cfg).count("'SyncBN'")
     assert before >= layers
@@ -34,36 +35,36 @@ def test_nothing_changes_with_a_gpu(monkeypatch):
     assert cfg.to_dict() == untouched.to_dict()
 
 
-def test_a_launcher_that_needs_gpus_says_so(no_gpu):
+def test_a_launcher_that_needs_gpus_is_refused(no_gpu):
     with pytest.raises(UserError, match=r'--launcher slurm needs a GPU.*dist_train.sh'):
         fallbacks.process_group(Config(dict(launcher='slurm'))).__enter__()
 
 
-def test_torchrun_forgotten_is_said(no_gpu, monkeypatch):
+def test_missing_variables_of_torchrun_are_reported(no_gpu, monkeypatch):
     monkeypatch.delenv('RANK', raising=False)
     with pytest.raises(UserError, match='expects torchrun'):
         fallbacks.process_group(Config(dict(launcher='pytorch'))).__enter__()
 
 
 @pytest.mark.parametrize('fails', [False, True])
-def test_the_process_group_is_closed_whatever_happens(fails, no_gpu, monkeypatch, tmp_path):
+def test_the_process_group_is_destroyed_in_any_case(fails, no_gpu, monkeypatch):
     for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1',
                            MASTER_PORT=29611, OMP_NUM_THREADS=1).items():
         monkeypatch.setenv(key, str(value))
     calls = []
     monkeypatch.setattr(fallbacks.dist, 'barrier', lambda: calls.append('barrier'))
 
-    def job() -> None:
+    def work() -> None:
         with fallbacks.process_group(Config(dict(launcher='pytorch'))):
             assert fallbacks.dist.is_initialized()
             if fails:
                 raise UserError('a mistake')
     if fails:
         with pytest.raises(UserError, match='a mistake'):
-            job()
+            work()
     else:
-        job()
-    # After an error the other processes may never arrive at a barrier.
+        work()
+    # After an error, the other processes may never reach a barrier.
     assert calls == ([] if fails else ['barrier'])
     assert not fallbacks.dist.is_initialized()
 
