@@ -23,7 +23,7 @@ from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
 from .checkpoints.files import call_weights_only, read_checkpoint
-from .datasets import complete, completes_configs
+from .datasets import complete_config, completion_enabled
 from .engine.speed import apply_fast
 from .errors import UserError
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
@@ -85,8 +85,8 @@ def complete_configs() -> None:
     def completing(self: Config, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         imports = (self.get('custom_imports') or {}).get('imports') or ()
-        if completes_configs() and self.filename and 'convnext_mm' in imports:
-            complete(self)
+        if completion_enabled() and self.filename and 'convnext_mm' in imports:
+            complete_config(self)
             apply_fast(self)
     completing.completes = True  # type: ignore[attr-defined]
     Config.__init__ = completing

@@ -13,31 +13,31 @@ from mmengine import fileio
 
 from .utils import atomic_path
 
-DPI = 80  # of every picture
+DPI = 80  # of every figure
 METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
-"""The metrics that are drawn, as mmseg's and mmdet's evaluators name them."""
+"""Metrics drawn by :func:`draw_curves`, as mmseg's and mmdet's evaluators name them."""
 
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
-    """The lines of mmengine's scalar logs below ``folder``, of all its runs, oldest first."""
+    """Read mmengine's scalar logs of all runs below ``folder``, oldest first."""
     lines = []
     for file in sorted(Path(folder).glob('*/vis_data/scalars.json')) if str(folder) else ():
         for line in file.read_text().splitlines():
             try:
                 lines.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a run that was cut off
+            except json.JSONDecodeError:  # the last line of an interrupted run
                 continue
     return [line for line in lines if 'step' in line]
 
 
 def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
-    """Draw a run's loss, metrics and learning rates.
+    """Draw a run's loss, metrics and learning rates over iterations.
 
     Args:
-        log: What :func:`read_log` returns. A training line's ``step`` counts iterations; a
-            validation line's counts iterations or epochs and is placed at the iteration
-            of the last training line before it.
-        path: The picture to write.
+        log: Log lines from :func:`read_log`. ``step`` of a training line counts iterations;
+            that of a validation line counts iterations or epochs, so its metrics are drawn at
+            the iteration of the last training line before it.
+        path: The PNG file to write.
 
     Returns:
         Whether there was anything to draw.
@@ -47,14 +47,14 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
     for line in log:
         if 'loss' in line:
             step = int(line['step'])
-            # A resumed run repeats the iterations after its checkpoint: the later ones count.
+            # A resumed run repeats the iterations after its checkpoint; keep the later ones.
             for later in [s for s in train if s >= step]:
                 del train[later]
             for later in [s for s in scores if s >= step]:
                 del scores[later]
             train[step] = line
-        elif found := {name: line[name] for name in METRICS if name in line}:
-            scores[max(train, default=0)] = found
+        elif metrics := {name: line[name] for name in METRICS if name in line}:
+            scores[max(train, default=0)] = metrics
     if not train:
         return False
 
@@ -83,27 +83,28 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
         axis.grid(alpha=0.3)
         axis.set_xlim(left=0)
     figure.tight_layout()
-    save(figure, path)
+    save_figure(figure, path)
     return True
 
 
 def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
                 panels: Sequence[str] = ('Input', 'Truth', 'Prediction'),
                 width: int = 400, score_threshold: float = 0.3) -> None:
-    """Draw one SegDataSample or DetDataSample: input, truth, prediction.
+    """Draw the input, ground truth and prediction of a data sample side by side.
 
     Args:
-        sample: With ``img_path``, ``gt_*`` and ``pred_*``, at the picture's own size.
-        meta: The data set's ``classes`` and ``palette``.
-        path: The picture to write.
-        panels: Which of 'Input', 'Truth' and 'Prediction' stand beside each other.
-        width: Of a panel, in pixels.
-        score_threshold: Detections below it are left out.
+        sample: A SegDataSample or DetDataSample with ``img_path``, and with ``gt_*`` and
+            ``pred_*`` at the image's original size.
+        meta: The dataset's ``classes`` and ``palette``.
+        path: The PNG file to write.
+        panels: The panels to draw, of 'Input', 'Truth' and 'Prediction'.
+        width: Width of a panel in pixels.
+        score_threshold: Detections with a lower score are not drawn.
     """
     from PIL import Image, ImageOps
 
-    image = Image.open(io.BytesIO(fileio.get(sample.img_path)))
-    image = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))  # as mmcv reads it
+    file = Image.open(io.BytesIO(fileio.get(sample.img_path)))
+    image = np.asarray(ImageOps.exif_transpose(file).convert('RGB'))  # as mmcv reads it
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
     plt = pyplot()
@@ -112,30 +113,30 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     figure, axes = plt.subplots(1, len(panels), figsize=(len(panels) * inches, height + 1.1),
                                 squeeze=False)
     segmentation = 'pred_sem_seg' in sample
-    shown: Counter[int] = Counter()
+    drawn: Counter[int] = Counter()
     for axis, title in zip(axes[0], panels, strict=True):
-        axis.imshow(grey(image) if segmentation and title != 'Input' else image)
+        axis.imshow(to_grayscale(image) if segmentation and title != 'Input' else image)
         axis.set_title(title, fontsize=15)
         axis.axis('off')
-        which = dict(Truth='gt', Prediction='pred').get(title)
-        if which and segmentation:
-            shown |= draw_labels(axis, sample.get(f'{which}_sem_seg'), colors)
-        elif which:
-            shown |= draw_instances(axis, sample.get(f'{which}_instances'), classes, colors,
+        prefix = dict(Truth='gt', Prediction='pred').get(title)
+        if prefix and segmentation:
+            drawn |= draw_labels(axis, sample.get(f'{prefix}_sem_seg'), colors)
+        elif prefix:
+            drawn |= draw_instances(axis, sample.get(f'{prefix}_instances'), classes, colors,
                                     score_threshold)
-    legend = add_legend(figure, shown, classes, colors, columns=max(1, int(len(panels) * inches)))
-    figure.set_figheight(height + 0.7 + 0.25 * legend)
-    whole = figure.get_figheight()
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / whole,
-                           bottom=(0.2 + 0.25 * legend) / whole, wspace=0.03)
-    save(figure, path)
+    lines = add_legend(figure, drawn, classes, colors, columns=max(1, int(len(panels) * inches)))
+    total = height + 0.7 + 0.25 * lines
+    figure.set_figheight(total)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / total,
+                           bottom=(0.2 + 0.25 * lines) / total, wspace=0.03)
+    save_figure(figure, path)
 
 
-def add_legend(figure: Any, shown: Counter[int], classes: Sequence[str], colors: np.ndarray,
+def add_legend(figure: Any, drawn: Counter[int], classes: Sequence[str], colors: np.ndarray,
                columns: int = 8) -> int:
-    """Name the most frequent of the labels below a figure; returns the number of lines."""
+    """Add a legend of the most frequent labels below a figure; returns its number of lines."""
     from matplotlib.patches import Patch
-    labels = sorted(label for label, _ in shown.most_common(24) if label < len(classes))
+    labels = sorted(label for label, _ in drawn.most_common(24) if label < len(classes))
     if not labels:
         return 0
     columns = min(8, columns // 2 + 1, len(labels))
@@ -144,13 +145,13 @@ def add_legend(figure: Any, shown: Counter[int], classes: Sequence[str], colors:
     return -(-len(labels) // columns)
 
 
-def grey(image: np.ndarray) -> np.ndarray:
-    """A (H, W, 3) picture without its colours, on which those of labels are read off easily."""
+def to_grayscale(image: np.ndarray) -> np.ndarray:
+    """Convert an (H, W, 3) image to gray, so that the colors of labels stand out on it."""
     return np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
 
 
 def class_colors(palette: Any, count: int) -> np.ndarray:
-    """(count, 3) colours in 0–1: the palette's, or evenly spaced hues without one."""
+    """(count, 3) colors from 0 to 1: the palette's, or evenly spaced hues without one."""
     if isinstance(palette, (list, tuple)) and len(palette) >= count:
         return np.asarray(palette[:count], dtype=float).reshape(count, 3) / 255
     from matplotlib import colormaps
@@ -158,7 +159,7 @@ def class_colors(palette: Any, count: int) -> np.ndarray:
 
 
 def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
-    """Lay (H, W) labels over the picture; returns the pixels of each label."""
+    """Overlay (H, W) labels on the image; returns the number of pixels per label."""
     if mask is None:
         return Counter()
     labels = mask.data.squeeze(0).cpu().numpy()
@@ -173,7 +174,7 @@ def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
 
 def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
                    score_threshold: float = 0.3) -> Counter[int]:
-    """Draw boxes, masks and names of (N) instances; returns the boxes of each label."""
+    """Draw boxes, masks and names of N instances; returns the number of boxes per label."""
     from matplotlib.patches import Rectangle
 
     if instances is None or 'bboxes' not in instances:
@@ -205,15 +206,15 @@ def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np
 
 
 def pyplot() -> Any:
-    """matplotlib without a screen, imported when the first picture is drawn."""
+    """matplotlib.pyplot with a backend that needs no display, imported on demand."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     return plt
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure to a file, and close it."""
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure to a file and close it."""
     with atomic_path(path) as part:
         figure.savefig(part, dpi=DPI)
     pyplot().close(figure)

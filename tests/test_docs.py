@@ -166,12 +166,12 @@ def test_every_option_is_described():
     import inspect
 
     from convnext_mm import ConvNeXt
-    from convnext_mm.engine.speed import KEYS
+    from convnext_mm.engine.speed import DEFAULTS
     from convnext_mm.patches import PATCHES
     first_cells = {page: set(re.findall(r'`(\w+)`', ' '.join(
         re.findall(r'^\|([^|]+)\|', text(page), re.M)))) for page in TRANSLATED}
     assert set(inspect.signature(ConvNeXt).parameters) <= first_cells['docs/recipes.md']
-    assert set(KEYS) <= first_cells['docs/speed.md']
+    assert set(DEFAULTS) <= first_cells['docs/speed.md']
     assert set(PATCHES) <= first_cells['docs/training.md']
 
 
@@ -201,7 +201,7 @@ def test_our_messages_in_the_faq_are_those_of_the_code():
 def test_the_four_lines_for_custom_data_work(scope, demo_data, tmp_path):
     from mmengine.registry import init_default_scope
 
-    from convnext_mm.datasets.completion import heads, registry_of
+    from convnext_mm.datasets.completion import dataset_registry, heads_with_classes
     from convnext_mm.engine.checks import read_config
     root = demo_data / ('ADEChallengeData2016' if scope == 'mmseg' else 'coco')
     snippet = next(block for block in re.findall(r'```python\n(.*?)```', text('README.md'), re.S)
@@ -216,10 +216,10 @@ def test_the_four_lines_for_custom_data_work(scope, demo_data, tmp_path):
         snippet = snippet.replace(ours, demo)
     (tmp_path / 'mine.py').write_text(snippet)
     cfg = read_config(str(tmp_path / 'mine.py'))
-    assert {head.num_classes for _, head in heads(cfg.model)} == {2}
+    assert {head.num_classes for _, head in heads_with_classes(cfg.model)} == {2}
     init_default_scope(scope)
     for loader, count in ((cfg.train_dataloader, 8), (cfg.test_dataloader, 4)):
-        dataset = registry_of(scope).build(dict(loader.dataset, filter_cfg=None))
+        dataset = dataset_registry(scope).build(dict(loader.dataset, filter_cfg=None))
         assert len(dataset) == count
         assert len(dataset.metainfo['classes']) == 2
         assert dataset[0]['inputs'].shape[0] == 3

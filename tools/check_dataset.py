@@ -1,4 +1,4 @@
-"""Check all pictures and annotations of a config's data, and draw dataset.png."""
+"""Check all images and annotations of a config's datasets, and draw dataset.png."""
 from convnext_mm.engine.launch import check_dataset, common_parser, run_cli
 
 if __name__ == '__main__':

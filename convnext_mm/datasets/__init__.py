@@ -1,15 +1,16 @@
-"""A user's own data: what a config leaves out is completed, what is wrong in the files is named."""
+"""Custom datasets: completes configs, and inspects the files."""
 from .completion import (
-    KEYS,
-    as_written,
-    classes_of,
-    complete,
-    completes_configs,
-    evaluators,
-    meta_of,
-    move_data,
-    of_split,
+    DATA_KEYS,
+    complete_config,
+    completion_enabled,
+    dataset_classes,
+    dataset_metainfo,
+    datasets_of_split,
+    metrics_of_split,
+    replace_data_root,
+    without_completion,
 )
 
-__all__ = ['KEYS', 'as_written', 'classes_of', 'complete', 'completes_configs',  'evaluators',
-           'meta_of', 'move_data', 'of_split']
+__all__ = ['DATA_KEYS', 'complete_config', 'completion_enabled', 'dataset_classes',
+           'dataset_metainfo', 'datasets_of_split', 'metrics_of_split', 'replace_data_root',
+           'without_completion']

@@ -1,6 +1,7 @@
-"""Problems found in the files of a data set, and helpers that inspect them for both tasks."""
+"""Problems found in a dataset's files, their report, and helpers for both tasks."""
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -8,35 +9,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from PIL import Image, ImageOps
 from rich.progress import track
 
-MARKS = dict(error='✗', warning='!', note='·')
-WHOLE_CHECK = 'python tools/check_dataset.py'
+Item = TypeVar('Item')
+Result = TypeVar('Result')
+
+LEVEL_MARKS = dict(error='✗', warning='!', note='·')
+CHECK_COMMAND = 'python tools/check_dataset.py'
 
 
 @dataclass
 class Problem:
-    """One kind of mistake in one split.
+    """One kind of problem in one split.
 
     Args:
-        what: What is wrong.
-        fix: What to do about it.
-        level: 'error': training would fail, or learn something else; 'warning': most likely not
-            meant; 'note'.
-        where: Files or ids that have it; empty where it is not one of files.
+        message: What is wrong.
+        fix: How to fix it.
+        level: 'error' (training would fail or learn something else), 'warning' (probably
+            unintended) or 'note'.
+        where: Affected files or ids; empty if the problem concerns the split as a whole.
     """
 
-    what: str
+    message: str
     fix: str
     level: str = 'error'
     where: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         count = f'{len(self.where)} × ' if len(self.where) > 1 else ''
-        lines = [f'  {MARKS[self.level]} {count}{self.what}']
+        lines = [f'  {LEVEL_MARKS[self.level]} {count}{self.message}']
         lines += [f'      {place}' for place in self.where[:3]]
         if len(self.where) > 3:
             lines.append(f'      … and {len(self.where) - 3} more')
@@ -45,90 +49,91 @@ class Problem:
 
 @dataclass
 class Findings:
-    """What a look at one split has found.
+    """Results of the inspection of one dataset.
 
     Args:
         split: 'train', 'val' or 'test'.
-        place: Where it lies.
-        classes: Names, in the order of labels.
-        total: Pictures in it.
-        seen: Pictures looked at.
-        amounts: Pixels or boxes of each label.
-        pictures: Pictures with each label.
-        unit: 'pixels' or 'boxes'.
-        digests: Of the files looked at, to find a picture in two splits.
+        location: Path of the annotation file or the image folder.
+        classes: Class names; the label is the index.
+        total: Number of images.
+        checked: Number of images that were read.
+        label_counts: Number of pixels or boxes per label.
+        image_counts: Number of images per label.
+        unit: Unit of ``label_counts``: 'pixels' or 'boxes'.
+        digests: Path → hash of the file, to find an image that is in two splits.
     """
 
     split: str
-    place: str
+    location: str
     classes: Sequence[str]
     total: int = 0
-    seen: int = 0
-    amounts: Counter = field(default_factory=Counter)
-    pictures: Counter = field(default_factory=Counter)
+    checked: int = 0
+    label_counts: Counter[int] = field(default_factory=Counter)
+    image_counts: Counter[int] = field(default_factory=Counter)
     unit: str = 'pixels'
     digests: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, what: str, fix: str, level: str = 'error',
+    def add(self, message: str, fix: str, level: str = 'error',
             where: Iterable[str] | None = None) -> None:
-        """Keep a :class:`Problem`; with ``where``, only if it is somewhere."""
+        """Add a :class:`Problem`, unless ``where`` is an empty collection."""
         places = [] if where is None else sorted(where)
         if where is None or places:
-            self.problems.append(Problem(what, fix, level, places))
+            self.problems.append(Problem(message, fix, level, places))
 
-    def add_absent(self) -> None:
-        """Warn of classes that are nowhere."""
-        absent = [name for i, name in enumerate(self.classes) if not self.amounts[i]]
+    def add_absent_classes(self) -> None:
+        """Add a warning about classes without any pixel or box."""
+        absent = [name for i, name in enumerate(self.classes) if not self.label_counts[i]]
         if absent:
-            self.add('classes that are in no picture: ' + ', '.join(absent),
-                     'Their IoU or AP will be nan: leave them out of classes, or look at how the '
+            self.add('classes that occur in no image: ' + ', '.join(absent),
+                     'Their IoU or AP will be nan: remove them from classes, or check how the '
                      'annotations number them', 'warning')
 
-    def frequencies(self) -> str:
-        """A table: each class with its share, a bar, and the pictures it is in."""
-        everything = sum(self.amounts.values()) or 1
+    def frequency_table(self) -> str:
+        """A text table: share of each class, a bar, and the number of images that contain it."""
+        total = sum(self.label_counts.values()) or 1
         width = max([len(name) for name in self.classes] + [5])
-        most = max(self.amounts.values(), default=1) or 1
-        lines = [f'    {"class":<{width}}  {self.unit:>10}   share  pictures']
+        most = max(self.label_counts.values(), default=1) or 1
+        lines = [f'    {"class":<{width}}  {self.unit:>10}   share  {"images":>8}']
         for label, name in enumerate(self.classes):
-            amount = self.amounts[label]
-            lines.append(f'    {name:<{width}}  {amount:>10}  {amount / everything:>6.1%}  '
-                         f'{self.pictures[label]:>8}  {"█" * round(20 * amount / most)}')
+            count = self.label_counts[label]
+            lines.append(f'    {name:<{width}}  {count:>10}  {count / total:>6.1%}  '
+                         f'{self.image_counts[label]:>8}  {"█" * round(20 * count / most)}')
         return '\n'.join(lines)
 
 
-def picked(total: int, sample: int | None) -> list[int]:
-    """Indices of ``sample`` among ``total``, evenly spread; all where ``sample`` is None."""
+def sample_indices(total: int, sample: int | None) -> list[int]:
+    """``sample`` evenly spaced indices below ``total``; all of them if ``sample`` is None."""
     if sample is None or sample >= total:
         return list(range(total))
     return [i * total // sample for i in range(sample)]
 
 
-def each(function: Callable[[Any], Any], items: Sequence[Any], what: str,
-         show: bool) -> Iterator[Any]:
-    """``function`` of every item, by threads (decoding pictures frees the interpreter)."""
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], description: str,
+                   show_progress: bool) -> Iterator[Result]:
+    """``map(function, items)`` in threads, since image decoders release the GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(function, items)
-        yield from track(done, what, total=len(items)) if show else done
+        results = pool.map(function, items)
+        yield from (track(results, description, total=len(items)) if show_progress
+                    else results)
 
 
-def open_picture(path: str) -> tuple[Image.Image, bytes]:
-    """A picture decoded to its end, turned as its EXIF data say, and the file's bytes.
+def load_image(path: str) -> tuple[Image.Image, str]:
+    """Decode an image completely, apply its EXIF rotation, and hash its file.
 
     Raises:
-        OSError: It is not there or cannot be read to its end.
+        OSError: The file is missing or truncated.
     """
     data = Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        return ImageOps.exif_transpose(image), data
+        return ImageOps.exif_transpose(image), hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def reason(error: Exception) -> str:
-    """Why a picture cannot be read, in a few words."""
+def failure_reason(error: Exception) -> str:
+    """A short text that says why an image cannot be read."""
     if isinstance(error, FileNotFoundError):
-        return 'not there'
+        return 'file not found'
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'no picture'
+        return 'not an image'
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Inspects the images and annotations of a data set, all of them or a sample, and reports."""
+"""Inspects the images and annotations of datasets, all or a sample, and formats a report."""
 from __future__ import annotations
 
 import os
@@ -8,57 +8,63 @@ from collections.abc import Sequence
 from mmengine.config import Config
 
 from . import detection, segmentation
-from .completion import classes_of, of_split
+from .completion import dataset_classes, datasets_of_split
 from .findings import Findings
 
 
-def inspect(cfg: Config, sample: int | None = None,
-            splits: Sequence[str] = ('train', 'val')) -> list[Findings]:
-    """Look at the pictures and annotations of the splits.
+def inspect_splits(cfg: Config, sample: int | None = None,
+                   splits: Sequence[str] = ('train', 'val')) -> list[Findings]:
+    """Inspect the images and annotations of the splits.
 
     Args:
-        cfg: Completed (:func:`convnext_mm.datasets.complete`); its files and folders are there.
-        sample: How many pictures of each split, evenly spread; None: all, with a progress bar.
-        splits: Those without a data set are passed over.
+        cfg: A completed config (:func:`convnext_mm.datasets.complete_config`) whose files and
+            folders exist.
+        sample: Number of images per dataset, evenly spaced; None inspects all images, with a
+            progress bar.
+        splits: Splits without a dataset are skipped.
+
+    Returns:
+        One :class:`Findings` per dataset.
     """
     task = detection if cfg.default_scope == 'mmdet' else segmentation
-    found = []
+    results = []
     for split in splits:
-        for dataset in of_split(cfg, split):
-            findings = Findings(split, _place(dataset), classes_of(dataset, cfg.default_scope))
-            task.look_at(dataset, findings, sample, cfg)
-            found.append(findings)
-    _find_twins(found)
-    return found
+        for dataset in datasets_of_split(cfg, split):
+            findings = Findings(split, _location(dataset),
+                                dataset_classes(dataset, cfg.default_scope))
+            task.inspect_dataset(dataset, findings, sample, cfg)
+            results.append(findings)
+    _report_duplicates(results)
+    return results
 
 
-def report(found: Sequence[Findings], frequencies: bool = True) -> str:
-    """All that was found, as text."""
+def format_report(results: Sequence[Findings], frequencies: bool = True) -> str:
+    """All findings as text, with a table of class frequencies per dataset if wanted."""
     lines = []
-    for one in found:
-        seen = '' if one.seen == one.total else f', {one.seen} of them looked at'
-        lines.append(f'{one.split}: {one.total} pictures of {one.place}{seen}')
-        if frequencies and one.amounts:
-            lines.append(one.frequencies())
-        lines += [str(problem) for problem in one.problems]
-    levels = Counter(problem.level for one in found for problem in one.problems)
+    for findings in results:
+        checked = '' if findings.checked == findings.total else f', {findings.checked} checked'
+        lines.append(f'{findings.split}: {findings.total} images in {findings.location}{checked}')
+        if frequencies and findings.label_counts:
+            lines.append(findings.frequency_table())
+        lines += [str(problem) for problem in findings.problems]
+    levels = Counter(problem.level for findings in results for problem in findings.problems)
     lines.append(f'{levels["error"]} errors (✗), {levels["warning"]} warnings (!)')
     return '\n'.join(lines)
 
 
-def _place(dataset: dict) -> str:
+def _location(dataset: dict) -> str:
     root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
     return os.path.join(root, dataset.get('ann_file') or prefix.get('img_path') or '')
 
 
-def _find_twins(found: Sequence[Findings]) -> None:
-    """The same picture in training and validation makes the validation worthless."""
-    train = {digest: path for one in found if one.split == 'train'
-             for path, digest in one.digests.items()}
-    for one in found:
-        if one.split != 'train':
-            one.add('pictures are in the training data as well',
-                    'Take them out of one of the two: what is measured on them is not what the '
-                    'model does on new pictures', 'warning',
-                    where=[f'{path} = {train[digest]}' for path, digest in one.digests.items()
-                           if digest in train])
+def _report_duplicates(results: Sequence[Findings]) -> None:
+    """Warn about images that are in the training data and in another split."""
+    train = {digest: path for findings in results if findings.split == 'train'
+             for path, digest in findings.digests.items()}
+    for findings in results:
+        if findings.split != 'train':
+            findings.add('image that is also in the training data',
+                         'Remove it from one of the two: metrics on training images do not '
+                         'measure generalization', 'warning',
+                         where=[f'{path} = {train[digest]}'
+                                for path, digest in findings.digests.items() if digest in train])

@@ -1,7 +1,6 @@
-"""What is wrong in pictures and masks for mmsegmentation."""
+"""Inspects the images and masks of an mmsegmentation dataset."""
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,222 +9,233 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 
-from .completion import registry_of, steps_of
-from .findings import Findings, each, open_picture, picked, reason
+from .completion import dataset_registry, find_transforms
+from .findings import Findings, failure_reason, load_image, map_in_threads, sample_indices
 
 IGNORED = 255
 
 
-class Look(NamedTuple):
-    """One picture and its mask; a ``None`` says that there was none to look at."""
+class ImageMaskPair(NamedTuple):
+    """What was read from an image and its mask.
 
-    picture: str
+    Args:
+        image: Path of the image.
+        mask: Path of the mask.
+        image_error: Why the image cannot be read.
+        mask_error: Why the mask cannot be read.
+        sizes: (width, height) of image and mask, if they differ.
+        has_colors: Whether the mask has several channels.
+        mode: PIL's mode of the mask.
+        pixel_counts: Mask value → number of pixels; empty without a mask of one channel.
+        digest: Hash of the image file.
+    """
+
+    image: str
     mask: str
-    picture_error: str | None = None
-    mask_error: str | None = None
+    image_error: str = ''
+    mask_error: str = ''
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-    colours: bool = False
+    has_colors: bool = False
     mode: str = ''
-    values: dict[int, int] | None = None
+    pixel_counts: dict[int, int] = {}  # noqa: RUF012
     digest: str = ''
 
 
-def look_at(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
-    """Look at one data set's pictures and masks; what is found goes into ``findings``."""
-    # Serialized, mmengine fails on a data set without pictures.
-    dataset = registry_of('mmseg').build(
+def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
+    """Inspect one dataset's images and masks, and add the results to ``findings``."""
+    # mmengine cannot serialize a dataset without images.
+    dataset = dataset_registry('mmseg').build(
         dict(config, pipeline=[], serialize_data=False, _scope_='mmseg'))
     findings.total = len(dataset)
     prefix = dataset.data_prefix
     if not findings.total:
-        others = Counter(Path(name).suffix for name in _names(prefix.get('img_path')))
-        there = ', '.join(f'{count} {suffix}' for suffix, count in others.most_common(3))
+        suffixes = Counter(Path(name).suffix for name in _list_files(prefix.get('img_path')))
+        existing = ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3))
         findings.add(
-            f'no picture ends in {dataset.img_suffix} in {prefix.get("img_path")}' +
-            (f': there are {there}' if there else ''),
-            "Set img_suffix='…' at the top of the config; seg_map_suffix='…' is that of the masks"
-            if there else 'Set data_prefix.img_path to the folder of the pictures')
+            f'no image ends with {dataset.img_suffix} in {prefix.get("img_path")}' +
+            (f', which contains {existing}' if existing else ''),
+            "Set img_suffix='…' at the top of the config, and seg_map_suffix='…' for the masks"
+            if existing else 'Set data_prefix.img_path to the folder of the images')
         return
-    infos = [dataset.get_data_info(i) for i in picked(findings.total, sample)]
-    looks = list(each(_look, [(i['img_path'], i.get('seg_map_path', '')) for i in infos],
-                      f'Looking at {findings.split}', show=sample is None))
-    findings.seen = len(looks)
-    findings.digests = {look.picture: look.digest for look in looks if look.digest}
-    _report_files(looks, findings)
-    _report_unused(prefix, infos, dataset, findings, sample)
-    backend = next((step.get('imdecode_backend') for step in steps_of(
+    infos = [dataset.get_data_info(i) for i in sample_indices(findings.total, sample)]
+    pairs = list(map_in_threads(
+        _read_pair, [(i['img_path'], i.get('seg_map_path', '')) for i in infos],
+        f'Checking {findings.split}', show_progress=sample is None))
+    findings.checked = len(pairs)
+    findings.digests = {pair.image: pair.digest for pair in pairs if pair.digest}
+    _report_files(pairs, findings)
+    _report_unpaired_masks(prefix, infos, dataset, findings, sample)
+    backend = next((transform.get('imdecode_backend') for transform in find_transforms(
         config.get('pipeline'), 'LoadAnnotations')), None)
     if backend not in (None, 'pillow'):
-        findings.add(f'imdecode_backend={backend!r} reads colours from palette PNGs, not indices',
-                     "Leave imdecode_backend out of LoadAnnotations ('pillow' reads indices)",
-                     where=[look.mask for look in looks if look.mode == 'P'])
-    _report_labels([look for look in looks if look.values], findings, dataset, sample)
+        findings.add(f'imdecode_backend={backend!r} reads colors from palette PNGs, not indices',
+                     "Remove imdecode_backend from LoadAnnotations (the default, 'pillow', reads "
+                     'indices)', where=[pair.mask for pair in pairs if pair.mode == 'P'])
+    _report_labels([pair for pair in pairs if pair.pixel_counts], findings, dataset, sample)
 
 
-def _look(paths: tuple[str, str]) -> Look:
-    """Read one picture and its mask."""
-    found = Look(*paths)
+def _read_pair(paths: tuple[str, str]) -> ImageMaskPair:
+    pair = ImageMaskPair(*paths)
     size = None
     try:
-        picture, data = open_picture(found.picture)
-        size = picture.size
-        found = found._replace(digest=hashlib.blake2b(data, digest_size=16).hexdigest())
-    except Exception as error:  # decoders raise what they like
-        found = found._replace(picture_error=reason(error))
+        image, digest = load_image(pair.image)
+        size = image.size
+        pair = pair._replace(digest=digest)
+    except Exception as error:  # decoders raise errors of any type
+        pair = pair._replace(image_error=failure_reason(error))
     try:
-        mask, _ = open_picture(found.mask)
+        mask, _ = load_image(pair.mask)
     except Exception as error:
-        return found._replace(mask_error=reason(error))
+        return pair._replace(mask_error=failure_reason(error))
     values = np.asarray(mask)
-    found = found._replace(mode=mask.mode, colours=values.ndim == 3)
+    pair = pair._replace(mode=mask.mode, has_colors=values.ndim == 3)
     if size is not None and size != mask.size:
-        found = found._replace(sizes=(size, mask.size))
+        pair = pair._replace(sizes=(size, mask.size))
     if values.ndim == 2:
-        numbers = np.bincount(values.astype(np.int64).ravel().clip(0))
-        found = found._replace(values={int(v): int(numbers[v]) for v in np.flatnonzero(numbers)})
-    return found
+        counts = np.bincount(values.astype(np.int64).ravel().clip(0))
+        pair = pair._replace(pixel_counts={int(v): int(counts[v]) for v in np.flatnonzero(counts)})
+    return pair
 
 
-def _report_files(looks: list[Look], findings: Findings) -> None:
-    """Pictures and masks that are missing, unreadable, of another size, or no masks."""
-    findings.add('picture missing or unreadable', 'Put it back, or take its name out',
-                 where=[f'{k.picture} ({k.picture_error})' for k in looks if k.picture_error])
+def _report_files(pairs: list[ImageMaskPair], findings: Findings) -> None:
+    """Report missing and unreadable files, different sizes, and color masks."""
+    findings.add('image missing or unreadable', 'Replace the file, or remove it from the dataset',
+                 where=[f'{p.image} ({p.image_error})' for p in pairs if p.image_error])
     findings.add('mask missing or unreadable',
-                 'Each picture needs a mask of the same name (seg_map_suffix is how it ends); put '
-                 'it there, or take the picture out',
-                 where=[f'{k.mask} ({k.mask_error})' for k in looks if k.mask_error])
-    findings.add('mask of another size than its picture',
-                 'Resize the mask to the picture, without interpolation (nearest); where width and '
-                 'height are exchanged, the picture has an EXIF rotation that the mask lacks',
-                 where=['{}: picture {}×{}, mask {}×{}'.format(k.mask, *k.sizes[0], *k.sizes[1])
-                        for k in looks if k.sizes])
-    findings.add('mask in colours, where numbers of classes are expected',
+                 'Each image needs a mask of the same name, which ends with seg_map_suffix: add '
+                 'the mask, or remove the image',
+                 where=[f'{p.mask} ({p.mask_error})' for p in pairs if p.mask_error])
+    findings.add('mask whose size differs from its image',
+                 'Resize the mask to the size of the image, with nearest-neighbor interpolation. '
+                 'If width and height are swapped, the image has an EXIF rotation that the mask '
+                 'lacks',
+                 where=['{}: image {}×{}, mask {}×{}'.format(p.mask, *p.sizes[0], *p.sizes[1])
+                        for p in pairs if p.sizes])
+    findings.add('color mask; expected one channel with class indices',
                  'Save masks with one channel: mask = np.zeros(rgb.shape[:2], np.uint8), and for '
-                 'each class mask[(rgb == colour).all(-1)] = number',
-                 where=[f'{k.mask} ({k.mode})' for k in looks if k.colours])
+                 'each class mask[(rgb == color).all(-1)] = index',
+                 where=[f'{p.mask} ({p.mode})' for p in pairs if p.has_colors])
 
 
-def _report_unused(prefix: dict, infos: list[dict], dataset: Any, findings: Findings,
-                   sample: int | None) -> None:
-    """Masks that no picture belongs to."""
-    if sample is not None or _lists(dataset) or not prefix.get('seg_map_path'):
+def _report_unpaired_masks(prefix: dict, infos: list[dict], dataset: Any, findings: Findings,
+                           sample: int | None) -> None:
+    # An annotation file may list only some of the images in a folder.
+    lists_images = bool(dataset.ann_file) and not os.path.isdir(dataset.ann_file)
+    if sample is not None or lists_images or not prefix.get('seg_map_path'):
         return
     used = {os.path.normpath(info['seg_map_path']) for info in infos}
-    masks = [os.path.join(prefix['seg_map_path'], name) for name in _names(prefix['seg_map_path'])
+    masks = [os.path.join(prefix['seg_map_path'], name)
+             for name in _list_files(prefix['seg_map_path'])
              if name.endswith(dataset.seg_map_suffix)]
-    findings.add(f'mask without a picture that ends in {dataset.img_suffix}',
-                 'Add the picture, or remove the mask', 'warning',
+    findings.add(f'mask without an image that ends with {dataset.img_suffix}',
+                 'Add the image, or remove the mask', 'warning',
                  where=[mask for mask in masks if os.path.normpath(mask) not in used])
 
 
-def _lists(dataset: Any) -> bool:
-    """Whether an annotation file lists the pictures, so that others may lie beside them."""
-    return bool(dataset.ann_file) and not os.path.isdir(dataset.ann_file)
-
-
-def _report_labels(looks: list[Look], findings: Findings, dataset: Any,
+def _report_labels(pairs: list[ImageMaskPair], findings: Findings, dataset: Any,
                    sample: int | None) -> None:
-    """Values of masks against the classes, as mmseg's LoadAnnotations makes labels of them."""
+    """Compare mask values with the classes, as mmseg's LoadAnnotations maps them to labels."""
     classes, reduce = findings.classes, dataset.reduce_zero_label
-    raw: Counter[int] = Counter()
-    of_value: dict[int, list[str]] = {}
-    empty = []
-    for look in looks:
-        labels = Counter()
-        for value, count in look.values.items():
-            raw[value] += count
-            of_value.setdefault(value, []).append(look.mask)
-            labels[label_of(value, reduce, dataset.label_map)] += count
-        labels = Counter({v: n for v, n in labels.items() if v != IGNORED})
-        if not labels:
-            empty.append(look.mask)
-        findings.amounts.update({v: n for v, n in labels.items() if v < len(classes)})
-        findings.pictures.update({v: 1 for v in labels if v < len(classes)})
-    if not raw:
+    masks_of_value: dict[int, list[str]] = {}
+    without_labels = []
+    for pair in pairs:
+        counts: Counter[int] = Counter()
+        for value, count in pair.pixel_counts.items():
+            masks_of_value.setdefault(value, []).append(pair.mask)
+            counts[training_label(value, reduce, dataset.label_map)] += count
+        del counts[IGNORED]
+        if not counts:
+            without_labels.append(pair.mask)
+        findings.label_counts.update({v: n for v, n in counts.items() if v < len(classes)})
+        findings.image_counts.update({v: 1 for v in counts if v < len(classes)})
+    if not masks_of_value:
         return
-    outside = sorted(v for v in raw if v > IGNORED or len(classes) <= label_of(
-        v, reduce, dataset.label_map) < IGNORED)
-    numbers = sorted(v for v in raw if v != IGNORED)
-    values = f'values of the masks: {_ranges(sorted(raw))}; classes: {len(classes)}; ' \
+    found = sorted(masks_of_value)
+    outside = [v for v in found if v > IGNORED or len(classes) <= training_label(
+        v, reduce, dataset.label_map) < IGNORED]
+    indices = [v for v in found if v != IGNORED]
+    values = f'mask values: {format_ranges(found)}; classes: {len(classes)}; ' \
              f'reduce_zero_label={reduce}'
-    if set(raw) == {0, IGNORED}:
-        # So that one class, or none, is all there is to learn; a part may just look like it.
+    if found == [0, IGNORED]:
+        # At most one class is left to learn. In a sample, the other classes may be missing.
         certain = reduce or sample is None
-        findings.add(f'the masks hold 0 and 255 only, and 255 means "ignore" ({values})',
-                     'Write 1 for 255: mask[mask == 255] = 1, with classes for 0 and 1 and '
+        findings.add(f'masks contain only 0 and 255, and 255 means "ignore" ({values})',
+                     'Replace 255 by 1 (mask[mask == 255] = 1), and set classes for 0 and 1 and '
                      'reduce_zero_label = False', 'error' if certain else 'warning')
     elif outside:
-        findings.add(f'values outside of the classes: {_ranges(outside)} ({values})',
-                     _advice(outside, numbers, len(classes), reduce, looks),
-                     where=dict.fromkeys(m for v in outside for m in of_value[v]))
-    elif len(empty) == len(looks):
-        findings.add(f'no pixel of any class in any mask: all are ignored ({values})',
-                     'Is 0 a class? Then set reduce_zero_label = False' if reduce else
-                     'Look at how the masks were written')
+        findings.add(f'mask values that are not classes: {format_ranges(outside)} ({values})',
+                     _suggest_fix(outside, indices, len(classes), reduce, pairs),
+                     where=dict.fromkeys(m for v in outside for m in masks_of_value[v]))
+    elif len(without_labels) == len(pairs):
+        findings.add(f'masks without a pixel of any class: all pixels are ignored ({values})',
+                     'If 0 is a class, set reduce_zero_label = False' if reduce else
+                     'Check how the masks were written')
     else:
-        findings.add('mask without a pixel of any class: all of it is ignored',
-                     'Take these pictures out; they teach nothing', 'warning', where=empty)
-        if reduce and dataset.label_map is None and 0 in raw and (
-                numbers[-1] == len(classes) - 1 or (sample is None and numbers[-1] < len(classes))):
+        findings.add('mask without a pixel of any class: all its pixels are ignored',
+                     'Remove these images; training cannot learn from them', 'warning',
+                     where=without_labels)
+        if reduce and dataset.label_map is None and 0 in found and (
+                indices[-1] == len(classes) - 1 or (sample is None and indices[-1] < len(classes))):
             findings.add(
-                f'reduce_zero_label=True makes 0 "ignore" and shifts every class by one, but the '
-                f'masks hold no {len(classes)}, which would be {classes[-1]!r} ({values})',
-                f'If 0 is a class ({classes[0]!r}), it is swallowed and the others are shifted: '
-                'set reduce_zero_label = False at the top of the config', 'warning')
+                f'reduce_zero_label=True ignores 0 and makes 1 the first class, but no mask '
+                f'contains {len(classes)}, which would be {classes[-1]!r} ({values})',
+                f'If 0 is a class ({classes[0]!r}), it is ignored and the other classes are '
+                'shifted: set reduce_zero_label = False at the top of the config', 'warning')
         elif sample is None:
-            findings.add_absent()
+            findings.add_absent_classes()
 
 
-def label_of(value: int, reduce: bool, label_map: dict[int, int] | None) -> int:
-    """The label that mmseg's LoadAnnotations makes of a mask's value; 255 is ignored."""
+def training_label(value: int, reduce: bool, label_map: dict[int, int] | None) -> int:
+    """The label that mmseg's LoadAnnotations maps a mask value to; 255 is ignored."""
     if reduce:
         value = IGNORED if value in (0, IGNORED) else value - 1
     return (label_map or {}).get(value, value)
 
 
-def _advice(outside: list[int], numbers: list[int], count: int, reduce: bool,
-            looks: list[Look]) -> str:
-    """What most likely explains values outside of the classes."""
-    if numbers[-1] > 255:
-        return 'mmseg reads masks as 8 bits: write numbers from 0 to 254'
-    if any(look.mask.lower().endswith(('.jpg', '.jpeg')) for look in looks):
-        return ('The masks are JPEGs, whose values are blurred at every edge: write them as PNG '
-                'from their source')
-    if not reduce and outside == [count]:
-        if 0 not in numbers:
-            return ('The masks count from 1: set reduce_zero_label = True at the top of the '
-                    'config')
-        return ('If 0 is "no class", set reduce_zero_label = True at the top of the config; if 0 '
-                'is a class, one is missing from classes')
-    if any(look.mode == 'P' for look in looks):
-        return ('The masks are palette PNGs whose indices are not the numbers of the classes: '
-                'renumber them (new = table[np.asarray(mask)]), or name every index in classes')
-    if len(numbers) <= count + 1 and len(outside) >= max(1, len(numbers) - 1):
-        table = dict(zip(numbers, range(len(numbers)), strict=True))
-        return (f'They look like grey levels that stand for classes: renumber them, e.g. {table}'
+def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduce: bool,
+                 pairs: list[ImageMaskPair]) -> str:
+    """The most likely cause of mask values that are not classes, and its fix."""
+    if indices[-1] > 255:
+        return 'mmseg reads masks as 8-bit images: write class indices from 0 to 254'
+    if any(pair.mask.lower().endswith(('.jpg', '.jpeg')) for pair in pairs):
+        return ('The masks are JPEGs, whose compression changes values near edges: create them '
+                'again as PNG')
+    if not reduce and outside == [num_classes]:
+        if 0 not in indices:
+            return ('The masks number the classes from 1: set reduce_zero_label = True at the '
+                    'top of the config')
+        return ('If 0 means "no class", set reduce_zero_label = True at the top of the config; '
+                'if 0 is a class, one is missing from classes')
+    if any(pair.mode == 'P' for pair in pairs):
+        return ('The masks are palette PNGs whose indices are not the class indices: remap them '
+                '(new = table[np.asarray(mask)]), or list a name for every index in classes')
+    if len(indices) <= num_classes + 1 and len(outside) >= max(1, len(indices) - 1):
+        table = dict(zip(indices, range(len(indices)), strict=True))
+        return (f'They look like gray levels that encode classes: remap them, e.g. {table}'
                 if len(table) <= 12 else
-                'They look like grey levels that stand for classes: renumber them from 0')
-    if len(numbers) > 4 * count:
-        return ('So many values come of masks that were resized with interpolation, or of colours '
-                'turned to grey: write them again from their source, resize with "nearest"')
-    return ('Are classes missing? Name one for each value, write 255 where a pixel is to be '
-            'ignored, or renumber the masks')
+                'They look like gray levels that encode classes: remap them to 0, 1, 2, …')
+    if len(indices) > 4 * num_classes:
+        return ('So many values result from resizing masks with interpolation, or from converting '
+                'colors to gray: create the masks again, and resize them with nearest-neighbor '
+                'interpolation')
+    return ('If classes are missing, add a name for each value to classes; otherwise remap the '
+            'masks, with 255 for pixels to ignore')
 
 
-def _ranges(values: list[int]) -> str:
-    """0, 1, 2, 7 → '0–2, 7'."""
+def format_ranges(values: list[int]) -> str:
+    """Sorted numbers as text: [0, 1, 2, 7] → '0–2, 7'."""
     runs: list[list[int]] = []
     for value in values:
         if runs and value == runs[-1][-1] + 1:
             runs[-1].append(value)
         else:
             runs.append([value])
-    shown = [f'{run[0]}–{run[-1]}' if len(run) > 2 else ', '.join(map(str, run)) for run in runs]
-    return ', '.join(shown[:12]) + (', …' if len(shown) > 12 else '')
+    texts = [f'{run[0]}–{run[-1]}' if len(run) > 2 else ', '.join(map(str, run)) for run in runs]
+    return ', '.join(texts[:12]) + (', …' if len(texts) > 12 else '')
 
 
-def _names(folder: str | None) -> list[str]:
-    """Files below a folder, relative to it."""
+def _list_files(folder: str | None) -> list[str]:
+    """The files below a folder, as paths relative to it."""
     if not folder or not os.path.isdir(folder):
         return []
     return sorted(os.path.relpath(os.path.join(root, name), folder)
