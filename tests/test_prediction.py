@@ -1,4 +1,4 @@
-"""A model on one's own pictures."""
+"""Predictions on your own images."""
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,13 @@ from PIL import Image
 from convnext_mm import UserError
 from convnext_mm.engine.checks import read_config
 from convnext_mm.layers import Block
-from convnext_mm.prediction import Predictor, find_pictures, picture_names
-from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, run_tool
+from convnext_mm.prediction import Predictor, find_images, output_names
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, call_tool
 
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
-    """Untrained weights of the demo's models: all that a picture of a prediction needs."""
+    """Randomly initialized weights of the demo's models, which are enough to draw predictions."""
     from mmengine.registry import MODELS, init_default_scope
     found = {}
     for config in (DEMO_SEGMENTATION, DEMO_DETECTION):
@@ -33,36 +33,34 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize('config', [DEMO_SEGMENTATION, DEMO_DETECTION])
-def test_a_folder_with_a_broken_picture(config, checkpoints, tmp_path):
+def test_image_demo_draws_a_folder_and_names_broken_files(config, checkpoints, tmp_path):
     photos = tmp_path / 'photos'
     (photos / 'deep').mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     Image.fromarray(noise).save(photos / 'a.jpg')
-    Image.fromarray(noise[..., 0]).save(photos / 'a.png')  # grey
+    Image.fromarray(noise[..., 0]).save(photos / 'a.png')  # grayscale
     Image.fromarray(noise).save(photos / 'deep' / 'b.JPG')
     (photos / 'cut.jpg').write_bytes((photos / 'a.jpg').read_bytes()[:2000])
-    (photos / 'notes.txt').write_text('no picture')
-    done = run_tool('tools/image_demo.py', photos, config, checkpoints[config], '--out',
-                    tmp_path / 'out', '--score-threshold', '0', check=False)
+    (photos / 'notes.txt').write_text('not an image')
+    done = call_tool('tools/image_demo.py', photos, config, checkpoints[config], '--out',
+                     tmp_path / 'out', '--score-threshold', '0')
     assert done.returncode == 2
-    assert '3 pictures in' in done.stdout
-    assert '1 of 4 pictures could not be read' in done.stderr
-    assert f'{photos}/cut.jpg' in done.stderr
-    assert 'Traceback' not in done.stderr
-    names = sorted(str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.png'))
+    assert f"3 images written to {tmp_path / 'out'}" in done.stdout
+    assert f'1 of 4 images could not be read:\n  {photos}/cut.jpg (image file' in done.stderr
+    names = sorted(str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.*'))
     assert names == ['a.png', 'a.png.png', 'deep/b.png']
     drawn = np.asarray(Image.open(tmp_path / 'out' / 'a.png').convert('RGB'), float)
     left, right = drawn[60:300, 20:380], drawn[60:300, 420:780]
     assert np.abs(left.mean((0, 1)) - right.mean((0, 1))).max() > 2, 'the prediction is drawn'
 
 
-def test_the_prediction_has_the_size_of_the_picture(checkpoints, tmp_path):
+def test_predictions_have_the_size_of_the_image(checkpoints, tmp_path):
     Image.fromarray(np.zeros((70, 333, 3), np.uint8)).save(tmp_path / 'wide.png')
     predict = Predictor(read_config(DEMO_SEGMENTATION), str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
     assert predict(str(tmp_path / 'wide.png')).pred_sem_seg.data.shape == (1, 70, 333)
     blocks = [module for module in predict.model.modules() if isinstance(module, Block)]
     assert blocks
-    assert all(block._packed for block in blocks), 'weights are final here'
+    assert all(block._packed for block in blocks), 'packed, since the weights are final'
     assert predict.meta['classes'][0] == 'sand'
     assert predict.meta['palette'][0] == (222, 203, 144)
 
@@ -73,30 +71,31 @@ def test_weights_of_another_model_are_refused(checkpoints):
                   str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
 
 
-def test_pictures_are_found(tmp_path):
+def test_files_folders_and_patterns_are_expanded(tmp_path):
     for name in ('a.jpg', 'b.png', 'c.txt', 'sub/d.webp'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     inside = [str(tmp_path / name) for name in ('a.jpg', 'b.png', 'sub/d.webp')]
-    assert find_pictures([str(tmp_path)]) == inside
-    assert find_pictures([f'{tmp_path}/*']) == inside[:2]
-    assert find_pictures([f'{tmp_path}/**']) == inside
-    assert find_pictures([inside[1], str(tmp_path)]) == [inside[1], inside[0], inside[2]]
-    assert find_pictures([str(tmp_path / 'c.txt')]), 'a file that is named is taken as it is'
+    assert find_images([str(tmp_path)]) == inside
+    assert find_images([f'{tmp_path}/*']) == inside[:2]
+    assert find_images([f'{tmp_path}/**']) == inside
+    assert find_images([inside[1], str(tmp_path)]) == [inside[1], inside[0], inside[2]]
+    named = str(tmp_path / 'c.txt')
+    assert find_images([named]) == [named], 'a named file may have any suffix'
     for place in ('nothing', '*.bmp'):
-        with pytest.raises(UserError, match=r'No picture: .*Expected a picture, a folder'):
-            find_pictures([str(tmp_path / place)])
+        with pytest.raises(UserError, match=r'No image found: .*Expected an image, a folder'):
+            find_images([str(tmp_path / place)])
 
 
-def test_every_picture_gets_a_name_of_its_own():
-    assert [str(name) for name in picture_names(['x/a.jpg', 'x/a.png', 'x/y/a.jpg', 'x/b.tif'])
-            ] == ['a.png', 'a.png.png', 'y/a.png', 'b.png']
-    assert [str(name) for name in picture_names(['one/p.jpg'])] == ['p.png']
+@pytest.mark.parametrize(('files', 'names'), [
+    (['one/p.jpg'], ['p.png']),
+    (['x/a.jpg', 'x/a.png', 'x/y/a.jpg', 'x/b.tif'], ['a.png', 'a.png.png', 'y/a.png', 'b.png']),
+    (['a.png.jpg', 'a.jpg', 'a.png'], ['a.png.png', 'a.png', 'a.png.png.png'])])
+def test_output_names_are_unique(files, names):
+    assert [str(name) for name in output_names(files)] == names
 
 
-def test_no_picture_is_said_before_the_model_is_built(tmp_path):
-    done = run_tool('tools/image_demo.py', tmp_path / 'no.jpg', DEMO_SEGMENTATION, 'no.pth',
-                    check=False)
+def test_missing_images_are_reported_before_the_model_is_built(tmp_path):
+    done = call_tool('tools/image_demo.py', tmp_path / 'no.jpg', DEMO_SEGMENTATION, 'no.pth')
     assert done.returncode == 2
-    assert 'No picture' in done.stderr
-    assert 'Traceback' not in done.stderr
+    assert f'Error: No image found: {tmp_path}/no.jpg.' in done.stderr

@@ -1,4 +1,4 @@
-
+"""Figures of training curves and predictions."""
 import numpy as np
 import pytest
 import torch
@@ -12,14 +12,14 @@ META = dict(classes=('a', 'b'), palette=[(255, 0, 0), (0, 0, 255)])
 
 
 @pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / 'photo.jpg'
+def image_path(tmp_path):
+    path = tmp_path / 'image.jpg'
     Image.fromarray(np.full((60, 80, 3), 128, np.uint8)).save(path)
     return path
 
 
 def panels(path) -> list[np.ndarray]:
-    """The three panels of a picture, each as float colours."""
+    """The center of each of the three panels of an image, as float colors."""
     image = np.asarray(Image.open(path).convert('RGB'), dtype=float)
     third = image.shape[1] // 3
     height = image.shape[0]
@@ -27,31 +27,31 @@ def panels(path) -> list[np.ndarray]:
             for i in range(3)]
 
 
-def test_segmentation_shows_input_truth_and_prediction(photo, tmp_path):
+def test_segmentation_draws_input_truth_and_prediction(image_path, tmp_path):
     from mmseg.structures import SegDataSample
-    sample = SegDataSample(metainfo=dict(img_path=str(photo)))
+    sample = SegDataSample(metainfo=dict(img_path=str(image_path)))
     sample.gt_sem_seg = PixelData(data=torch.zeros(1, 60, 80, dtype=torch.long))
     sample.pred_sem_seg = PixelData(data=torch.ones(1, 60, 80, dtype=torch.long))
     visualization.draw_sample(sample, META, tmp_path / 'out.png')
-    photo_panel, truth, prediction = panels(tmp_path / 'out.png')
-    assert photo_panel.std() < 5
+    input_panel, truth, prediction = panels(tmp_path / 'out.png')
+    assert input_panel.std() < 5
     assert (truth[..., 0] > truth[..., 2] + 80).mean() > 0.9
     assert (prediction[..., 2] > prediction[..., 0] + 80).mean() > 0.9
 
 
-def test_ignored_pixels_are_not_painted(photo, tmp_path):
+def test_ignored_pixels_are_not_drawn(image_path, tmp_path):
     from mmseg.structures import SegDataSample
-    sample = SegDataSample(metainfo=dict(img_path=str(photo)))
+    sample = SegDataSample(metainfo=dict(img_path=str(image_path)))
     sample.gt_sem_seg = PixelData(data=torch.full((1, 60, 80), 255))
     sample.pred_sem_seg = PixelData(data=torch.ones(1, 60, 80, dtype=torch.long))
     visualization.draw_sample(sample, META, tmp_path / 'out.png')
     assert panels(tmp_path / 'out.png')[1].std() < 5
 
 
-def test_detection_draws_what_is_likely(photo, tmp_path):
+def test_detections_below_the_score_threshold_are_not_drawn(image_path, tmp_path):
     from mmdet.structures import DetDataSample
     full = torch.tensor([[0.0, 0.0, 79.0, 59.0]])
-    sample = DetDataSample(metainfo=dict(img_path=str(photo)))
+    sample = DetDataSample(metainfo=dict(img_path=str(image_path)))
     sample.gt_instances = InstanceData(bboxes=full, labels=torch.tensor([0]),
                                        masks=torch.ones(1, 60, 80, dtype=torch.bool))
     sample.pred_instances = InstanceData(
@@ -63,7 +63,7 @@ def test_detection_draws_what_is_likely(photo, tmp_path):
     assert (prediction[..., 2] > prediction[..., 0] + 60).mean() > 0.8
 
 
-def test_boxes_are_drawn_along_the_edges_of_their_masks():
+def test_boxes_align_with_their_masks():
     figure, axis = visualization.pyplot().subplots()
     masks = torch.zeros(1, 60, 80, dtype=torch.bool)
     masks[0, 10:20, 30:50] = True
@@ -80,19 +80,19 @@ def test_boxes_are_drawn_along_the_edges_of_their_masks():
 
 
 @pytest.mark.parametrize('palette', [None, 'random', [(1, 2, 3)]])
-def test_colours_without_a_palette_differ(palette):
+def test_colors_without_a_palette_differ(palette):
     colors = visualization.class_colors(palette, 5)
     assert len({tuple(c) for c in colors}) == 5
 
 
-def test_curves_of_a_resumed_run_are_one(tmp_path, monkeypatch):
+def test_curves_of_a_resumed_run_are_continuous(tmp_path, monkeypatch):
     write_log(tmp_path / '20260101_000000',
               [log_line(10), log_line(20), dict(mIoU=50.0, step=20), log_line(30)])
     write_log(tmp_path / '20260102_000000', [
         log_line(30, 0.5), log_line(40), dict(mIoU=60.0, step=40)])
     log = visualization.read_log(tmp_path)
     drawn = {}
-    monkeypatch.setattr(visualization, 'save',
+    monkeypatch.setattr(visualization, 'save_figure',
                         lambda figure, path: drawn.update(axes=figure.axes))
     assert visualization.draw_curves(log, tmp_path / 'curves.png')
     loss, score, rates = drawn['axes']
@@ -104,6 +104,6 @@ def test_curves_of_a_resumed_run_are_one(tmp_path, monkeypatch):
     assert [r.get_ydata()[0] for r in rates.lines] == [0.2, 0.1]
 
 
-def test_no_log_no_curves(tmp_path):
+def test_nothing_is_drawn_without_a_log(tmp_path):
     assert not visualization.draw_curves(visualization.read_log(tmp_path), tmp_path / 'curves.png')
     assert not (tmp_path / 'curves.png').exists()
