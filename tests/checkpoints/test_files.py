@@ -1,10 +1,15 @@
+"""Files are found, downloaded once, and read without running code in them."""
 import argparse
+import contextlib
+import hashlib
 import json
 import pickle
-import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -16,10 +21,12 @@ from safetensors.torch import save_file
 
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.checkpoints import extract_weights, locate_checkpoint, read_checkpoint
-from tests.helpers import ROOT, SEGMENTATION, golden, run_tool
+from tests.helpers import SEGMENTATION, SMALL_SEGMENTATION, call_tool, golden, run_tool
 
 
-class Hostile:
+class Malicious:
+    """Creates a file when it is unpickled."""
+
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
@@ -27,45 +34,46 @@ class Hostile:
         return (Path.touch, (self.marker,))
 
 
-def save_hostile(marker: Path, path: Path) -> None:
-    torch.save(dict(state_dict={'a': torch.zeros(1)}, optimizer={}, meta=Hostile(marker)), path)
+def save_malicious(marker: Path, path: Path) -> None:
+    torch.save(dict(state_dict={'a': torch.zeros(1)}, optimizer={}, meta=Malicious(marker)), path)
 
 
-def save_hostile_in_the_old_format(marker: Path, path: Path) -> None:
-    torch.save(dict(meta=Hostile(marker)), path, _use_new_zipfile_serialization=False)
+def save_in_legacy_format(marker: Path, path: Path) -> None:
+    torch.save(dict(meta=Malicious(marker)), path, _use_new_zipfile_serialization=False)
 
 
-def save_hostile_pickle(marker: Path, path: Path) -> None:
-    path.write_bytes(pickle.dumps(Hostile(marker)))
-
-
-@pytest.mark.parametrize('save', [save_hostile_in_the_old_format, save_hostile_pickle])
-def test_old_formats_and_bare_pickles_never_run(save, tmp_path):
-    save(tmp_path / 'marker', tmp_path / 'file.pth')
-    with pytest.raises(UserError, match='never executed'):
-        read_checkpoint(str(tmp_path / 'file.pth'))
-    assert not (tmp_path / 'marker').exists()
+def save_pickle(marker: Path, path: Path) -> None:
+    path.write_bytes(pickle.dumps(Malicious(marker)))
 
 
 @pytest.fixture
-def hostile(tmp_path):
-    """A file that would write a marker where it is loaded without care, and the marker."""
-    marker, path = tmp_path / 'marker', tmp_path / 'hostile.pth'
-    save_hostile(marker, path)
-    pickle.loads(pickle.dumps(Hostile(marker)))
-    assert marker.exists(), 'the file does nothing: what follows would prove nothing'
+def malicious_file(request, tmp_path):
+    """A file that creates a marker when it is unpickled, and the marker."""
+    marker, path = tmp_path / 'marker', tmp_path / 'malicious.pth'
+    getattr(request, 'param', save_malicious)(marker, path)
+    with contextlib.suppress(Exception):  # torch.load runs a bare pickle, then refuses it
+        torch.load(path, weights_only=False)
+    assert marker.exists(), 'the file is harmless, so the tests would prove nothing'
     marker.unlink()
     return path, marker
+
+
+@pytest.mark.parametrize('malicious_file', [save_in_legacy_format, save_pickle], indirect=True)
+def test_code_in_other_formats_never_runs(malicious_file):
+    path, marker = malicious_file
+    with pytest.raises(UserError, match='never executed'):
+        read_checkpoint(str(path))
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize('load', [
     read_checkpoint, CheckpointLoader.load_checkpoint, _load_checkpoint,
     lambda path: ConvNeXt(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights()],
-    ids=['read', 'CheckpointLoader', '_load_checkpoint', 'init_cfg'])
-def test_code_in_a_checkpoint_never_runs(hostile, load):
-    path, marker = hostile
-    with pytest.raises(UserError, match=r'hostile.pth contains more than weights \(\S+\), which is '
-                                        'never executed.\n.*CONVNEXT_MM_TRUST=/.*hostile.pth'):
+    ids=['read_checkpoint', 'CheckpointLoader', '_load_checkpoint', 'init_cfg'])
+def test_code_in_a_checkpoint_never_runs(malicious_file, load):
+    path, marker = malicious_file
+    with pytest.raises(UserError, match=r'malicious.pth contains more than weights \(\S+\), which '
+                                        'is never executed.\n.*CONVNEXT_MM_TRUST=/.*malicious.pth'):
         load(str(path))
     assert not marker.exists()
 
@@ -73,27 +81,38 @@ def test_code_in_a_checkpoint_never_runs(hostile, load):
 @pytest.mark.parametrize('command', [
     ('tools/train.py', SEGMENTATION, '--resume', '{path}'),
     ('tools/train.py', SEGMENTATION, 'load_from={path}'),
-    ('tools/train.py', SEGMENTATION, 'model.backbone.init_cfg.checkpoint={path}'),
     ('tools/test.py', SEGMENTATION, '{path}'),
     ('tools/convert_checkpoint.py', '{path}', '{path}.out.pth', '--to', 'timm')],
-    ids=['resume', 'load_from', 'init_cfg', 'test', 'convert'])
-def test_no_tool_runs_it(hostile, command, demo_data, tmp_path):
-    path, marker = hostile
+    ids=['resume', 'load_from', 'test', 'convert'])
+def test_code_in_a_checkpoint_never_runs_in_a_tool(malicious_file, command, demo_data, tmp_path):
+    path, marker = malicious_file
     args = [part.format(path=path) for part in command]
     options = [arg for arg in args if '=' in arg]
     args = [arg for arg in args if '=' not in arg]
     if 'convert' not in args[0]:
         args += ['--work-dir', tmp_path / 'run', '--cfg-options', *options,
                  f'data_root={demo_data}/ADEChallengeData2016']
-    done = run_tool(*args, check=False)
+    done = call_tool(*args)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert 'never executed' in done.stderr
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_code_in_an_init_cfg_never_runs_in_training(malicious_file, demo_data, tmp_path):
+    path, marker = malicious_file
+    done = run_tool('tools/train.py', SEGMENTATION, '--work-dir', tmp_path / 'run', '--cfg-options',
+                    f'data_root={demo_data}/ADEChallengeData2016',
+                    *[option for option in SMALL_SEGMENTATION if 'init_cfg' not in option],
+                    f'model.backbone.init_cfg.checkpoint={path}', check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     assert 'never executed' in done.stderr
     assert 'Traceback' not in done.stderr
     assert not marker.exists()
 
 
-def test_other_places_of_mmengine_do_not_fall_back_to_running_it(hostile, monkeypatch):
-    path, marker = hostile
+def test_mmengines_loaders_for_other_places_never_run_code(malicious_file, monkeypatch):
+    path, marker = malicious_file
     loader = CheckpointLoader._get_checkpoint_loader('open-mmlab://x')
     monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'x': str(path)})
     with pytest.raises(UserError, match='never executed'):
@@ -101,8 +120,8 @@ def test_other_places_of_mmengine_do_not_fall_back_to_running_it(hostile, monkey
     assert not marker.exists()
 
 
-def test_a_user_can_trust_one_file(hostile, monkeypatch, tmp_path):
-    path, marker = hostile
+def test_a_user_can_trust_a_single_file(malicious_file, monkeypatch, tmp_path):
+    path, marker = malicious_file
     monkeypatch.setenv('CONVNEXT_MM_TRUST', str(tmp_path / 'another.pth'))
     with pytest.raises(UserError, match='never executed'):
         read_checkpoint(str(path))
@@ -115,10 +134,10 @@ def test_a_user_can_trust_one_file(hostile, monkeypatch, tmp_path):
 @pytest.mark.parametrize(('content', 'message'), [
     (b'', 'is empty'), (b'  <!DOCTYPE html><html></html>', 'is a web page'),
     (b'version https://git-lfs.github.com/spec/v1\noid sha256:0', 'git lfs pull'),
-    (b'PK\x03\x04 and no more', 'its end is missing'),
-    (b'no pickle at all', 'is damaged, or was not written by torch.save'),
+    (b'PK\x03\x04 and nothing else', 'its end is missing'),
+    (b'not a pickle', 'is damaged, or was not written by torch.save'),
     (b'\x10\0\0\0\0\0\0\0{"a": ', 'is cut off or damaged'), (None, 'Checkpoint not found')])
-def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
+def test_files_that_are_not_checkpoints_are_recognized(tmp_path, content, message):
     path = tmp_path / 'file.pth'
     if content is not None:
         path.write_bytes(content)
@@ -128,30 +147,32 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-@pytest.mark.parametrize('share', [0.1, 0.9])
-def test_truncated_file_is_named(tmp_path, suffix, share):
+@pytest.mark.parametrize('fraction', [0.1, 0.9])
+def test_a_truncated_file_is_recognized(tmp_path, suffix, fraction):
     state = golden('v1_official_downstream')['checkpoint']['model']
     path = tmp_path / f'file.{suffix}'
     (save_file if suffix == 'safetensors' else torch.save)(state, path)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * fraction)])
     with pytest.raises(UserError, match='Not a usable checkpoint.*is cut off'):
         read_checkpoint(str(path))
 
 
-def test_a_folder_is_named_with_what_is_in_it(tmp_path):
+def test_the_message_for_a_folder_lists_the_checkpoints_in_it(tmp_path):
     (tmp_path / 'model.safetensors').touch()
     with pytest.raises(UserError, match='is a folder.*\n.*model.safetensors'):
         read_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize('content', [dict(a=1), [torch.zeros(1)], dict(state_dict={})])
-def test_files_without_weights_are_named(tmp_path, content):
-    torch.save(content, tmp_path / 'file.pth')
+@pytest.mark.parametrize(('save', 'content'), [
+    (torch.save, dict(a=1)), (torch.save, [torch.zeros(1)]), (torch.save, dict(state_dict={})),
+    (save_file, {})])
+def test_files_without_weights_are_refused(tmp_path, save, content):
+    save(content, tmp_path / 'file.pth')
     with pytest.raises(UserError, match='contains no weights'):
         read_checkpoint(str(tmp_path / 'file.pth'))
 
 
-def test_what_trainers_store_beside_weights_is_read(tmp_path):
+def test_what_trainers_store_with_the_weights_is_read(tmp_path):
     history = HistoryBuffer()
     for value in (1.0, 3.0):
         history.update(value)
@@ -166,72 +187,79 @@ def test_what_trainers_store_beside_weights_is_read(tmp_path):
     assert content['args'].drop_path == 0.1
 
 
-def test_safetensors_are_known_by_their_contents(tmp_path):
+@pytest.mark.parametrize(('stored', 'meta'), [
+    (json.dumps(dict(epoch=3)), dict(epoch=3)), ("another program's", {}), ('3', {})])
+def test_safetensors_are_recognized_by_their_contents(tmp_path, stored, meta):
     path = tmp_path / 'model.bin'
-    save_file({'a': torch.ones(2)}, path, dict(meta=json.dumps(dict(epoch=3))))
+    save_file({'a': torch.ones(2)}, path, dict(meta=stored))
     content = read_checkpoint(str(path))
     assert torch.equal(extract_weights(content)['a'], torch.ones(2))
-    assert content['meta'] == dict(epoch=3)
+    assert content['meta'] == meta
 
 
-def test_a_url_without_network_says_where_to_put_the_file(monkeypatch, tmp_path):
+def test_without_network_the_message_says_where_to_put_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
 
     def offline(*args, **kwargs):
         raise OSError('no route to host')
     monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
-    with pytest.raises(UserError, match='put it at .*convnext_tiny_1k_224.pth'):
-        locate_checkpoint('https://example.com/convnext/convnext_tiny_1k_224.pth')
+    with pytest.raises(UserError, match=f'put it at {tmp_path}/checkpoints/convnext_tiny.pth'):
+        locate_checkpoint('https://example.com/convnext/convnext_tiny.pth')
 
 
 @pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A folder served over HTTP, its address, and torch hub's cache elsewhere."""
-    folder, hub = tmp_path / 'served', tmp_path / 'hub'
-    folder.mkdir()
-    monkeypatch.setenv('TORCH_HOME', str(hub))
-    with open(tmp_path / 'log', 'wb') as log:
-        server = subprocess.Popen(
-            [sys.executable, '-u', '-m', 'http.server', '0', '--bind', '127.0.0.1'], cwd=folder,
-            stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            port = server.stdout.readline().split('port ')[1].split()[0]
-            yield folder, f'http://127.0.0.1:{port}', hub, tmp_path / 'log'
-        finally:
-            server.kill()
-            server.wait()
+def web_server(tmp_path, monkeypatch):
+    """A folder served over HTTP, its address, and the requests so far; torch hub's cache is hub."""
+    requests: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            requests.append(self.path)
+
+    (tmp_path / 'served').mkdir()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path / 'served')
+                             ) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield tmp_path / 'served', f'http://127.0.0.1:{server.server_port}', requests
+        server.shutdown()
+        thread.join()
 
 
-def test_a_url_is_downloaded_once_by_one_process(served):
-    folder, address, hub, log = served
+def test_a_url_is_downloaded_once(web_server, monkeypatch, tmp_path):
+    """The lock on a file works between threads as it does between processes."""
+    folder, address, requests = web_server
     torch.save({'a': torch.zeros(1)}, folder / 'tiny.pth')
-    script = ('from convnext_mm.checkpoints import read_checkpoint; '
-              f'assert "a" in read_checkpoint("{address}/tiny.pth")')
-    with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda _: subprocess.run(
-            [sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True), range(3)))
-    assert [one.returncode for one in done] == [0, 0, 0], done[0].stderr[-1000:]
-    assert (hub / 'hub/checkpoints/tiny.pth').is_file()
-    assert log.read_text().count('GET /tiny.pth') == 1
-    assert sum('100%' in one.stderr for one in done) == 1, 'one progress bar'
+    download = torch.hub.download_url_to_file
+
+    def download_slowly(*args) -> None:
+        time.sleep(0.3)  # all threads are waiting by then
+        download(*args)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(locate_checkpoint, [f'{address}/tiny.pth'] * 3))
+    assert paths == [tmp_path / 'hub/checkpoints/tiny.pth'] * 3
+    assert paths[0].read_bytes() == (folder / 'tiny.pth').read_bytes()
+    assert requests == ['/tiny.pth']
 
 
-@pytest.mark.parametrize(('name', 'fits'), [('a-{}.pth', True), ('a-00000000.pth', False)])
-def test_a_hash_in_the_name_is_verified(served, name, fits):
-    import hashlib
-    folder, address, hub, _ = served
+@pytest.mark.parametrize('correct', [True, False])
+def test_a_hash_in_the_name_is_verified(web_server, correct, tmp_path):
+    folder, address, _ = web_server
     torch.save({'a': torch.zeros(1)}, folder / 'a.pth')
-    name = name.format(hashlib.sha256((folder / 'a.pth').read_bytes()).hexdigest()[:8])
+    digest = hashlib.sha256((folder / 'a.pth').read_bytes()).hexdigest()[:8]
+    name = f'a-{digest if correct else "0" * 8}.pth'
     (folder / 'a.pth').rename(folder / name)
-    if fits:
+    if correct:
         assert 'a' in read_checkpoint(f'{address}/{name}')
     else:
         with pytest.raises(UserError, match='Cannot download.*invalid hash'):
             read_checkpoint(f'{address}/{name}')
-        assert not (hub / 'hub/checkpoints' / name).exists()
+    assert (tmp_path / 'hub/checkpoints' / name).exists() == correct
 
 
-def test_repositories_with_files_of_one_name_are_told_apart(monkeypatch, tmp_path):
+def test_files_with_one_name_in_different_repositories_are_distinguished(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file',
                         lambda url, path, digest: save_file({url: torch.zeros(1)}, path))

@@ -1,4 +1,4 @@
-"""Every published naming, against golden feature maps and against transformers itself."""
+"""Every published naming gives the golden feature maps, and those of transformers."""
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -21,17 +21,16 @@ def test_golden_features(name, suffix, tmp_path):
     assert_close(ours, content['features'])
 
 
-def in_family(name: str, family: str) -> dict:
-    """A golden classifier under another family's names."""
-    state = official(name)
-    prefix = naming.SCHEMES[family].prefix[name.startswith('v2')]
-    out, lost = naming.from_official(state, family, prefix)
-    assert all(name.startswith('norm.') for name in lost), lost
-    return out
+def rename_golden(name: str, scheme: str) -> dict:
+    """A golden classifier with another library's names."""
+    prefix = naming.SCHEMES[scheme].prefix[name.startswith('v2')]
+    renamed, lost = naming.from_official(official(name), scheme, prefix)
+    assert lost in ([], ['norm.weight', 'norm.bias'])
+    return renamed
 
 
-def sparse(state: dict) -> dict:
-    """Weights as FCMAE's encoder of sparse convolutions has them, written loop by loop."""
+def dense_to_sparse(state: dict) -> dict:
+    """Convert weights to FCMAE's encoder of sparse convolutions, one kernel position at a time."""
     out = {'mask_token': torch.zeros(1, 8, 1, 1), 'proj.weight': torch.zeros(8, 8, 1, 1),
            'decoder.0.dwconv.weight': torch.zeros(8, 1, 7, 7), 'pred.bias': torch.zeros(2)}
     for name, value in state.items():
@@ -42,9 +41,9 @@ def sparse(state: dict) -> dict:
             pass  # the stem is dense there as well
         elif value.ndim == 4 and not name.endswith(('gamma', 'beta')):
             rows, columns = value.shape[2:]
-            places = [value[:, :, row, column] for column in range(columns) for row in range(rows)]
+            positions = [value[:, :, y, x] for x in range(columns) for y in range(rows)]
             depthwise = parts[3:4] == ['dwconv']
-            value = torch.stack([p[:, 0] if depthwise else p.T for p in places])
+            value = torch.stack([p[:, 0] if depthwise else p.T for p in positions])
             parts[-1] = 'kernel'
         elif (name.endswith(('gamma', 'beta')) or parts[-2] == 'dwconv'
               or (parts[0] == 'downsample_layers' and parts[2] == '1')):
@@ -55,27 +54,25 @@ def sparse(state: dict) -> dict:
     return out
 
 
-VARIANTS = [
-    *((name, family) for name in ('v1_official_classification', 'v2_official_classification')
-      for family in naming.SCHEMES
-      if not (name.startswith('v2') and naming.SCHEMES[family].grn is None))]
-
-
-@pytest.mark.parametrize(('name', 'family'), VARIANTS)
+@pytest.mark.parametrize(('name', 'scheme'), [
+    (name, key) for name in ('v1_official_classification', 'v2_official_classification')
+    for key, scheme in naming.SCHEMES.items() if name.startswith('v1') or scheme.grn])
 @pytest.mark.parametrize('wrap', [
     lambda s: s, lambda s: {f'module.{k}': v for k, v in s.items()},
-    lambda s: dict(state_dict={f'model.{k}': v for k, v in s.items()}, epoch=3)])
-def test_features_are_the_same_under_every_name(name, family, wrap, tmp_path):
-    torch.save(wrap(in_family(name, family)), tmp_path / 'file.pth')
+    lambda s: dict(state_dict={f'model.{k}': v for k, v in s.items()}, epoch=3)],
+    ids=['plain', 'DistributedDataParallel', 'Lightning'])
+def test_features_are_the_same_with_every_naming(name, scheme, wrap, tmp_path):
+    torch.save(wrap(rename_golden(name, scheme)), tmp_path / 'file.pth')
     content = golden(name)
     with torch.no_grad():
         ours = load_golden(tmp_path / 'file.pth', use_grn=name.startswith('v2'))(content['input'])
     assert_close(ours, content['features'])
 
 
-def test_fcmae_of_sparse_convolutions(tmp_path):
+def test_fcmae_with_sparse_convolutions(tmp_path):
     content = golden('v2_official_classification')
-    torch.save(dict(model=sparse(official('v2_official_classification'))), tmp_path / 'fcmae.pt')
+    state = dense_to_sparse(content['checkpoint']['model'])
+    torch.save(dict(model=state), tmp_path / 'fcmae.pt')
     with torch.no_grad():
         ours = load_golden(tmp_path / 'fcmae.pt', use_grn=True)(content['input'])
     assert_close(ours, content['features'])
@@ -83,7 +80,7 @@ def test_fcmae_of_sparse_convolutions(tmp_path):
 
 def test_timm_with_1x1_convolutions(tmp_path):
     state = {name: value[..., None, None] if '.mlp.fc' in name and value.ndim == 2 else value
-             for name, value in in_family('v1_official_classification', 'timm').items()}
+             for name, value in rename_golden('v1_official_classification', 'timm').items()}
     torch.save(state, tmp_path / 'timm.pth')
     with torch.no_grad():
         ours = load_golden(tmp_path / 'timm.pth')(golden('v1_official_classification')['input'])
@@ -99,20 +96,20 @@ def transformers_backbone(version: int):
     torch.manual_seed(version)
     theirs = backbone(config(depths=GOLDEN_SIZE['depths'], hidden_sizes=GOLDEN_SIZE['dims'],
                              out_features=['stage1', 'stage2', 'stage3', 'stage4'])).eval()
-    for parameter in theirs.parameters():  # norms, layer scales and GRNs that do something
+    for parameter in theirs.parameters():  # norms, layer scales and GRNs that have an effect
         torch.nn.init.normal_(parameter, std=0.3)
     return theirs, torch.randn(2, 3, 64, 96)
 
 
 @pytest.mark.parametrize('version', [1, 2])
 def test_parity_with_transformers(version, tmp_path):
-    """Shapes, values and gradients of its backbones."""
-    theirs, picture = transformers_backbone(version)
+    """Its backbones give the same shapes, values and gradients."""
+    theirs, image = transformers_backbone(version)
     save_file(theirs.state_dict(), tmp_path / 'model.safetensors')
     ours = load_golden(tmp_path / 'model.safetensors', use_grn=version == 2)
     outs = []
     for model in (ours, theirs):
-        x = picture.clone().requires_grad_()
+        x = image.clone().requires_grad_()
         maps = model(x) if model is ours else model(x).feature_maps
         sum((i + 1) * m.square().mean() for i, m in enumerate(maps)).backward()
         outs.append((maps, x.grad))
@@ -120,7 +117,8 @@ def test_parity_with_transformers(version, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(outs[0][1], outs[1][1], rtol=1e-4, atol=1e-6)
     gradients, *_ = naming.to_official(
-        {name: p.grad for name, p in theirs.named_parameters()}, naming.DetectedConvNeXt('transformers', ''))
+        {name: p.grad for name, p in theirs.named_parameters()},
+        naming.DetectedConvNeXt('transformers', ''))
     assert len(gradients) == len(list(ours.parameters()))
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-5)
@@ -134,24 +132,24 @@ def test_dinov3_of_transformers(tmp_path):
         layer_scale_init_value=0.5)).eval()
     save_file(theirs.state_dict(), tmp_path / 'model.safetensors')
     ours = load_golden(tmp_path / 'model.safetensors', out_indices=[3])
-    picture = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        # It has one norm, over the pooled map and over the places of the last map.
+        # Its only norm is applied to the pooled map and to each position of the last map.
         torch.nn.Module.load_state_dict(ours.norm3, theirs.layer_norm.state_dict())
-        expected = theirs(picture).last_hidden_state[:, 1:]
-        assert_close([ours(picture)[0].flatten(2).transpose(1, 2)], [expected])
+        expected = theirs(image).last_hidden_state[:, 1:]
+        assert_close([ours(image)[0].flatten(2).transpose(1, 2)], [expected])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU, and timm there')
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU with timm installed')
 @pytest.mark.parametrize('name', ['convnext_atto', 'convnextv2_atto'])
 def test_parity_with_timm_on_a_gpu(name, tmp_path):
-    timm = pytest.importorskip('timm', reason='needs timm beside the GPU')
+    timm = pytest.importorskip('timm', reason='needs timm')
     size = dict(depths=GOLDEN_SIZE['depths'], dims=GOLDEN_SIZE['dims'])
     theirs = timm.create_model(name, features_only=True, conv_mlp=False, **size).cuda().eval()
     torch.save({k: v.cpu() for k, v in theirs.state_dict().items()}, tmp_path / 'timm.pth')
     ours = load_golden(tmp_path / 'timm.pth', use_grn='v2' in name).cuda()
     for i in range(4):
         setattr(ours, f'norm{i}', torch.nn.Identity())
-    picture = torch.randn(2, 3, 64, 96, device='cuda')
+    image = torch.randn(2, 3, 64, 96, device='cuda')
     with torch.no_grad():
-        assert_close(ours(picture), theirs(picture), 1e-3)
+        assert_close(ours(image), theirs(image), 1e-3)
