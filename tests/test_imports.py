@@ -1,5 +1,6 @@
-"""Imports inside the package point one way."""
+"""The package has no import cycles."""
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -40,7 +41,12 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     return {name: found - {name} for name, found in graph.items()}
 
 
-def circle(graph: dict[str, set[str]]) -> list[str]:
+@functools.cache
+def package_graph() -> dict[str, set[str]]:
+    return import_graph(modules())
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -48,52 +54,56 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def by_room(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The graph of top-level modules and packages, without the package's own ``__init__``."""
-    def room(name: str) -> str:
+def top_level_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The graph of top-level modules and subpackages, without the package's own ``__init__``."""
+    def top_level(name: str) -> str:
         return '.'.join(name.split('.')[:2])
-    rooms: dict[str, set[str]] = {}
-    for name, found in graph.items():
+    result: dict[str, set[str]] = {}
+    for name, imported in graph.items():
         if name != PACKAGE:
-            rooms.setdefault(room(name), set()).update(
-                room(other) for other in found if room(other) != room(name))
-    return rooms
+            result.setdefault(top_level(name), set()).update(
+                top_level(other) for other in imported if top_level(other) != top_level(name))
+    return result
 
 
-def test_no_circle_of_modules():
+def test_no_cycle_of_modules():
     # A package's __init__ re-exports its modules, which do not import it back.
-    graph = import_graph(modules())
+    graph = package_graph()
     assert len(graph) > 30
     assert graph[f'{PACKAGE}.backbone'] >= {f'{PACKAGE}.layers', f'{PACKAGE}.fused'}
-    assert circle(graph) == []
+    assert find_cycle(graph) == []
 
 
-def test_no_circle_of_rooms():
-    assert circle(by_room(import_graph(modules()))) == []
+def test_no_cycle_of_subpackages():
+    graph = top_level_graph(package_graph())
+    assert graph[f'{PACKAGE}.backbone'] >= {f'{PACKAGE}.layers', f'{PACKAGE}.fused'}
+    assert find_cycle(graph) == []
 
 
-def test_nobody_imports_the_top_level():
-    assert [name for name, found in import_graph(modules()).items() if PACKAGE in found] == []
+def test_no_module_imports_the_top_level():
+    assert [name for name, found in package_graph().items() if PACKAGE in found] == []
 
 
-def test_the_plain_network_imports_nothing_of_the_fast_one():
-    graph = import_graph(modules())
+def test_the_plain_network_does_not_import_the_fast_path():
+    graph = package_graph()
     for name in ('archs', 'layer_decay', 'layers', 'options'):
         assert not [other for other in graph[f'{PACKAGE}.{name}'] if 'fused' in other], name
 
 
 @pytest.mark.parametrize('statement', [
     'from .b import f', 'from . import b', 'def f():\n    from .b import g', 'import p.b'])
-def test_circles_are_found(statement):
+def test_cycles_are_found(statement):
     graph = import_graph({'p': '', 'p.a': statement, 'p.b': 'from p.a import x'})
     assert graph['p.a'] == {'p.b'}
-    assert set(circle(graph)) == {'p.a', 'p.b'}
+    assert set(find_cycle(graph)) == {'p.a', 'p.b'}
 
 
 def test_no_test_module_imports_another():
-    for path in (ROOT / 'tests').rglob('test_*.py'):
-        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or '', *(alias.name for alias in node.names)]
-                assert not [n for n in names if n.rpartition('.')[2].startswith('test_')
-                            and (node.module or '').startswith('tests')], path
+    imported = [(path.name, f'{node.module}.{alias.name}')
+                for path in (ROOT / 'tests').rglob('test_*.py')
+                for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+                if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('tests')
+                for alias in node.names]
+    assert ('test_imports.py', 'tests.helpers.ROOT') in imported
+    assert [(path, name) for path, name in imported
+            if any(part.startswith('test_') for part in name.split('.'))] == []
