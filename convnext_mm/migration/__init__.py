@@ -1,4 +1,4 @@
-"""Configs of mmcv 0.x and 1.x: read as data, converted to mmengine's style, written anew."""
+"""Converts configs for mmcv 0.x and 1.x to mmengine's style."""
 from .parsing import old_keys
 from .writing import migrate
 

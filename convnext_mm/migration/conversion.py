@@ -1,4 +1,4 @@
-"""An old config → one of mmengine's style, with a report of what became of each key."""
+"""Converts an old config to mmengine's style, and reports what became of each key."""
 from __future__ import annotations
 
 import os
@@ -9,220 +9,238 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmengine.config import Config
+from mmengine.registry import OPTIMIZERS
 
 from ..archs import ARCHS, Arch
-from ..datasets import as_written
+from ..datasets import without_completion
 from ..errors import UserError
 from .data import DataConverter
-from .parsing import CONFIGS, OldConfig, merge
-from .schedule import schedulers
+from .parsing import CONFIGS, REGISTER_HINT, OldConfig, merge
+from .schedule import convert_lr_config
 
-LENGTHS: dict[str, dict[str, Any]] = {
+OLD_SCHEDULES: dict[str, dict[str, Any]] = {
     **{f'schedule_{k}k.py': dict(max_iters=1000 * k, interval=1000 * k // 10)
        for k in (20, 40, 80, 160, 320)},
     **{f'schedule_{name}.py': dict(max_epochs=epochs, step=step, interval=1)
        for name, epochs, step in (('1x', 12, [8, 11]), ('2x', 24, [16, 22]), ('3x', 36, [27, 33]),
                                   ('20e', 20, [16, 19]))}}
-"""How long the schedules of the old toolboxes are, and where they step."""
+"""The base schedules of the old toolboxes: length, and steps or evaluation interval."""
 
-POLY = dict(policy='poly', warmup='linear', warmup_iters=1500, warmup_ratio=1e-6, power=1.0,
-            min_lr=0.0, by_epoch=False)
-STEP = dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=0.001)
+POLY_POLICY = dict(policy='poly', warmup='linear', warmup_iters=1500, warmup_ratio=1e-6, power=1.0,
+                   min_lr=0.0, by_epoch=False)
+STEP_POLICY = dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=0.001)
 FRAGMENTS = dict(
     models=dict(EncoderDecoder='upernet_convnext.py', MaskRCNN='mask_rcnn_convnext_fpn.py',
                 CascadeRCNN='cascade_mask_rcnn_convnext_fpn.py'),
     datasets=dict(mmseg='ade20k.py', mmdet='coco_instance.py'))
-BACKENDS = dict(TextLoggerHook=None, TensorboardLoggerHook='TensorboardVisBackend',
-                WandbLoggerHook='WandbVisBackend', MMSegWandbHook='WandbVisBackend',
-                MMDetWandbHook='WandbVisBackend', MlflowLoggerHook='MLflowVisBackend',
-                ClearMLLoggerHook='ClearMLVisBackend', NeptuneLoggerHook='NeptuneVisBackend')
-CONSTRUCTORS = dict(LearningRateDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
-                    LayerDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
-                    DefaultOptimizerConstructor=None)
-NOT_NEEDED = dict(
-    workflow=([('train', 1)], 'validation is val_cfg'), gpu_ids=(None, 'the launcher says it'),
-    device=(None, 'the best there is'), custom_imports=(None, ''))
+VIS_BACKENDS: dict[str, str | None] = dict(
+    TextLoggerHook=None, TensorboardLoggerHook='TensorboardVisBackend',
+    WandbLoggerHook='WandbVisBackend', MMSegWandbHook='WandbVisBackend',
+    MMDetWandbHook='WandbVisBackend', MlflowLoggerHook='MLflowVisBackend',
+    ClearMLLoggerHook='ClearMLVisBackend', NeptuneLoggerHook='NeptuneVisBackend')
+CONSTRUCTORS: dict[str, str | None] = dict(
+    LearningRateDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
+    LayerDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
+    DefaultOptimizerConstructor=None)
+UNNEEDED_KEYS = dict(gpu_ids='the launcher sets it', device='chosen automatically')
 
 
-class Row(NamedTuple):
-    """A line of the report: an old key, what became of it, and a warning where it is not safe."""
+class ReportRow(NamedTuple):
+    """An old key, what became of it, and a warning if something should be checked."""
 
     old: str
     new: str
     warning: str = ''
 
 
-class Migrated(NamedTuple):
+class ConvertedConfig(NamedTuple):
     """A converted config.
 
     Args:
-        bases: Files of ours that it inherits.
-        inherited: What they say.
-        target: The whole of the new config.
-        rows: The report.
+        bases: Our files that the new config inherits.
+        inherited: Their merged values.
+        target: All values of the new config, inherited ones included.
+        rows: The rows of the report.
     """
 
     bases: list[Path]
     inherited: dict[str, Any]
     target: dict[str, Any]
-    rows: list[Row]
+    rows: list[ReportRow]
 
 
-def convert(old: OldConfig) -> Migrated:
+def convert_config(old: OldConfig) -> ConvertedConfig:
     """Convert an old config.
 
     Raises:
-        UserError: A policy, hook, step or type that there is not.
+        UserError: An unknown policy, hook, pipeline step or type.
     """
-    scope = task_of(old)
-    recipe = next((file for _, file in old.bases if file.parent == CONFIGS), None)
+    scope = detect_scope(old)
+    recipe = next((file for _, file in old.own_bases if file.parent == CONFIGS), None)
     same_name = CONFIGS / old.path.name
     if recipe is None and same_name.is_file():
-        recipe = same_name  # one of the authors' files, or the guide's
+        recipe = same_name  # a config of the authors
     recipe = recipe or nearest_recipe(old, scope)
-    bases = [recipe] if recipe else fragments(old, scope)
+    bases = [recipe] if recipe else choose_fragments(old, scope)
     return Conversion(old, scope, bases).run()
 
 
 def nearest_recipe(old: OldConfig, scope: str) -> Path | None:
-    """The recipe of ours that a part of a config without any ``_base_`` is most likely cut from."""
+    """Our recipe that best completes a snippet: a config without ``_base_`` and model type."""
     model = old.values.get('model', {})
-    if old.bases or 'type' in model or 'backbone' not in model:
+    if old.own_bases or 'type' in model or 'backbone' not in model:
         return None
-    arch = named_size(dict(model['backbone'], type='ConvNeXt')).get('arch', 'tiny')
-    start = 'upernet' if scope == 'mmseg' else (
+    arch = use_arch_name(dict(model['backbone'], type='ConvNeXt')).get('arch', 'tiny')
+    prefix = 'upernet' if scope == 'mmseg' else (
         'mask_rcnn' if old.path.stem.startswith('mask_rcnn') else 'cascade_mask_rcnn')
-    # Those trained on ImageNet-1K, with the smaller pictures, come first.
-    found = sorted(CONFIGS.glob(f'{start}_convnext_{arch}_*[0-9k].py'))
-    return found[0] if found else None
+    # Sorted, so that ImageNet-1K weights and the smaller crop size come first.
+    return next(iter(sorted(CONFIGS.glob(f'{prefix}_convnext_{arch}_*[0-9k].py'))), None)
 
 
-def task_of(old: OldConfig) -> str:
-    """'mmseg' or 'mmdet'."""
+def detect_scope(old: OldConfig) -> str:
+    """Return 'mmseg' or 'mmdet'.
+
+    Raises:
+        UserError: Neither the config nor its names indicate the task.
+    """
     model = old.values.get('model', {})
-    words = ' '.join([str(model.get('type')), *model, *(str(f) for _, f in old.bases),
+    words = ' '.join([str(model.get('type')), *model, *(str(f) for _, f in old.own_bases),
                       old.path.stem, str(old.values.get('data'))]).lower()
-    for scope, signs in (('mmseg', ('decode_head', 'encoderdecoder', 'upernet', 'ade20k')),
-                         ('mmdet', ('roi_head', 'rpn_head', 'bbox_head', 'rcnn', 'coco'))):
-        if any(sign in words for sign in signs):
+    for scope, keywords in (('mmseg', ('decode_head', 'encoderdecoder', 'upernet', 'ade20k')),
+                            ('mmdet', ('roi_head', 'rpn_head', 'bbox_head', 'rcnn', 'coco'))):
+        if any(keyword in words for keyword in keywords):
             return scope
-    raise UserError(f'{old.path}: neither decode_head nor roi_head, no base and no name that says '
-                    'whether it segments or detects: add _base_, e.g. '
+    raise UserError(f'{old.path}: cannot tell whether this is segmentation or detection: there is '
+                    'neither decode_head nor roi_head. Add _base_, for example '
                     "['../_base_/models/upernet_convnext.py', ...]")
 
 
-def fragments(old: OldConfig, scope: str) -> list[Path]:
-    """Ours that the new config inherits: those that are meant, and what completes them."""
-    meant = {file.parent.name: file for _, file in old.bases}
-    kind = old.values.get('model', {}).get('type') or (
+def choose_fragments(old: OldConfig, scope: str) -> list[Path]:
+    """Return our fragments that the new config inherits: those that ``old`` names, and defaults."""
+    chosen = {file.parent.name: file for _, file in old.own_bases}
+    model = old.values.get('model', {})
+    kind = model.get('type') or (
         'EncoderDecoder' if scope == 'mmseg' else
         'MaskRCNN' if old.path.stem.startswith('mask_rcnn') else 'CascadeRCNN')
-    if 'models' not in meant and kind in FRAGMENTS['models'] and (
+    if 'models' not in chosen and kind in FRAGMENTS['models'] and (
             kind != 'EncoderDecoder' or 'UPerHead' in str(old.values.get('model', 'UPerHead')) or
-            'type' not in old.values.get('model', {}).get('decode_head', {})):
-        meant['models'] = CONFIGS / '_base_/models' / FRAGMENTS['models'][kind]
-    meant.setdefault('datasets', CONFIGS / '_base_/datasets' / FRAGMENTS['datasets'][scope])
-    if (meant['datasets'].name, meant.get('models', Path()).name) == (
+            'type' not in model.get('decode_head', {})):
+        chosen['models'] = CONFIGS / '_base_/models' / FRAGMENTS['models'][kind]
+    chosen.setdefault('datasets', CONFIGS / '_base_/datasets' / FRAGMENTS['datasets'][scope])
+    if (chosen['datasets'].name, chosen.get('models', Path()).name) == (
             'ade20k_640.py', 'upernet_convnext.py'):
-        meant['models'] = CONFIGS / '_base_/models/upernet_convnext_640.py'  # pads to 640
+        chosen['models'] = CONFIGS / '_base_/models/upernet_convnext_640.py'  # pads to 640
     by_iteration = 'Iter' in str(old.values.get('runner', {}).get('type')) or (
         'runner' not in old.values and 'total_epochs' not in old.values and scope == 'mmseg')
     schedule = 'schedule_160k' if by_iteration else 'schedule_3x'
-    amp = '_amp' if mixed_precision(old.values) else ''
-    meant['schedules'] = CONFIGS / f'_base_/schedules/{schedule}{amp}.py'
-    meant['runtime'] = CONFIGS / f'_base_/runtime_{scope}.py'
-    return [meant[key] for key in ('models', 'datasets', 'schedules', 'runtime') if key in meant]
+    amp = '_amp' if uses_mixed_precision(old.values) else ''
+    chosen['schedules'] = CONFIGS / f'_base_/schedules/{schedule}{amp}.py'
+    chosen['runtime'] = CONFIGS / f'_base_/runtime_{scope}.py'
+    return [chosen[key] for key in ('models', 'datasets', 'schedules', 'runtime') if key in chosen]
 
 
-def mixed_precision(values: dict[str, Any]) -> bool:
-    """Whether an old config trains in mixed precision, natively or by apex."""
+def uses_mixed_precision(values: dict[str, Any]) -> bool:
+    """Whether an old config trains in mixed precision, using PyTorch or apex."""
     hook = values.get('optimizer_config') or {}
     return bool(values.get('fp16')) or bool(hook.get('use_fp16')) or 'Fp16' in hook.get('type', '')
 
 
 class Conversion:
-    """The conversion of one config: a method a subject."""
+    """Converts one config, with one method per subject.
+
+    Args:
+        old: The old config.
+        scope: 'mmseg' or 'mmdet'.
+        bases: Our files that the new config inherits.
+    """
 
     def __init__(self, old: OldConfig, scope: str, bases: list[Path]) -> None:
         self.old, self.values, self.scope, self.bases = old, old.values, scope, bases
         self.inherited = load_bases(bases)
         self.target = deepcopy(self.inherited)
-        self.rows: list[Row] = []
-        self.used: set[str] = {'_base_'}
-        # What our schedule or recipe says stands only where the old config means it by a base.
-        self.meant = {file.parent.name for _, file in old.bases} | (
-            {'models', 'schedules'} if any(base.parent == CONFIGS for base in bases) else set())
+        self.rows: list[ReportRow] = []
+        self.used_keys: set[str] = {'_base_'}
+        # The kinds of bases whose values the old config has inherited too.
+        self.shared_kinds = {file.parent.name for _, file in old.own_bases}
+        if any(base.parent == CONFIGS for base in bases):
+            self.shared_kinds |= {'models', 'schedules'}
 
-    def run(self) -> Migrated:
-        """All subjects, then what is left."""
-        for name, file in self.old.bases:
-            if file.parent.name == '_base_':  # the runtime, of which there is one a task
+    def run(self) -> ConvertedConfig:
+        """Convert all subjects, then report the remaining keys.
+
+        Raises:
+            UserError: An unknown policy, hook, pipeline step or type.
+        """
+        for name, file in self.old.own_bases:
+            if file.parent.name == '_base_':  # the runtime, which is different for each toolbox
                 file = file.with_name(f'runtime_{self.scope}.py')
-            self.note(f'_base_ {name}', f'{file.relative_to(CONFIGS.parent)}, ours of this name')
-        if not self.old.bases:
-            self.note('(no _base_)', ', '.join(f'{base.relative_to(CONFIGS.parent)}'
-                                               for base in self.bases))
-        self.model()
-        self.schedule()
-        self.optimizer()
-        self.data()
-        self.evaluation()
-        self.runtime()
-        self.rest()
-        return Migrated(self.bases, self.inherited, self.target, self.rows)
+            self.add_row(f'_base_ {name}', f'{file.relative_to(CONFIGS.parent)} of this package')
+        if not self.old.own_bases:
+            self.add_row('(no _base_)', 'inherits ' + ', '.join(
+                str(base.relative_to(CONFIGS.parent)) for base in self.bases))
+        self.convert_model()
+        self.convert_schedule()
+        self.convert_optimizer()
+        self.convert_data()
+        self.convert_evaluation()
+        self.convert_runtime()
+        self.report_other_keys()
+        return ConvertedConfig(self.bases, self.inherited, self.target, self.rows)
 
-    def note(self, old: str, new: str, warning: str = '') -> None:
-        if Row(old, new, warning) not in self.rows:
-            self.rows.append(Row(old, new, warning))
+    def add_row(self, old: str, new: str, warning: str = '') -> None:
+        """Add a row to the report, once."""
+        row = ReportRow(old, new, warning)
+        if row not in self.rows:
+            self.rows.append(row)
 
-    def take(self, key: str, default: Any = None) -> Any:
-        """A top-level value of the old config, which is then accounted for."""
-        self.used.add(key)
+    def use_key(self, key: str, default: Any = None) -> Any:
+        """Return a copy of a top-level value of the old config, and mark its key as used."""
+        self.used_keys.add(key)
         value = self.values.get(key, default)
         return {} if value is None and default == {} else deepcopy(value)
 
-    def model(self) -> None:
-        """The model, its pretrained weights, and train_cfg and test_cfg where they stood apart."""
-        model = self.take('model', {})
+    def convert_model(self) -> None:
+        """Convert the model, its weights, and ``train_cfg`` and ``test_cfg`` outside of it."""
+        model = self.use_key('model', {})
         for key in ('train_cfg', 'test_cfg'):
             if key in self.values:
-                model[key] = self.take(key) or {}
-                self.note(key, f'model.{key}')
-        before = self.target.get('model') or {}
-        if 'type' in model and 'models' not in self.meant:  # all of it is said
-            before = {k: v for k, v in before.items() if k == 'data_preprocessor'}
+                model[key] = self.use_key(key) or {}
+                self.add_row(key, f'model.{key}')
+        inherited = self.target.get('model') or {}
+        if 'type' in model and 'models' not in self.shared_kinds:  # the old model is complete
+            inherited = {k: v for k, v in inherited.items() if k == 'data_preprocessor'}
         pretrained = model.pop('pretrained', None)
         if 'pretrained' in model.get('backbone', {}):
             pretrained = model['backbone'].pop('pretrained') or pretrained
         if model.get('backbone'):
-            model['backbone'] = self.backbone(model['backbone'])
-        self.widen_stages(model, before)
+            model['backbone'] = self.convert_backbone(model['backbone'])
+        self.fill_box_heads(model, inherited)
         if pretrained:
             model.setdefault('backbone', {})['init_cfg'] = dict(
                 type='Pretrained', checkpoint=pretrained)
-            self.note('model.pretrained', 'model.backbone.init_cfg')
-        merged = merge(before, model)
+            self.add_row('model.pretrained', 'model.backbone.init_cfg')
+        merged = merge(inherited, model)
         if merged.get('backbone'):
-            merged['backbone'] = named_size(merged['backbone'])
+            merged['backbone'] = use_arch_name(merged['backbone'])
             if merged['backbone'].get('type') == 'ConvNeXt' and not merged['backbone'].get(
                     'init_cfg'):
-                self.note('(no pretrained)', 'no weights to start from', 'training starts from '
-                          'noise: set model.backbone.init_cfg = dict(type="Pretrained", '
-                          'checkpoint=...); the authors gave it on the command line')
+                self.add_row('(no pretrained)', 'no pretrained weights', 'the backbone is randomly '
+                             'initialized: set model.backbone.init_cfg=dict(type="Pretrained", '
+                             'checkpoint=...). The authors set it on the command line')
             elif not pretrained and 'init_cfg' not in model.get('backbone', {}):
-                self.note('(no pretrained)', 'model.backbone.init_cfg, as in our recipe; the '
-                          'authors gave it on the command line')
+                self.add_row('(no pretrained)', 'model.backbone.init_cfg of our recipe; the '
+                             'authors set it on the command line')
         self.target['model'] = merged
-        for path, part in parts_of(model):
+        for path, part in typed_parts(model):
             kind = part['type'].rsplit('.', 1)[-1]
             if import_module(f'{self.scope}.registry').MODELS.get(kind) is None:
                 raise UserError(f'{self.old.path}: {path}.type={part["type"]!r} is not registered '
-                                f'in {self.scope}: import the module that has it (custom_imports)')
+                                f'in {self.scope}. {REGISTER_HINT}')
         if model:
-            self.note('model', 'model')
+            self.add_row('model', 'model')
 
-    def backbone(self, old: dict) -> dict:
-        """mmcls's and mmpretrain's ConvNeXt, or the authors', as ours."""
+    def convert_backbone(self, old: dict) -> dict:
+        """Convert the ConvNeXt of mmcls, mmpretrain or the authors to ours."""
         kind = old.get('type', '')
         if kind.rsplit('.', 1)[-1] != 'ConvNeXt':
             return old
@@ -230,116 +248,123 @@ class Conversion:
             'gap_before_final_norm', 'linear_pw_conv', 'norm_cfg', 'act_cfg', 'stem_patch_size')}
         new['type'] = 'ConvNeXt'
         if kind.startswith(('mmcls.', 'mmpretrain.')):
-            self.note(f'model.backbone.type {kind}', 'ConvNeXt of this package, no other is needed')
+            self.add_row(f'model.backbone.type {kind}', 'ConvNeXt of this package')
             new['_delete_'] = True
             new.setdefault('layer_scale_init_value', 0.0 if old.get('use_grn') else 1e-6)
             if old.get('frozen_stages', 0) == 0:
-                new.pop('frozen_stages', None)  # 0 is none there, the stem with us
+                new.pop('frozen_stages', None)  # 0 freezes nothing there, but the stem in ours
             new.setdefault('out_indices', [-1])
         for key, default in (('stem_patch_size', 4), ('norm_cfg', None), ('act_cfg', 'GELU')):
             value = old.get(key, default)
             if key in old and value not in (default, dict(type='LN2d', eps=1e-6),
                                             dict(type='GELU')):
-                raise UserError(f'{self.old.path}: model.backbone.{key}={value!r}: ConvNeXt of '
-                                "this package is the authors', without this setting")
+                raise UserError(f'{self.old.path}: model.backbone.{key}={value!r} is not '
+                                "supported: ConvNeXt of this package follows the authors' code, "
+                                'which has no such setting')
         for key in ('gap_before_final_norm', 'linear_pw_conv', 'norm_cfg', 'act_cfg',
                     'stem_patch_size'):
             if key in old:
-                self.note(f'model.backbone.{key}', 'left out: ' + (
-                    'it is for classification' if key[0] == 'g' else 'as ours is anyway'))
+                self.add_row(f'model.backbone.{key}', 'removed: ' + (
+                    'only for classification' if key == 'gap_before_final_norm' else
+                    'the same in our ConvNeXt'))
         if 'in_channels' in new:
             new['in_chans'] = new.pop('in_channels')
-            self.note('model.backbone.in_channels', 'model.backbone.in_chans')
+            self.add_row('model.backbone.in_channels', 'model.backbone.in_chans')
         if isinstance(new.get('arch'), dict):
             arch = new.pop('arch')
             new.update(depths=list(arch['depths']), dims=list(arch['channels']))
-            self.note('model.backbone.arch', 'model.backbone.depths and dims')
+            self.add_row('model.backbone.arch', 'model.backbone.depths and dims')
         elif new.get('use_grn') and isinstance(new.get('arch'), str):
             new['arch'] = f'v2_{new["arch"]}'
         if isinstance(new.get('init_cfg'), dict) and new['init_cfg'].pop('prefix', None):
-            self.note('model.backbone.init_cfg.prefix', 'left out: names are recognised')
+            self.add_row('model.backbone.init_cfg.prefix', 'removed: names are recognized')
         return new
 
-    def widen_stages(self, model: dict, before: dict) -> None:
-        """A list of one box head is meant for each of Cascade's stages."""
-        roi, known = model.get('roi_head') or {}, (before.get('roi_head') or {}).get('bbox_head')
-        heads = roi.get('bbox_head')
-        if isinstance(heads, list) and isinstance(known, list) and 0 < len(heads) < len(known):
-            heads = [*heads, *[heads[-1]] * (len(known) - len(heads))]
-            roi['bbox_head'] = [merge(stage, head)
-                                for stage, head in zip(known, heads, strict=True)]
-            self.note('model.roi_head.bbox_head', f'each of the {len(known)} stages, over what the '
-                      'recipe says of it', 'the list is shorter than the stages: alone it would '
-                      'not build')
+    def fill_box_heads(self, model: dict, inherited: dict) -> None:
+        """Repeat the last box head if there are fewer than the inherited cascade has stages."""
+        roi_head = model.get('roi_head') or {}
+        heads = roi_head.get('bbox_head')
+        stages = (inherited.get('roi_head') or {}).get('bbox_head')
+        if isinstance(heads, list) and isinstance(stages, list) and 0 < len(heads) < len(stages):
+            repeated = [*heads, *[heads[-1]] * (len(stages) - len(heads))]
+            roi_head['bbox_head'] = [merge(stage, head)
+                                     for stage, head in zip(stages, repeated, strict=True)]
+            self.add_row('model.roi_head.bbox_head',
+                         f'merged into each of the {len(stages)} stages of the recipe',
+                         f'defines only {len(heads)} of {len(stages)} stages: its last one is '
+                         'repeated')
 
-    def schedule(self) -> None:
-        """runner, total_epochs and lr_config."""
-        lengths = [LENGTHS[name.rsplit('/', 1)[-1]] for name, _ in self.old.bases
-                   if name.rsplit('/', 1)[-1] in LENGTHS]
-        runner = merge(lengths[0] if lengths else {}, self.take('runner', {}))
+    def convert_schedule(self) -> None:
+        """Convert ``runner``, ``total_epochs``, ``total_iters`` and ``lr_config``."""
+        names = [name.rsplit('/', 1)[-1] for name, _ in self.old.own_bases]
+        old_schedule = next((OLD_SCHEDULES[name] for name in names if name in OLD_SCHEDULES), {})
+        runner = merge(old_schedule, self.use_key('runner', {}))
         for key in ('total_epochs', 'total_iters'):
             if key in self.values:
-                runner[key.replace('total', 'max')] = self.take(key)
+                runner[key.replace('total', 'max')] = self.use_key(key)
                 runner.pop('max_iters' if key == 'total_epochs' else 'max_epochs', None)
         inherited = self.inherited['train_cfg']
         kind = runner.get('type', '')
         if kind and kind.removesuffix('Amp') not in ('IterBasedRunner', 'EpochBasedRunner'):
-            raise UserError(f'{self.old.path}: runner.type={kind!r} is not known: IterBasedRunner '
-                            'or EpochBasedRunner, each with or without Amp')
+            raise UserError(f'{self.old.path}: unknown runner.type={kind!r}; expected '
+                            'IterBasedRunner, EpochBasedRunner, IterBasedRunnerAmp or '
+                            'EpochBasedRunnerAmp')
         by_iteration = 'Iter' in kind or (not kind and (
             'max_iters' in runner or ('max_epochs' not in runner and 'max_iters' in inherited)))
         unit = 'max_iters' if by_iteration else 'max_epochs'
         length = runner.get(unit, inherited.get(unit))
         if length is None:
-            raise UserError(f'{self.old.path}: runner says no {unit}: set it')
+            raise UserError(f'{self.old.path}: runner has no {unit}: set it')
         self.target['train_cfg'] = dict(
             type='IterBasedTrainLoop' if by_iteration else 'EpochBasedTrainLoop', **{unit: length},
             val_interval=inherited.get('val_interval', 1) if unit in inherited else 1)
-        if lengths and unit in lengths[0]:
-            self.target['train_cfg']['val_interval'] = lengths[0]['interval']
-        if 'runner' in self.values or 'total_epochs' in self.values:
-            self.note('runner', f'train_cfg: {unit}={length}')
+        if unit in old_schedule:
+            self.target['train_cfg']['val_interval'] = old_schedule['interval']
+        keys = [key for key in ('runner', 'total_epochs', 'total_iters') if key in self.values]
+        if keys:
+            self.add_row(' and '.join(keys), f'train_cfg: {unit}={length}')
         if by_iteration != (self.scope == 'mmseg'):
-            self.by_iteration(by_iteration)
+            self.set_unit(by_iteration)
         if 'lr_config' not in self.values and (
-                length == inherited.get(unit) or 'schedules' not in self.meant):
+                length == inherited.get(unit) or 'schedules' not in self.shared_kinds):
             return
-        lr_config = self.take('lr_config', {})
-        base = {**POLY} if by_iteration else {**STEP, 'step': (
-            lengths[0].get('step') if lengths else None) or [27, 33]}
-        if 'schedules' not in self.meant:
+        lr_config = self.use_key('lr_config', {})
+        base: dict[str, Any] = {**POLY_POLICY} if by_iteration else {
+            **STEP_POLICY, 'step': old_schedule.get('step', [27, 33])}
+        if 'schedules' not in self.shared_kinds:
             base = {'policy': None}
-        other = lr_config.get('policy', base['policy']) != base['policy']
-        if other and not lr_config.get('_delete_'):
-            base = {k: v for k, v in base.items() if k.startswith('warmup')} if lengths else {}
-        lr_config = merge({'x': base}, {'x': lr_config})['x']
-        self.target['param_scheduler'] = schedulers(
+        other_policy = lr_config.get('policy', base['policy']) != base['policy']
+        if other_policy and not lr_config.get('_delete_'):
+            base = {k: v for k, v in base.items() if k.startswith('warmup') and old_schedule}
+        lr_config = merge({'x': base}, {'x': lr_config})['x']  # nested, so that _delete_ works
+        self.target['param_scheduler'] = convert_lr_config(
             lr_config, length if by_iteration else None, None if by_iteration else length)
-        self.note('lr_config', 'param_scheduler, the same rate at every iteration')
+        self.add_row('lr_config', 'param_scheduler with the same learning rate at every iteration')
 
-    def by_iteration(self, yes: bool) -> None:
-        """What goes with a training by iterations or by epochs."""
-        self.target['log_processor'] = dict(self.target.get('log_processor', {}), by_epoch=not yes)
+    def set_unit(self, by_iteration: bool) -> None:
+        """Let hooks, logs and sampler count in iterations, or in epochs."""
+        self.target['log_processor'] = dict(self.target.get('log_processor', {}),
+                                            by_epoch=not by_iteration)
         hooks = self.target['default_hooks']
-        hooks['checkpoint'] = dict(hooks['checkpoint'], by_epoch=not yes)
-        if not yes:
+        hooks['checkpoint'] = dict(hooks['checkpoint'], by_epoch=not by_iteration)
+        if not by_iteration:
             hooks['checkpoint']['interval'] = 1
             hooks['logger'] = dict(hooks['logger'], log_metric_by_epoch=True)
         self.target['train_dataloader']['sampler'] = dict(
-            type='InfiniteSampler' if yes else 'DefaultSampler', shuffle=True)
+            type='InfiniteSampler' if by_iteration else 'DefaultSampler', shuffle=True)
 
-    def optimizer(self) -> None:
-        """optimizer, optimizer_config and fp16 → optim_wrapper."""
+    def convert_optimizer(self) -> None:
+        """Convert ``optimizer``, ``optimizer_config`` and ``fp16`` to ``optim_wrapper``."""
         wrapper = self.target['optim_wrapper']
-        loose = self.take('paramwise_cfg')  # as guides show it, outside of the optimizer
-        if loose and not _stands_in(loose, self.values.get('optimizer')):
+        paramwise_cfg = self.use_key('paramwise_cfg')  # some guides put it outside of optimizer
+        if paramwise_cfg and not _contains(self.values.get('optimizer'), paramwise_cfg):
             self.values = dict(self.values, optimizer=merge(
-                self.values.get('optimizer', {}), dict(paramwise_cfg=loose)))
-            self.note('paramwise_cfg', "optim_wrapper.paramwise_cfg: it is the optimizer's")
+                self.values.get('optimizer', {}), dict(paramwise_cfg=paramwise_cfg)))
+            self.add_row('paramwise_cfg', 'optim_wrapper.paramwise_cfg')
         if 'optimizer' in self.values:
-            given = self.take('optimizer')
+            given = self.use_key('optimizer')
             base: dict[str, Any] = {'type': None}
-            if 'schedules' in self.meant:
+            if 'schedules' in self.shared_kinds:
                 base = dict(wrapper['optimizer'], **{key: wrapper[key] for key in (
                     'constructor', 'paramwise_cfg') if key in wrapper})
             if given.get('type', base['type']) != base['type']:
@@ -350,11 +375,11 @@ class Conversion:
             if constructor not in CONSTRUCTORS and constructor and import_module(
                     f'{self.scope}.registry').OPTIM_WRAPPER_CONSTRUCTORS.get(constructor) is None:
                 raise UserError(f'{self.old.path}: optimizer.constructor={constructor!r} is not '
-                                f'registered; known: {", ".join(CONSTRUCTORS)}')
-            from mmengine.registry import OPTIMIZERS
+                                f'registered; expected one of {", ".join(CONSTRUCTORS)}. '
+                                f'{REGISTER_HINT}')
             if OPTIMIZERS.get(optimizer.get('type')) is None:
                 raise UserError(f'{self.old.path}: optimizer.type={optimizer.get("type")!r} is '
-                                'not registered')
+                                f'not registered. {REGISTER_HINT}')
             wrapper = {key: value for key, value in wrapper.items()
                        if key not in ('constructor', 'paramwise_cfg')}
             wrapper['optimizer'] = optimizer
@@ -363,51 +388,51 @@ class Conversion:
                 wrapper['constructor'] = constructor
             if paramwise:
                 wrapper['paramwise_cfg'] = paramwise
-                kind = paramwise.get('decay_type')
+                decay_type = paramwise.get('decay_type')
                 if 'decay_rate' in paramwise and 'decay_type' not in given.get('paramwise_cfg', {}):
-                    self.note('optimizer.paramwise_cfg', f"decay_type={kind!r}, as in our recipe"
-                              if kind else "decay_type='layer_wise', the default")
-            self.note('optimizer', 'optim_wrapper.optimizer, constructor and paramwise_cfg')
-        says = [key for key in ('optimizer_config', 'fp16') if key in self.values]
-        hook, fp16 = self.take('optimizer_config', {}), self.take('fp16')
+                    self.add_row('optimizer.paramwise_cfg', f'decay_type={decay_type!r}, as in our '
+                                 'recipe' if decay_type else "decay_type='layer_wise', the default")
+            self.add_row('optimizer', 'optim_wrapper.optimizer, constructor and paramwise_cfg')
+        keys = [key for key in ('optimizer_config', 'fp16') if key in self.values]
+        hook, fp16 = self.use_key('optimizer_config', {}), self.use_key('fp16')
         kind = hook.get('type', 'OptimizerHook')
         if kind not in ('OptimizerHook', 'DistOptimizerHook', 'Fp16OptimizerHook',
                         'GradientCumulativeOptimizerHook', 'GradientCumulativeFp16OptimizerHook'):
-            raise UserError(f'{self.old.path}: optimizer_config.type={kind!r} is not known: '
-                            'DistOptimizerHook, Fp16OptimizerHook, GradientCumulativeOptimizerHook')
-        if says:
-            amp = mixed_precision(self.values)
+            raise UserError(f'{self.old.path}: unknown optimizer_config.type={kind!r}; expected '
+                            'OptimizerHook, DistOptimizerHook, Fp16OptimizerHook or '
+                            'GradientCumulativeOptimizerHook')
+        if keys:
+            amp = uses_mixed_precision(self.values)
             wrapper = {k: v for k, v in wrapper.items() if k != 'loss_scale'}
             wrapper['type'] = 'AmpOptimWrapper' if amp else 'OptimWrapper'
             if amp:
-                scale = (fp16 or hook).get('loss_scale', 'dynamic')
-                wrapper['loss_scale'] = scale
-            self.note(' and '.join(says), 'optim_wrapper.type=' + wrapper['type'])
-        steps = hook.get('update_interval', hook.get('cumulative_iters', 1))
-        if steps and steps > 1:
-            wrapper['accumulative_counts'] = steps
-            self.note('optimizer_config.update_interval', 'optim_wrapper.accumulative_counts')
+                wrapper['loss_scale'] = (fp16 or hook).get('loss_scale', 'dynamic')
+            self.add_row(' and '.join(keys), 'optim_wrapper.type=' + wrapper['type'])
+        key = 'update_interval' if 'update_interval' in hook else 'cumulative_iters'
+        if (hook.get(key) or 1) > 1:
+            wrapper['accumulative_counts'] = hook[key]
+            self.add_row(f'optimizer_config.{key}', 'optim_wrapper.accumulative_counts')
         if hook.get('grad_clip'):
             wrapper['clip_grad'] = hook['grad_clip']
-            self.note('optimizer_config.grad_clip', 'optim_wrapper.clip_grad')
-        dropped = [key for key in ('coalesce', 'bucket_size_mb') if key in hook]
-        if dropped:
-            self.note(f'optimizer_config.{", ".join(dropped)}',
-                      'left out: DistributedDataParallel gathers gradients by itself')
+            self.add_row('optimizer_config.grad_clip', 'optim_wrapper.clip_grad')
+        removed = [key for key in ('coalesce', 'bucket_size_mb') if key in hook]
+        if removed:
+            self.add_row(f'optimizer_config.{", ".join(removed)}',
+                         'removed: DistributedDataParallel groups gradients itself')
         self.target['optim_wrapper'] = wrapper
 
-    def data(self) -> None:
-        """data, with its data sets and pipelines."""
+    def convert_data(self) -> None:
+        """Convert ``data`` with its data sets and pipelines."""
         if 'data_root' in self.values:
-            self.target['data_root'] = self.take('data_root')
+            self.target['data_root'] = self.use_key('data_root')
         if 'data' in self.values:
-            DataConverter(self).convert(self.take('data'))
+            DataConverter(self).convert(self.use_key('data'))
 
-    def evaluation(self) -> None:
-        """evaluation → val_interval, the checkpoint hook's save_best, and the evaluators."""
+    def convert_evaluation(self) -> None:
+        """Convert ``evaluation`` to ``val_interval``, evaluators and the hook's ``save_best``."""
         if 'evaluation' not in self.values:
             return
-        old = self.take('evaluation')
+        old = self.use_key('evaluation', {})
         if 'interval' in old:
             self.target['train_cfg']['val_interval'] = old['interval']
         hook = dict(self.target['default_hooks']['checkpoint'])
@@ -431,114 +456,113 @@ class Conversion:
                  'iou_thrs', 'metric_items', '_delete_')
         for key in old:
             if key not in known:
-                self.note(f'evaluation.{key}', 'left out', '' if key in (
+                self.add_row(f'evaluation.{key}', 'removed', '' if key in (
                     'pre_eval', 'efficient_test', 'gpu_collect', 'by_epoch', 'tmpdir',
-                    'dynamic_intervals', 'type') else 'it has no counterpart')
-        self.note('evaluation', 'train_cfg.val_interval, val_evaluator, checkpoint hook')
+                    'dynamic_intervals', 'type') else 'mmengine has no counterpart')
+        self.add_row('evaluation', 'train_cfg.val_interval, val_evaluator, checkpoint hook')
 
-    def runtime(self) -> None:
-        """Logs, checkpoints, processes."""
+    def convert_runtime(self) -> None:
+        """Convert the settings of checkpoints, logs, processes, imports and hooks."""
         hooks = self.target['default_hooks']
         if 'checkpoint_config' in self.values:
-            old = self.take('checkpoint_config', {})
-            keep = ('interval', 'by_epoch', 'max_keep_ckpts', 'save_optimizer', 'save_last',
-                    'out_dir')
-            hooks['checkpoint'] = dict(hooks['checkpoint'], **{k: old[k] for k in keep if k in old})
-            self.note('checkpoint_config', 'default_hooks.checkpoint')
+            old = self.use_key('checkpoint_config', {})
+            hooks['checkpoint'] = dict(hooks['checkpoint'], **{key: old[key] for key in (
+                'interval', 'by_epoch', 'max_keep_ckpts', 'save_optimizer', 'save_last', 'out_dir')
+                if key in old})
+            self.add_row('checkpoint_config', 'default_hooks.checkpoint')
         if 'log_config' in self.values:
-            self.logs(self.take('log_config', {}))
+            self.convert_log_config(self.use_key('log_config', {}))
         env = dict(self.target.get('env_cfg', {}))
         if 'dist_params' in self.values:
-            env['dist_cfg'] = {k: v for k, v in self.take('dist_params', {}).items() if k != 'port'}
-            self.note('dist_params', 'env_cfg.dist_cfg')
+            env['dist_cfg'] = self.use_key('dist_params', {})
+            env['dist_cfg'].pop('port', None)
+            self.add_row('dist_params', 'env_cfg.dist_cfg')
         if 'cudnn_benchmark' in self.values:
-            env['cudnn_benchmark'] = self.take('cudnn_benchmark')
+            env['cudnn_benchmark'] = self.use_key('cudnn_benchmark')
         for key in ('opencv_num_threads', 'mp_start_method'):
             if key in self.values:
-                env['mp_cfg'] = dict(env.get('mp_cfg', {}), **{key: self.take(key)})
+                env['mp_cfg'] = dict(env.get('mp_cfg', {}), **{key: self.use_key(key)})
         self.target['env_cfg'] = env
-        resume = self.take('resume_from')
+        resume = self.use_key('resume_from')
         if resume:
             self.target.update(load_from=resume, resume=True)
-            self.note('resume_from', 'load_from and resume=True')
-        if self.take('auto_resume'):
+            self.add_row('resume_from', 'load_from and resume=True')
+        if self.use_key('auto_resume'):
             self.target['resume'] = True
-        if self.take('seed') is not None:
+        if self.use_key('seed') is not None:
             self.target['randomness'] = dict(seed=self.values['seed'])
         for key in ('load_from', 'work_dir', 'log_level', 'find_unused_parameters',
                     'auto_scale_lr', 'classes', 'palette'):
-            value = self.take(key)
+            value = self.use_key(key)
             if value is not None and not (key == 'load_from' and resume):
                 self.target[key] = value
-        workflow = self.take('workflow')
+        workflow = self.use_key('workflow')
         if workflow and any(mode == 'val' for mode, _ in workflow):
-            self.note('workflow', 'left out',
-                      'the loss on the validation set is no longer computed')
-        imports = self.take('custom_imports', {}).get('imports', ())
+            self.add_row('workflow', 'removed',
+                         'the loss on the validation set is no longer computed')
+        imports = self.use_key('custom_imports', {}).get('imports', ())
         kept = [name for name in ([imports] if isinstance(imports, str) else imports)
                 if not name.startswith(('mmcls', 'mmpretrain', 'mmcv_custom'))]
         if kept:
             self.target['custom_imports'] = dict(imports=['convnext_mm', *kept],
                                                  allow_failed_imports=False)
-            self.note('custom_imports', f'custom_imports: {", ".join(kept)}', 'code for the old '
-                      'versions may have to be changed')
-        own = self.take('custom_hooks') or []
-        for one in own:
-            if import_module(f'{self.scope}.registry').HOOKS.get(one['type']) is None:
-                raise UserError(f'{self.old.path}: custom_hooks: the hook {one["type"]!r} is not '
-                                'registered: import the module that has it, or take it out')
-        if own:
-            ours = self.target.get('custom_hooks', [])
-            self.target['custom_hooks'] = [*ours, *own]
-            self.note('custom_hooks', 'custom_hooks, behind ours')
+            self.add_row('custom_imports', f'custom_imports: {", ".join(kept)}',
+                         'code for mmcv 0.x or 1.x may need changes')
+        custom_hooks = self.use_key('custom_hooks') or []
+        for hook in custom_hooks:
+            if import_module(f'{self.scope}.registry').HOOKS.get(hook['type']) is None:
+                raise UserError(f'{self.old.path}: custom_hooks type {hook["type"]!r} is not '
+                                f'registered in {self.scope}. {REGISTER_HINT}')
+        if custom_hooks:
+            self.target['custom_hooks'] = [*self.target.get('custom_hooks', []), *custom_hooks]
+            self.add_row('custom_hooks', 'custom_hooks, after ours')
 
-    def logs(self, old: dict) -> None:
-        """log_config → the logger's interval and the visualizer's backends."""
+    def convert_log_config(self, old: dict) -> None:
+        """Convert ``log_config`` to the logger's interval and the visualizer's backends."""
         hooks = self.target['default_hooks']
         if 'interval' in old:
             hooks['logger'] = dict(hooks['logger'], interval=old['interval'])
-        backends = [dict(type='LocalVisBackend')]
+        backends: list[dict[str, Any]] = [dict(type='LocalVisBackend')]
         for hook in old.get('hooks', ()):
             kind = hook.get('type')
-            if kind not in BACKENDS:
-                raise UserError(f'{self.old.path}: log_config.hooks: {kind!r} is not known: '
-                                f'{", ".join(BACKENDS)}')
-            if BACKENDS[kind]:
-                made = dict(type=BACKENDS[kind])
-                if 'init_kwargs' in hook:
-                    made['init_kwargs'] = hook['init_kwargs']
-                backends.append(made)
-                self.note(f'log_config.hooks {kind}', f'visualizer.vis_backends {BACKENDS[kind]}')
+            if kind not in VIS_BACKENDS:
+                raise UserError(f'{self.old.path}: unknown log_config.hooks type {kind!r}; '
+                                f'expected one of {", ".join(VIS_BACKENDS)}')
+            backend = VIS_BACKENDS[kind]
+            if backend:
+                backends.append(dict(type=backend, **{
+                    key: hook[key] for key in ('init_kwargs',) if key in hook}))
+                self.add_row(f'log_config.hooks {kind}', f'visualizer.vis_backends {backend}')
         if len(backends) > 1:
             self.target['visualizer'] = dict(self.target['visualizer'], vis_backends=backends)
-        self.note('log_config', 'default_hooks.logger')
+        self.add_row('log_config', 'default_hooks.logger')
 
-    def rest(self) -> None:
-        """Helper variables, and keys that nothing here knows."""
+    def report_other_keys(self) -> None:
+        """Report variables, and keys that no other method has used."""
         for key, value in self.values.items():
-            if key in self.used or key == '_base_':
+            if key in self.used_keys:
                 continue
-            if key in NOT_NEEDED:
-                self.note(key, f'left out: {NOT_NEEDED[key][1]}')
-            elif _stands_in(value, [v for k, v in self.values.items() if k != key]):
-                self.note(key, 'a helper variable: its value stands where it was used')
+            if key in UNNEEDED_KEYS:
+                self.add_row(key, f'removed: {UNNEEDED_KEYS[key]}')
+            elif _contains([v for k, v in self.values.items() if k != key], value):
+                self.add_row(key, 'variable: its value is inserted where it is used')
             elif isinstance(value, dict):
-                self.note(key, 'left out', 'no counterpart is known, and nothing here uses it')
+                self.add_row(key, 'removed', 'unknown key: the new config does not use it')
             else:
-                self.note(key, 'left out: nothing uses it')
+                self.add_row(key, 'removed: nothing uses it')
 
 
 def load_bases(bases: list[Path]) -> dict[str, Any]:
-    """What files of ours say together."""
+    """Merge the values of several config files."""
     merged: dict[str, Any] = {}
     for file in bases:
-        with as_written():
+        with without_completion():
             merged = merge(merged, Config.fromfile(file, import_custom_modules=False).to_dict())
     return merged
 
 
-def named_size(backbone: dict) -> dict:
-    """``arch`` for depths and dims that are published ones."""
+def use_arch_name(backbone: dict) -> dict:
+    """Replace the depths and dims of a published size by ``arch``."""
     if backbone.get('type') != 'ConvNeXt' or not {'depths', 'dims'} & backbone.keys():
         return backbone
     published = ARCHS[backbone.get('arch', 'tiny')]
@@ -554,35 +578,35 @@ def named_size(backbone: dict) -> dict:
     return dict(new, arch=name)
 
 
-def parts_of(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
-    """Every (path, dict with a type) of a model that MODELS is asked for."""
+def typed_parts(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
+    """Yield the path and the dict of each part of a model that the registry MODELS builds."""
     if not isinstance(node, dict):
         return
     if isinstance(node.get('type'), str):
         yield path, node
     for key, value in node.items():
         if key in ('backbone', 'neck') or key.endswith('_head') or key.startswith('loss'):
-            for one in value if isinstance(value, list) else [value]:
-                yield from parts_of(one, f'{path}.{key}')
+            for part in value if isinstance(value, list) else [value]:
+                yield from typed_parts(part, f'{path}.{key}')
 
 
-def _stands_in(value: Any, places: Any) -> bool:
-    """Whether a value is somewhere in others, itself or with what it holds."""
-    if isinstance(value, str) and isinstance(places, str):
-        return value in places
-    if type(value) is type(places) and value == places:
+def _contains(container: Any, value: Any) -> bool:
+    """Whether a value occurs in another one: as an item, part of a string, or subset of a dict."""
+    if isinstance(value, str) and isinstance(container, str):
+        return value in container
+    if type(value) is type(container) and value == container:
         return True
-    if isinstance(places, dict):
+    if isinstance(container, dict):
         if isinstance(value, dict) and value and all(
-                key in places and places[key] == one for key, one in value.items()):
+                key in container and container[key] == item for key, item in value.items()):
             return True
-        return any(_stands_in(value, place) for place in places.values())
-    if isinstance(places, (list, tuple)):
-        return any(_stands_in(value, place) for place in places)
+        return any(_contains(item, value) for item in container.values())
+    if isinstance(container, (list, tuple)):
+        return any(_contains(item, value) for item in container)
     return False
 
 
-def relative(path: Path, folder: Path) -> str:
-    """A path as it is written in a config of ``folder``."""
+def relative_base(path: Path, folder: Path) -> str:
+    """Return ``path`` as ``_base_`` of a config in ``folder``."""
     text = os.path.relpath(path, folder)
     return text if text.startswith('.') else f'./{text}'

@@ -1,4 +1,4 @@
-"""Pipelines of the old style, for both tasks: steps to steps, and what goes to the model."""
+"""Converts pipelines of both tasks, and settings that moved to the model's preprocessor."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -6,22 +6,23 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from .parsing import REGISTER_HINT
 
-DROPPED = {
-    **dict.fromkeys(('DefaultFormatBundle', 'DefaultFormatBundle3D', 'ImageToTensor', 'ToTensor'),
-                    'the packing step makes tensors'),
-    'Collect': 'the packing step collects', 'SegRescale': 'masks are resized with their picture'}
-"""Steps without a counterpart, which something else now does."""
+REMOVED_STEPS = {
+    **dict.fromkeys(('DefaultFormatBundle', 'DefaultFormatBundle3D', 'ImageToTensor', 'ToTensor',
+                     'Collect'), 'removed: the packing step does this'),
+    'SegRescale': 'removed: masks are resized with their image'}
+"""Steps whose work something else does now."""
 
 
-class Pipeline(NamedTuple):
+class ConvertedPipeline(NamedTuple):
     """A converted pipeline.
 
     Args:
-        steps: In mmengine's style.
-        preprocessor: Settings that go to the model's data_preprocessor.
-        augmentation: ``scales`` and ``flips`` of a MultiScaleFlipAug.
-        notes: (old, what became of it) pairs.
+        steps: The new steps.
+        preprocessor: Settings for the model's ``data_preprocessor``.
+        augmentation: ``scales``, ``flip`` and ``keep_ratio`` of a MultiScaleFlipAug, or empty.
+        notes: Rows for the report: (old, new) pairs.
     """
 
     steps: list[dict]
@@ -30,37 +31,37 @@ class Pipeline(NamedTuple):
     notes: list[tuple[str, str]]
 
 
-class Converter:
+class PipelineConverter:
     """Converts the pipelines of one task.
 
     Args:
         scope: 'mmseg' or 'mmdet'.
-        where: The pipeline's place, for messages.
+        location: File and key of the pipeline, for error messages.
     """
 
-    def __init__(self, scope: str, where: str) -> None:
-        self.scope, self.where = scope, where
+    def __init__(self, scope: str, location: str) -> None:
+        self.scope, self.location = scope, location
         self.preprocessor: dict[str, Any] = {}
         self.augmentation: dict[str, Any] = {}
         self.notes: list[tuple[str, str]] = []
 
-    def convert(self, pipeline: list[dict], test: bool) -> Pipeline:
-        """The whole of a pipeline.
+    def convert(self, pipeline: list[dict], test: bool) -> ConvertedPipeline:
+        """Convert a pipeline.
 
         Args:
-            pipeline: Old steps.
-            test: Whether pictures are evaluated: the truth is loaded behind Resize then.
+            pipeline: The old steps.
+            test: Whether the pipeline is for evaluation, which loads annotations after Resize.
 
         Raises:
-            UserError: A step that has no counterpart.
+            UserError: A step that cannot be converted.
         """
-        steps = self.steps(pipeline)
+        steps = self.convert_steps(pipeline)
         if test and not any(step['type'] == 'LoadAnnotations' for step in steps):
-            # The truth stays at the picture's own size.
+            # After Resize, so that the annotations keep the size of the original image.
             load = (dict(type='LoadAnnotations') if self.scope == 'mmseg' else
                     dict(type='LoadAnnotations', with_bbox=True, with_mask=True))
             steps.append(load)
-            self.note('(nothing)', 'LoadAnnotations: mmengine evaluates by what the pipeline loads')
+            self.add_note('(missing)', 'LoadAnnotations: mmengine evaluates against them')
         if self.scope == 'mmseg':
             steps.append(dict(type='PackSegInputs'))
         elif test:
@@ -68,126 +69,128 @@ class Converter:
                 'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')))
         else:
             steps.append(dict(type='PackDetInputs'))
-        return Pipeline(steps, self.preprocessor, self.augmentation, self.notes)
+        return ConvertedPipeline(steps, self.preprocessor, self.augmentation, self.notes)
 
-    def steps(self, pipeline: list[dict]) -> list[dict]:
-        """Old steps → new ones, without the packing at the end."""
-        found: list[dict] = []
+    def convert_steps(self, pipeline: list[dict]) -> list[dict]:
+        """Convert the steps, without adding the packing step at the end."""
+        steps: list[dict] = []
         for old in pipeline:
             if not isinstance(old, dict) or 'type' not in old:
-                raise UserError(f'{self.where}: {old!r} is no step with a type')
+                raise UserError(f'{self.location}: {old!r} is not a dict with a type')
             settings = {key: value for key, value in old.items() if key != 'type'}
             kind = old['type'].rsplit('.', 1)[-1]
-            special: Callable | None = getattr(self, f'_{kind.lower()}', None)
-            if special:
-                made = special(settings)
-            elif kind in DROPPED:
-                self.note(kind, DROPPED[kind])
-                made = []
-            elif self._known(kind):
-                made = [dict(type=kind, **settings)]
+            convert: Callable[[dict], list[dict]] | None = getattr(
+                self, f'_convert_{kind.lower()}', None)
+            if convert:
+                steps += convert(settings)
+            elif kind in REMOVED_STEPS:
+                self.add_note(kind, REMOVED_STEPS[kind])
+            elif import_module(f'{self.scope}.registry').TRANSFORMS.get(kind):
+                steps.append(dict(type=kind, **settings))
             else:
-                raise UserError(f'{self.where}: the step {kind!r} is registered neither in '
-                                f'{self.scope} nor in mmcv: import the module that has it '
-                                '(custom_imports), or take it out')
-            found += made
-        return found
+                raise UserError(f'{self.location}: step {kind!r} is not registered in {self.scope} '
+                                f'or mmcv. {REGISTER_HINT}')
+        return steps
 
-    def note(self, old: str, new: str) -> None:
+    def add_note(self, old: str, new: str) -> None:
+        """Add a row to the report, once."""
         if (old, new) not in self.notes:
             self.notes.append((old, new))
 
-    def _known(self, kind: str) -> bool:
-        return import_module(f'{self.scope}.registry').TRANSFORMS.get(kind) is not None
-
-    def _normalize(self, s: dict) -> list[dict]:
-        self.preprocessor.update(mean=list(s['mean']), std=list(s['std']),
-                                 bgr_to_rgb=s.get('to_rgb', True))
-        self.note('Normalize', 'the model normalises (data_preprocessor)')
+    def _convert_normalize(self, settings: dict) -> list[dict]:
+        self.preprocessor.update(mean=list(settings['mean']), std=list(settings['std']),
+                                 bgr_to_rgb=settings.get('to_rgb', True))
+        self.add_note('Normalize', 'model.data_preprocessor')
         return []
 
-    def _pad(self, s: dict) -> list[dict]:
-        if s.get('size') is not None:
-            size = s['size']
+    def _convert_pad(self, settings: dict) -> list[dict]:
+        if settings.get('size') is not None:
+            size = settings['size']
             self.preprocessor['size'] = (size, size) if isinstance(size, int) else tuple(size)
-        if s.get('size_divisor') is not None:
+        if settings.get('size_divisor') is not None:
             divisor = 'size_divisor' if self.scope == 'mmseg' else 'pad_size_divisor'
-            self.preprocessor[divisor] = s['size_divisor']
-        value = s.get('pad_val')
+            self.preprocessor[divisor] = settings['size_divisor']
+        pad_value = settings.get('pad_val')
         if self.scope == 'mmseg':
-            self.preprocessor.update(pad_val=0 if value is None else value,
-                                     seg_pad_val=s.get('seg_pad_val', 255))
-        elif isinstance(value, dict):
-            self.preprocessor['pad_value'] = value.get('img', 0)
-        elif value:
-            self.preprocessor['pad_value'] = value
-        self.note('Pad', 'the model pads (data_preprocessor)')
+            self.preprocessor.update(pad_val=0 if pad_value is None else pad_value,
+                                     seg_pad_val=settings.get('seg_pad_val', 255))
+        elif isinstance(pad_value, dict):
+            self.preprocessor['pad_value'] = pad_value.get('img', 0)
+        elif pad_value:
+            self.preprocessor['pad_value'] = pad_value
+        self.add_note('Pad', 'model.data_preprocessor')
         return []
 
-    def _resize(self, s: dict) -> list[dict]:
-        scale = s.get('img_scale')
-        keep = s.get('keep_ratio', True)
+    def _convert_resize(self, settings: dict) -> list[dict]:
+        scale = settings.get('img_scale')
+        keep_ratio = settings.get('keep_ratio', True)
         for key in ('override', 'bbox_clip_border', 'backend', 'interpolation', 'min_size'):
-            if key in s:
-                self.note(f'Resize.{key}', 'left out' if key == 'override' else
-                          'left out: the new default is the same or close')
-        if s.get('ratio_range') is not None:
-            return [dict(type='RandomResize', scale=_pair(scale),
-                         ratio_range=tuple(s['ratio_range']), keep_ratio=keep)]
+            if key in settings:
+                self.add_note(f'Resize.{key}', 'removed' if key == 'override' else
+                              'removed: the new default is the same or close')
+        if settings.get('ratio_range') is not None:
+            return [dict(type='RandomResize', scale=_as_tuple(scale),
+                         ratio_range=tuple(settings['ratio_range']), keep_ratio=keep_ratio)]
         if isinstance(scale, list) and len(scale) > 1:
-            scales = [tuple(one) for one in scale]
-            if s.get('multiscale_mode', 'range') == 'value':
-                return [dict(type='RandomChoiceResize', scales=scales, keep_ratio=keep)]
+            scales = list(map(tuple, scale))
+            if settings.get('multiscale_mode', 'range') == 'value':
+                return [dict(type='RandomChoiceResize', scales=scales, keep_ratio=keep_ratio)]
             if self.scope == 'mmdet':
-                return [dict(type='RandomResize', scale=scales, keep_ratio=keep)]
-            raise UserError(f"{self.where}: Resize with multiscale_mode='range' draws both sides "
-                            'on their own, which mmseg has no more: use ratio_range')
-        return [dict(type='Resize', scale=_pair(scale), keep_ratio=keep)] if scale else []
+                return [dict(type='RandomResize', scale=scales, keep_ratio=keep_ratio)]
+            raise UserError(f"{self.location}: Resize with multiscale_mode='range' samples width "
+                            'and height independently, which mmseg no longer supports: use '
+                            'ratio_range')
+        return [dict(type='Resize', scale=_as_tuple(scale), keep_ratio=keep_ratio)] if scale else []
 
-    def _randomflip(self, s: dict) -> list[dict]:
-        prob = s.get('prob', s.get('flip_ratio'))
-        made = dict(type='RandomFlip', **({} if prob is None else dict(prob=prob)))
-        if s.get('direction', 'horizontal') != 'horizontal':
-            made['direction'] = s['direction']
-        # Inside MultiScaleFlipAug it flips where that says so.
-        return [made] if prob is not None else []
+    def _convert_randomflip(self, settings: dict) -> list[dict]:
+        prob = settings.get('prob', settings.get('flip_ratio'))
+        if prob is None:  # inside MultiScaleFlipAug, which decides whether to flip
+            return []
+        direction = settings.get('direction', 'horizontal')
+        return [dict(type='RandomFlip', prob=prob,
+                     **({} if direction == 'horizontal' else dict(direction=direction)))]
 
-    def _autoaugment(self, s: dict) -> list[dict]:
+    def _convert_autoaugment(self, settings: dict) -> list[dict]:
         return [dict(type='RandomChoice',
-                     transforms=[self.steps(policy) for policy in s['policies']])]
+                     transforms=[self.convert_steps(policy) for policy in settings['policies']])]
 
-    def _multiscaleflipaug(self, s: dict) -> list[dict]:
-        scale, ratios = s.get('img_scale'), s.get('img_ratios')
+    def _convert_multiscaleflipaug(self, settings: dict) -> list[dict]:
+        scale, ratios = settings.get('img_scale'), settings.get('img_ratios')
+        if not scale:
+            raise UserError(f'{self.location}: MultiScaleFlipAug has no img_scale: set it')
         ratios = [ratios] if isinstance(ratios, (int, float)) else list(ratios or [1.0])
-        scales = [tuple(one) for one in scale] if isinstance(scale, list) and scale and isinstance(
+        scales = list(map(tuple, scale)) if isinstance(scale, list) and isinstance(
             scale[0], (list, tuple)) else [tuple(scale)]
-        sizes = [(round(w * r), round(h * r)) for w, h in scales for r in ratios]
-        keep = next((step.get('keep_ratio', True) for step in s['transforms']
-                     if step['type'] == 'Resize'), True)
-        self.augmentation.update(scales=sizes, flip=bool(s.get('flip')), keep_ratio=keep)
-        several = len(sizes) > 1 or s.get('flip')
-        self.note('MultiScaleFlipAug', 'Resize' + (
-            ' and, with the flips and other scales, tta_pipeline' if several else ''))
-        inner = [step for step in s['transforms'] if step['type'] not in ('Resize', 'RandomFlip')]
-        return [dict(type='Resize', scale=scales[0], keep_ratio=keep), *self.steps(inner)]
+        resized = [(round(width * ratio), round(height * ratio))
+                   for width, height in scales for ratio in ratios]
+        keep_ratio = next((step.get('keep_ratio', True) for step in settings['transforms']
+                           if step['type'] == 'Resize'), True)
+        flip = bool(settings.get('flip'))
+        self.augmentation.update(scales=resized, flip=flip, keep_ratio=keep_ratio)
+        self.add_note('MultiScaleFlipAug', 'Resize' + (
+            ', and tta_pipeline with all scales and flips' if len(resized) > 1 or flip else ''))
+        inner = [step for step in settings['transforms']
+                 if step['type'] not in ('Resize', 'RandomFlip')]
+        return [dict(type='Resize', scale=scales[0], keep_ratio=keep_ratio),
+                *self.convert_steps(inner)]
 
 
 def tta_pipeline(augmentation: dict[str, Any], test_pipeline: list[dict]) -> list[dict]:
-    """mmcv's TestTimeAug for what MultiScaleFlipAug did."""
+    """Return the pipeline for test-time augmentation that corresponds to a MultiScaleFlipAug."""
     load = [step for step in test_pipeline if step['type'] == 'LoadAnnotations']
     pack = dict(test_pipeline[-1])
     if pack['type'] == 'PackDetInputs':
         pack['meta_keys'] = (*pack['meta_keys'], 'flip', 'flip_direction')
-    flips = (0.0, 1.0) if augmentation['flip'] else (0.0,)
+    flip_probs = (0.0, 1.0) if augmentation['flip'] else (0.0,)
     return [test_pipeline[0], dict(type='TestTimeAug', transforms=[
         [dict(type='Resize', scale=scale, keep_ratio=augmentation['keep_ratio'])
          for scale in augmentation['scales']],
-        [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in flips],
+        [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in flip_probs],
         load, [pack]])]
 
 
-def _pair(scale: Any) -> Any:
-    """(2048, 512) from any of the ways it is written."""
+def _as_tuple(scale: Any) -> Any:
+    """(2048, 512) from (2048, 512), [2048, 512] or [(2048, 512)]; other types unchanged."""
     if isinstance(scale, list) and len(scale) == 1:
         scale = scale[0]
     return tuple(scale) if isinstance(scale, (list, tuple)) else scale

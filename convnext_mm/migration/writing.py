@@ -1,4 +1,4 @@
-"""A converted config as a file: our fragments, and what differs from them."""
+"""Writes a converted config: our files as bases, and the values that differ from them."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,118 +6,115 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from ..datasets import as_written
+from ..datasets import without_completion
 from ..errors import UserError
 from ..utils import atomic_path
-from .conversion import Migrated, Row, convert, relative
-from .parsing import read
+from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
+from .parsing import parse_config
 
 PIPELINES = ('train_pipeline', 'test_pipeline')
 
 
 def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
-    """Convert an old config file into a new one.
+    """Convert an old config file to a new one.
 
     Args:
         source: The old file.
-        target: The new file; written whole or not at all.
-        trust: Run the old file where it does more than assign values.
+        target: The new file. It is not written if the conversion fails.
+        trust: Execute the old file instead of reading it as data.
 
     Returns:
-        The report, as text.
+        The report as text.
 
     Raises:
-        UserError: The old config cannot be converted; ``target`` is the old file.
+        UserError: The old config cannot be converted, or ``target`` is the same file.
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
-        raise UserError(f'{target}: the old config would be overwritten: name another file')
-    found = convert(read(source, trust))
-    text = as_text(found, source, target)
+        raise UserError(f'{target} is the old config, which would be overwritten: choose another '
+                        'name for the new one')
+    converted = convert_config(parse_config(source, trust))
+    text = format_config(converted, source, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as part:
         part.write_text(text, encoding='utf-8')
-        with as_written():
+        with without_completion():
             written = Config.fromfile(part, import_custom_modules=False).to_dict()
-        differ = sorted(key for key in found.target.keys() | written.keys()
-                        if _plain(written.get(key)) != _plain(found.target.get(key))
-                        and key not in PIPELINES)
-        if differ:  # ours to mend: the new file would train something else
-            raise RuntimeError(f'the converted file differs in {", ".join(differ)}')
-    return report(found.rows, source, target)
+        different = sorted(
+            key for key in converted.target.keys() | written.keys() if key not in PIPELINES
+            and _as_lists(written.get(key)) != _as_lists(converted.target.get(key)))
+        if different:  # a bug in this module: the new file would train differently
+            raise RuntimeError(f'The written config differs in {", ".join(different)}')
+    return format_report(converted.rows, source, target)
 
 
-def as_text(found: Migrated, source: Path, target: Path) -> str:
-    """The new file."""
-    own = difference(found.inherited, found.target)
-    bases = [relative(base, target.parent.resolve()) for base in found.bases]
+def format_config(converted: ConvertedConfig, source: Path, target: Path) -> str:
+    """Return the text of the new file."""
+    own = difference(converted.inherited, converted.target)
+    bases = [relative_base(base, target.parent.resolve()) for base in converted.bases]
     lines = [f'# Converted from {source.name}, a config for mmcv 0.x or 1.x.']
     listed = ',\n    '.join(map(repr, bases))
     lines.append(f'_base_ = {bases[0]!r}' if len(bases) == 1 else f'_base_ = [\n    {listed}\n]')
-    names = {}
+    pipelines: dict[str, list] = {}
     for split, name in zip(('train', 'val'), PIPELINES, strict=True):
         pipeline = own.get(f'{split}_dataloader', {}).get('dataset', {}).get('pipeline')
         if pipeline:
-            lines.append(_pretty({name: pipeline}))
-            names[name] = pipeline
-    # Said once, and named where it is used.
-    text = _pretty(_with_names(own, names)) if own else ''
-    for name in names:
+            lines.append(_format_values({name: pipeline}))
+            pipelines[name] = pipeline
+    # A pipeline is written once, as a variable that data sets refer to.
+    text = _format_values(_replace_by_names(own, pipelines)) if own else ''
+    for name in pipelines:
         text = text.replace(f"'@{name}'", name)
     return '\n'.join([*lines, text]).rstrip() + '\n'
 
 
-def difference(base: dict, target: dict) -> dict:
-    """What is laid over ``base`` to get ``target``."""
+def difference(base: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that turn ``base`` into ``target`` when they are merged into it."""
     own: dict[str, Any] = {}
     for key, value in target.items():
-        if key in base and _plain(base[key]) == _plain(value):
+        inherited = base.get(key)
+        if key in base and _as_lists(inherited) == _as_lists(value):
             continue
-        below = base.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            if below.keys() - value.keys():
+        if isinstance(value, dict) and isinstance(inherited, dict):
+            if inherited.keys() - value.keys():
                 own[key] = dict(value, _delete_=True)
             else:
-                own[key] = difference(below, value)
+                own[key] = difference(inherited, value)
         else:
             own[key] = value
     return own
 
 
-def report(rows: list[Row], source: Path, target: Path) -> str:
-    """What became of each key, and what to look at."""
+def format_report(rows: list[ReportRow], source: Path, target: Path) -> str:
+    """Return a text with a line for each row, and the warnings at its end."""
     width = min(58, max([len(row.old) for row in rows] + [4]))
     lines = [f'{source} → {target}', '']
     lines += [f'  {row.old:<{width}}  → {row.new}' for row in rows]
-    warnings = [row for row in rows if row.warning]
-    if warnings:
-        lines += ['', 'Look at:']
-        lines += [f'  ! {row.old}: {row.warning}' for row in warnings]
-    else:
-        lines += ['', 'Nothing was lost.']
+    warnings = [f'  ! {row.old}: {row.warning}' for row in rows if row.warning]
+    lines += ['', 'Warnings:', *warnings] if warnings else ['', 'No warnings.']
     return '\n'.join(lines)
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists: a config's text does not always keep them apart."""
+def _as_lists(value: Any) -> Any:
+    """Replace tuples by lists, since the text of a config does not always distinguish them."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _as_lists(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_as_lists(item) for item in value]
     return value
 
 
-def _with_names(node: Any, names: dict[str, list]) -> Any:
-    """``node`` with '@name' for what equals a named value."""
-    for name, value in names.items():
-        if isinstance(node, list) and _plain(node) == _plain(value):
+def _replace_by_names(node: Any, pipelines: dict[str, list]) -> Any:
+    """Replace each occurrence of a pipeline by '@' and its name."""
+    for name, pipeline in pipelines.items():
+        if isinstance(node, list) and _as_lists(node) == _as_lists(pipeline):
             return f'@{name}'
     if isinstance(node, dict):
-        return {key: _with_names(value, names) for key, value in node.items()}
+        return {key: _replace_by_names(value, pipelines) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_with_names(value, names) for value in node)
+        return type(node)(_replace_by_names(value, pipelines) for value in node)
     return node
 
 
-def _pretty(values: dict[str, Any]) -> str:
+def _format_values(values: dict[str, Any]) -> str:
     return Config(ConfigDict(values)).pretty_text.rstrip()

@@ -1,11 +1,11 @@
-"""What becomes of the subjects of an old config."""
+"""Conversion of each subject of an old config."""
 import pytest
 from mmengine.config import Config
 
 from convnext_mm import UserError
-from convnext_mm.datasets import as_written
+from convnext_mm.complexity import build_on_meta
+from convnext_mm.datasets import without_completion
 from convnext_mm.migration.writing import migrate
-from tests.helpers import ROOT
 
 SEG = '''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/ade20k.py',
           '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py']
@@ -21,9 +21,9 @@ NORM = 'norm = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], to_rgb=True)\n'
 def convert(tmp_path):
     def convert(text: str, trust: bool = False):
         (tmp_path / 'old.py').write_text(text)
-        said = migrate(tmp_path / 'old.py', tmp_path / 'new.py', trust)
-        with as_written():
-            return Config.fromfile(tmp_path / 'new.py', import_custom_modules=False), said
+        report = migrate(tmp_path / 'old.py', tmp_path / 'new.py', trust)
+        with without_completion():
+            return Config.fromfile(tmp_path / 'new.py', import_custom_modules=False), report
     return convert
 
 
@@ -39,12 +39,11 @@ def convert(tmp_path):
     ('optimizer_config = dict(grad_clip=None)', dict(type='OptimWrapper'))])
 def test_optimizer_config(convert, text, wrapper):
     cfg, _ = convert(SEG + text)
-    found = {key: value for key, value in cfg.optim_wrapper.items()
-             if key not in ('optimizer', 'constructor', 'paramwise_cfg')}
-    assert found == wrapper
+    assert {key: value for key, value in cfg.optim_wrapper.items()
+            if key not in ('optimizer', 'constructor', 'paramwise_cfg')} == wrapper
 
 
-def test_another_optimizer_takes_nothing_of_ours(convert):
+def test_another_optimizer_inherits_no_settings(convert):
     cfg, _ = convert(SEG + "optimizer = dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9)")
     assert cfg.optim_wrapper.to_dict() == dict(
         type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9))
@@ -86,7 +85,7 @@ def test_steps_of_the_old_schedules(convert):
 
 
 def test_runtime(convert):
-    cfg, said = convert(SEG + '''
+    cfg, report = convert(SEG + '''
 checkpoint_config = dict(by_epoch=False, interval=2000, max_keep_ckpts=2, create_symlink=True)
 evaluation = dict(interval=4000, metric=['mIoU', 'mDice'], pre_eval=True, save_best='mIoU')
 log_config = dict(interval=10, hooks=[
@@ -116,13 +115,13 @@ forgotten = dict(a=1)
     assert cfg.custom_imports['imports'] == ['convnext_mm', 'my_models']
     assert cfg.randomness.seed == 3
     assert cfg.find_unused_parameters
-    assert '! forgotten: no counterpart is known' in said
-    assert '! custom_imports: code for the old versions' in said
+    assert '! forgotten: unknown key' in report
+    assert '! custom_imports: code for mmcv 0.x or 1.x' in report
 
 
 @pytest.mark.parametrize('kind', ['mmcls', 'mmpretrain'])
 def test_backbones_of_mmcls_and_mmpretrain(convert, kind):
-    cfg, said = convert(f'''_base_ = {SEG.split('=', 1)[1]}
+    cfg, report = convert(f'''_base_ = {SEG.split('=', 1)[1]}
 custom_imports = dict(imports='{kind}.models', allow_failed_imports=False)
 model = dict(
     backbone=dict(_delete_=True, type='{kind}.ConvNeXt', arch='small', out_indices=[0, 1, 2, 3],
@@ -133,20 +132,20 @@ model = dict(
     assert cfg.model.backbone == dict(
         type='ConvNeXt', arch='small', out_indices=[0, 1, 2, 3], drop_path_rate=0.3, in_chans=3,
         layer_scale_init_value=1.0, init_cfg=dict(type='Pretrained', checkpoint='small.pth'))
-    assert 'gap_before_final_norm' in said
+    assert 'model.backbone.gap_before_final_norm' in report
     cfg, _ = convert(SEG + "model = dict(pretrained='a.pth', backbone=dict(_delete_=True, "
                      f"type='{kind}.ConvNeXt', arch=dict(depths=[1, 1], channels=[8, 16])))")
     backbone = cfg.model.backbone
     assert (backbone.depths, backbone.dims, backbone.out_indices) == ([1, 1], [8, 16], [-1])
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint='a.pth')
     assert backbone.layer_scale_init_value == 1e-6
-    with pytest.raises(UserError, match="act_cfg={'type': 'ReLU'}: ConvNeXt of this package"):
+    with pytest.raises(UserError, match="act_cfg={'type': 'ReLU'} is not supported"):
         convert(SEG + "model = dict(backbone=dict(_delete_=True, type='mmcls.ConvNeXt', "
                 "act_cfg=dict(type='ReLU')))")
 
 
-def test_data_of_segmentation(convert):
-    cfg, said = convert(SEG + NORM + '''
+def test_segmentation_data(convert):
+    cfg, report = convert(SEG + NORM + '''
 crop = (256, 256)
 train_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=False),
@@ -195,10 +194,10 @@ data = dict(samples_per_gpu=4, workers_per_gpu=0,
     assert cfg.test_time_augmentation
     assert [step.scale for step in cfg.tta_pipeline[1].transforms[0]] == [(512, 128), (1024, 256)]
     assert [step.prob for step in cfg.tta_pipeline[1].transforms[1]] == [0.0, 1.0]
-    assert 'test_time_augmentation=True' in said
+    assert 'test_time_augmentation=True' in report
 
 
-def test_data_of_detection(convert):
+def test_detection_data(convert):
     cfg, _ = convert(DET + NORM + '''
 train_pipeline = [
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
@@ -237,21 +236,24 @@ evaluation = dict(interval=2, metric=['bbox'], classwise=True, save_best='bbox_m
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    (SEG + "lr_config = dict(policy='cyclic')", "lr_config.policy='cyclic' is not known here"),
-    (SEG + "optimizer_config = dict(type='MyHook')", "optimizer_config.type='MyHook' is not known"),
-    (SEG + "runner = dict(type='DynamicIterBasedRunner')", "runner.type='DynamicIterBasedRunner'"),
-    (SEG + "log_config = dict(hooks=[dict(type='PaviLoggerHook')])", "'PaviLoggerHook' is not kno"),
-    (SEG + "custom_hooks = [dict(type='MyHook')]", "the hook 'MyHook' is not registered"),
+    (SEG + "lr_config = dict(policy='cyclic')", "Unknown lr_config.policy='cyclic'; expected one"),
+    (SEG + "optimizer_config = dict(type='MyHook')", "unknown optimizer_config.type='MyHook'"),
+    (SEG + "runner = dict(type='DynamicRunner')", "unknown runner.type='DynamicRunner'; expected"),
+    (SEG + "log_config = dict(hooks=[dict(type='PaviLogger')])", "hooks type 'PaviLogger'; exp"),
+    (SEG + "custom_hooks = [dict(type='MyHook')]", "custom_hooks type 'MyHook' is not registered"),
     (SEG + "optimizer = dict(_delete_=True, type='Lamp', lr=1)", "optimizer.type='Lamp' is not"),
     (SEG + "optimizer = dict(constructor='Mine')", "constructor='Mine' is not registered"),
     (SEG + "model = dict(decode_head=dict(_delete_=True, type='MyHead'))",
      "model.decode_head.type='MyHead' is not registered in mmseg"),
     (SEG + "data = dict(train=dict(pipeline=[dict(type='MyStep')]))",
-     "data.train.pipeline: the step 'MyStep' is registered neither in mmseg nor in mmcv"),
+     "data.train.pipeline: step 'MyStep' is not registered in mmseg or mmcv"),
     (SEG + "data = dict(train=dict(type='MySet', pipeline=[]))", "data.train.type='MySet' is not"),
-    (SEG + 'data = dict(sample_per_gpu=2)', 'data.sample_per_gpu is not known: samples_per_gpu'),
+    (SEG + 'data = dict(sample_per_gpu=2)', 'unknown key data.sample_per_gpu; expected one of sam'),
+    (SEG + 'data = dict(val_dataloader=dict(batch=2))', 'unknown key data.val_dataloader.batch; '),
+    (SEG + "data = dict(test=dict(pipeline=[dict(type='MultiScaleFlipAug', img_scale=None)]))",
+     'data.test.pipeline: MultiScaleFlipAug has no img_scale'),
     ('lr = 1\noptimizer = dict(lr=lr)\n', 'neither decode_head nor roi_head')])
-def test_what_is_not_known_is_named(convert, text, message, tmp_path):
+def test_errors_name_the_unknown_value(convert, text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         convert(text)
     assert not (tmp_path / 'new.py').exists()
@@ -264,8 +266,20 @@ def test_the_old_file_is_never_overwritten(tmp_path):
     assert (tmp_path / 'old.py').read_text() == SEG
 
 
-def test_a_whole_old_config_with_its_bases(convert, tmp_path):
-    """The fragments of mmseg 0.x are there: nothing of ours is meant, but what equals is named."""
+def test_a_trusted_config_may_register_its_types(convert, tmp_path, monkeypatch):
+    """What the error message for a type that is not registered advises."""
+    (tmp_path / 'my_heads.py').write_text(
+        'from mmseg.models import FCNHead\nfrom mmseg.registry import MODELS\n'
+        "MODELS.register_module(module=FCNHead, name='TrustedHead', force=True)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = SEG + 'model = dict(decode_head=dict(_delete_=True, type="TrustedHead"))\n'
+    with pytest.raises(UserError, match='import its module in the old config .* --trust'):
+        convert(text)
+    cfg, _ = convert('import my_heads\n' + text, trust=True)
+    assert cfg.model.decode_head == dict(type='TrustedHead')
+
+
+def test_a_complete_old_config_inherits_only_its_own_bases(convert, tmp_path):
     (tmp_path / '_base_').mkdir()
     (tmp_path / '_base_' / 'model.py').write_text('''
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -297,15 +311,25 @@ data = dict(samples_per_gpu=3)
     assert cfg.model.test_cfg == dict(mode='whole')
     assert cfg.optim_wrapper.to_dict() == dict(type='OptimWrapper', optimizer=dict(
         type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005))
-    assert cfg.param_scheduler[-1].type == 'PolicyLR' or cfg.param_scheduler[-1].eta_min == 1e-4
-    assert len(cfg.param_scheduler) == 1, 'no warm-up was asked for'
-    from convnext_mm.complexity import build_on_meta
+    assert cfg.param_scheduler == [dict(type='PolicyLR', policy='poly', whole=20000, power=0.9,
+                                        min_lr=1e-4, by_epoch=False)], 'without a warm-up'
     assert build_on_meta(cfg).decode_head.conv_seg.out_channels == 5
 
 
-def test_the_report_is_written_for_a_reader(convert):
-    _, said = convert(SEG + 'data = dict(samples_per_gpu=2)\nfp16 = None\n')
-    lines = said.splitlines()
-    assert lines[0].endswith('new.py')
-    assert all('→' in line for line in lines[2:] if line.startswith('  ') and '!' not in line)
-    assert (ROOT / 'configs').is_dir()
+def test_report(convert, tmp_path):
+    _, report = convert("""_base_ = '../_base_/default_runtime.py'
+model = dict(decode_head=dict(num_classes=5))
+unused = 1
+gpu_ids = [0]
+""")
+    assert report.splitlines() == [
+        f'{tmp_path}/old.py → {tmp_path}/new.py', '',
+        '  _base_ ../_base_/default_runtime.py  → configs/_base_/runtime_mmseg.py of this package',
+        '  (no pretrained)                      → no pretrained weights',
+        '  model                                → model',
+        '  unused                               → removed: nothing uses it',
+        '  gpu_ids                              → removed: the launcher sets it', '',
+        'Warnings:',
+        '  ! (no pretrained): the backbone is randomly initialized: set '
+        'model.backbone.init_cfg=dict(type="Pretrained", checkpoint=...). The authors set it on '
+        'the command line']

@@ -1,11 +1,11 @@
-"""The authors' nineteen files, written anew in the old style, become our recipes."""
+"""The authors' configs, rewritten here in the old style, convert to our recipes."""
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
 from convnext_mm.archs import ARCHS
-from convnext_mm.datasets import as_written
+from convnext_mm.datasets import without_completion
 from convnext_mm.migration.writing import migrate
 from tests.helpers import ROOT
 from tests.recipes import RECIPES
@@ -93,34 +93,35 @@ runner = dict(type='EpochBasedRunner{'Amp' * amp}', max_epochs=36)
 '''
 
 
-def loaded(path: Path) -> dict:
-    with as_written():
+def load(path: Path) -> dict:
+    """The values of a config, without its helper variables."""
+    with without_completion():
         cfg = Config.fromfile(path).to_dict()
-    def plain(value):  # a list and a tuple build the same
+
+    def as_lists(value):  # tuples and lists build the same model
         if isinstance(value, dict):
-            return {key: plain(one) for key, one in value.items()}
-        return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-    # Variables that only stand for what is written elsewhere.
-    return plain({key: value for key, value in cfg.items() if key not in (
+            return {key: as_lists(item) for key, item in value.items()}
+        return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return as_lists({key: value for key, value in cfg.items() if key not in (
         'dims', 'crop_size', 'scale', 'own', 'train_pipeline', 'test_pipeline', 'nms',
         'roi_extractor', 'rcnn_training', 'short_sides', 'norm_cfg')})
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_a_file_of_the_authors_becomes_our_recipe(name, tmp_path):
+def test_a_config_of_the_authors_becomes_our_recipe(name, tmp_path):
     (tmp_path / f'{name}.py').write_text(old_text(name))
-    said = migrate(tmp_path / f'{name}.py', tmp_path / 'new.py')
-    assert 'Nothing was lost.' in said
+    report = migrate(tmp_path / f'{name}.py', tmp_path / 'new.py')
+    assert 'No warnings.' in report
     assert len((tmp_path / 'new.py').read_text().splitlines()) == 2, 'a comment and the base'
-    assert loaded(tmp_path / 'new.py') == loaded(ROOT / 'configs' / f'{name}.py')
+    assert load(tmp_path / 'new.py') == load(ROOT / 'configs' / f'{name}.py')
 
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith('_ss')])
-def test_a_fork_under_another_name_trains_the_same(name, tmp_path):
+def test_a_config_under_another_name_trains_the_same(name, tmp_path):
     (tmp_path / 'fork.py').write_text(old_text(name))
-    said = migrate(tmp_path / 'fork.py', tmp_path / 'new.py')
-    assert 'training starts from noise' in said, 'its weights stood on the command line'
-    ours, new = loaded(ROOT / 'configs' / f'{name}.py'), loaded(tmp_path / 'new.py')
+    report = migrate(tmp_path / 'fork.py', tmp_path / 'new.py')
+    assert 'randomly initialized' in report, 'the authors set the weights on the command line'
+    ours, new = load(ROOT / 'configs' / f'{name}.py'), load(tmp_path / 'new.py')
     assert ours['model']['backbone'].pop('init_cfg')
-    ours.pop('test_time_augmentation', None)  # its pictures' scales stood in the old data set
+    ours.pop('test_time_augmentation', None)  # the authors' data set file sets the scales
     assert new == ours

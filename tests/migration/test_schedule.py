@@ -1,4 +1,4 @@
-"""The learning rates of converted configs against mmcv's old formula, at every iteration."""
+"""Converted schedules have mmcv 1.x's learning rate at every iteration."""
 import math
 
 import pytest
@@ -7,28 +7,29 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from convnext_mm import UserError
-from convnext_mm.migration.schedule import PolicyLR, schedulers
+from convnext_mm.engine.schedulers import PolicyLR
+from convnext_mm.migration.schedule import convert_lr_config
 
 ITERATIONS, EPOCHS, LENGTH = 400, 8, 50
 BASES = [1e-4, 3e-7]
 
 
 def old_rate(cfg: dict, base: float, iteration: int) -> float:
-    """mmcv 1.x, written from its documentation."""
+    """The learning rate of mmcv 1.x, written from its documentation."""
     by_epoch = cfg.get('by_epoch', True)
-    t, whole = (iteration // LENGTH, EPOCHS) if by_epoch else (iteration, ITERATIONS)
+    t, total = (iteration // LENGTH, EPOCHS) if by_epoch else (iteration, ITERATIONS)
     low = cfg.get('min_lr', base * cfg.get('min_lr_ratio', 0.0))
     match cfg['policy']:
         case 'poly':
-            lr = (base - low) * (1 - t / whole) ** cfg.get('power', 1.0) + low
+            lr = (base - low) * (1 - t / total) ** cfg.get('power', 1.0) + low
         case 'step' if isinstance(cfg['step'], int):
             lr = max(base * cfg.get('gamma', 0.1) ** (t // cfg['step']), low)
         case 'step':
             lr = max(base * cfg.get('gamma', 0.1) ** sum(s <= t for s in cfg['step']), low)
         case 'CosineAnnealing':
-            lr = low + (base - low) / 2 * (1 + math.cos(math.pi * t / whole))
+            lr = low + (base - low) / 2 * (1 + math.cos(math.pi * t / total))
         case 'LinearAnnealing':
-            lr = base + (low - base) * t / whole
+            lr = base + (low - base) * t / total
         case 'exp':
             lr = base * cfg['gamma'] ** t
         case 'inv':
@@ -44,20 +45,22 @@ def old_rate(cfg: dict, base: float, iteration: int) -> float:
 
 
 def new_rates(cfg: dict) -> list[list[float]]:
+    """The learning rates of the converted schedule, for each iteration and parameter group."""
     wrapper = OptimWrapper(torch.optim.SGD([
         dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in BASES]))
-    built = []
-    for one in schedulers(cfg, ITERATIONS, EPOCHS):
-        if one.pop('convert_to_iter_based', False):
-            one.pop('type')
-            built.append(PolicyLR.build_iter_from_epoch(wrapper, epoch_length=LENGTH, **one))
+    schedulers = []
+    for settings in convert_lr_config(cfg, ITERATIONS, EPOCHS):
+        if settings.pop('convert_to_iter_based', False):
+            settings.pop('type')
+            schedulers.append(PolicyLR.build_iter_from_epoch(wrapper, epoch_length=LENGTH,
+                                                             **settings))
         else:
-            built.append(PARAM_SCHEDULERS.build(dict(one, optimizer=wrapper)))
+            schedulers.append(PARAM_SCHEDULERS.build(dict(settings, optimizer=wrapper)))
     rates = []
     wrapper.optimizer.step()
     for t in range(ITERATIONS):
         rates.append([group['lr'] for group in wrapper.optimizer.param_groups])
-        for scheduler in built:
+        for scheduler in schedulers:
             if not scheduler.by_epoch or (t + 1) % LENGTH == 0:
                 scheduler.step()
     return rates
@@ -78,43 +81,47 @@ CONFIGS.append(dict(policy='step', step=[5], warmup='linear', warmup_iters=2, wa
 
 
 @pytest.mark.parametrize('cfg', CONFIGS, ids=lambda cfg: '-'.join(map(str, cfg.values())))
-def test_rates_are_those_of_mmcv(cfg):
+def test_rates_equal_those_of_mmcv(cfg):
     if cfg.get('by_epoch', True) is False and isinstance(cfg.get('step'), list):
         cfg = dict(cfg, step=[s * LENGTH for s in cfg['step']])
-    for t, found in enumerate(new_rates(cfg)):
-        for base, rate in zip(BASES, found, strict=True):
-            assert rate == pytest.approx(old_rate(cfg, base, t), rel=1e-9, abs=0), t
+    rates = new_rates(cfg)
+    assert len(rates) == ITERATIONS
+    for t, group_rates in enumerate(rates):
+        assert group_rates == pytest.approx([old_rate(cfg, base, t) for base in BASES],
+                                            rel=1e-9, abs=0), t
 
 
-def test_mmengines_own_schedulers_are_used_where_they_are_exact():
-    made = schedulers(dict(policy='poly', warmup='linear', warmup_iters=1500, warmup_ratio=1e-6,
-                           power=1.0, min_lr=0.0, by_epoch=False), 160000, None)
-    assert [one['type'] for one in made] == ['LinearLR', 'PolyLR']
-    made = schedulers(dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=0.001,
-                           step=[27, 33]), None, 36)
-    assert [one['type'] for one in made] == ['LinearLR', 'MultiStepLR']
+def test_mmengine_schedulers_are_used_where_they_are_exact():
+    schedulers = convert_lr_config(
+        dict(policy='poly', warmup='linear', warmup_iters=1500, warmup_ratio=1e-6, power=1.0,
+             min_lr=0.0, by_epoch=False), 160000, None)
+    assert [scheduler['type'] for scheduler in schedulers] == ['LinearLR', 'PolyLR']
+    schedulers = convert_lr_config(
+        dict(policy='step', warmup='linear', warmup_iters=500, warmup_ratio=0.001, step=[27, 33]),
+        None, 36)
+    assert [scheduler['type'] for scheduler in schedulers] == ['LinearLR', 'MultiStepLR']
 
 
-def test_a_run_tells_the_length_of_an_epoch():
-    """As mmengine's Runner builds what is to go by iterations from epochs."""
+def test_runner_passes_the_length_of_an_epoch():
+    """Built as mmengine's Runner does for ``convert_to_iter_based``."""
     wrapper = OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
-    cfg, = schedulers(dict(policy='CosineAnnealing', min_lr=0), None, EPOCHS)
-    built = PARAM_SCHEDULERS.build(
+    cfg, = convert_lr_config(dict(policy='CosineAnnealing', min_lr=0), None, EPOCHS)
+    scheduler = PARAM_SCHEDULERS.build(
         dict(cfg, end=EPOCHS), default_args=dict(optimizer=wrapper, epoch_length=LENGTH))
-    assert isinstance(built, PolicyLR)
-    assert (built.epoch_length, built.by_epoch) == (LENGTH, False)
+    assert isinstance(scheduler, PolicyLR)
+    assert (scheduler.epoch_length, scheduler.by_epoch) == (LENGTH, False)
 
 
 @pytest.mark.parametrize(('cfg', 'message'), [
-    (dict(policy='OneCycle'), "lr_config.policy='OneCycle' is not known here: fixed, step, poly"),
-    (dict(), 'lr_config.policy=None'),
-    (dict(policy='poly', warmup='cosine'), "lr_config.warmup='cosine'"),
-    (dict(policy='poly', powr=0.9), 'lr_config.powr is no setting of the policy poly')])
-def test_what_is_not_known_is_named(cfg, message):
+    (dict(policy='OneCycle'), "Unknown lr_config.policy='OneCycle'; expected one of fixed, step"),
+    (dict(), 'Unknown lr_config.policy=None'),
+    (dict(policy='poly', warmup='cosine'), "Unknown lr_config.warmup='cosine'"),
+    (dict(policy='poly', powr=0.9), "Unknown lr_config.powr; policy 'poly' has")])
+def test_errors_name_the_unknown_value(cfg, message):
     with pytest.raises(UserError, match=message):
-        schedulers(cfg, 100, None)
+        convert_lr_config(cfg, 100, None)
 
 
-def test_a_policy_by_what_the_runner_does_not_go_by():
-    with pytest.raises(UserError, match='the runner goes by epochs: set by_epoch=True'):
-        schedulers(dict(policy='poly', by_epoch=False), None, 36)
+def test_policy_and_runner_must_count_alike():
+    with pytest.raises(UserError, match='the runner counts epochs: set by_epoch=True'):
+        convert_lr_config(dict(policy='poly', by_epoch=False), None, 36)
