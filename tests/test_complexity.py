@@ -10,7 +10,9 @@ from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, call_tool, sa
 from tests.recipes import RECIPES
 
 
-@pytest.mark.parametrize('name', [n for n in RECIPES if not n.endswith(('_ss', '_ms'))])
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if 'tiny' in name else pytest.mark.slow)
+    for name in RECIPES if not name.endswith(('_ss', '_ms'))])
 def test_flops_match_the_published_ones(name):
     published = RECIPES[name][-1]
     result = complexity.compute_complexity(Config.fromfile(ROOT / 'configs' / f'{name}.py'))
@@ -74,6 +76,7 @@ def test_estimated_memory_matches_the_saved_tensors_of_a_real_run():
         saved_by(forward, list(model.parameters()), True) * 2**20, rel=0.003)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'limit'), [('large_640', 8.0), ('xlarge_640', 14.0)])
 def test_large_recipes_fit_the_memory_of_common_gpus(name, limit):
     cfg = Config.fromfile(ROOT / 'configs' / f'upernet_convnext_{name}_160k_ade20k.py')

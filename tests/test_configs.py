@@ -1,4 +1,5 @@
-"""The recipes against the published facts."""
+"""The recipes compared with the published settings."""
+import functools
 from pathlib import Path
 
 import pytest
@@ -24,37 +25,60 @@ ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 V2 = sorted(Path(config).stem for config in ALL if 'convnextv2' in config)
 
 
-def test_every_recipe_is_in_the_table():
+def recipe_path(name: str) -> Path:
+    """Return the config file of a recipe."""
+    return ROOT / 'configs' / f'{name}.py'
+
+
+def base_recipe(name: str) -> str:
+    """Return the recipe that a recipe for single- or multi-scale tests inherits."""
+    return name.removesuffix('_ss').removesuffix('_ms')
+
+
+@functools.cache
+def read_recipe(name: str) -> Config:
+    """Return the config of a recipe; tests share it and must not change it."""
+    return Config.fromfile(recipe_path(name))
+
+
+@functools.cache
+def build_recipe(name: str):
+    """Return config and model of a recipe, adapted to the CPU; tests share them."""
+    return build_on_meta(recipe_path(name))
+
+
+def test_every_recipe_is_tested():
     assert {Path(config).stem for config in ALL} == {*RECIPES, *V2}
     assert {(name.split('_')[0], name.split('convnextv2_')[1].split('_')[0]) for name in V2} == {
         (task, size) for task in ('upernet', 'cascade')
         for size in ('atto', 'nano', 'tiny', 'base', 'large')}
+    assert {name.split('_')[0] for name in (*RECIPES, *V2)} == set(ITERATIONS)
 
 
 @pytest.mark.parametrize('name', V2)
 def test_v2_recipe(name):
     size = name.split('convnextv2_')[1].split('_')[0]
-    cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
+    cfg, model = build_recipe(name)
     assert model.backbone.arch == ARCHS[f'v2_{size}']
     assert f'/convnextv2_{size}_' in cfg.model.backbone.init_cfg.checkpoint
     dims = list(model.backbone.arch.dims)
     assert dims == (cfg.model.decode_head.in_channels if name.startswith('upernet')
                     else cfg.model.neck.in_channels)
-    # The last stage is one step of the decay before the heads, and the one before it another.
+    # The third stage ends one decay step below the last stage.
     layers = cfg.optim_wrapper.paramwise_cfg.num_layers
     assert convnext_layer_id(f'stages.2.{model.backbone.arch.depths[2] - 1}.norm.weight',
                              layers) == layers - 1
-    text = (ROOT / 'configs' / f'{name}.py').read_text()
+    text = recipe_path(name).read_text()
     assert text.startswith('# Our recipe, ')
     assert 'not trained yet' in text.splitlines()[0]
 
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipe(name):
-    """Sizes, weights, optimizer and parameters of every recipe against the published ones."""
+    """Size, weights, optimizer and parameters of every recipe are the published ones."""
     size, weights, lr, drop_path, decay, layers, amp, millions, _ = RECIPES[name]
     segmentation = name.startswith('upernet')
-    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg, base = (read_recipe(n) for n in (name, base_recipe(name)))
     backbone, wrapper = cfg.model.backbone, cfg.optim_wrapper
     assert (backbone.arch, backbone.drop_path_rate, backbone.layer_scale_init_value) == (
         size, drop_path, 1.0)
@@ -66,11 +90,11 @@ def test_recipe(name):
         decay_rate=decay, decay_type='stage_wise' if segmentation else 'layer_wise',
         num_layers=layers)
     assert wrapper.type == ('AmpOptimWrapper' if amp else 'OptimWrapper')
-    twin = Config.fromfile(ROOT / 'configs' / f'{name.removesuffix("_ss").removesuffix("_ms")}.py')
-    assert (wrapper, cfg.param_scheduler) == (twin.optim_wrapper, twin.param_scheduler), (
-        'whose rates are tested below')
+    assert (wrapper, cfg.param_scheduler) == (base.optim_wrapper, base.param_scheduler), (
+        'the learning rates of the base recipe are tested below')
     assert cfg.train_dataloader.batch_size == 2
-    cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
+    assert dict(cfg.model, test_cfg=None) == dict(base.model, test_cfg=None)
+    cfg, model = build_recipe(base_recipe(name))
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.005)
     if segmentation:
@@ -85,8 +109,8 @@ def test_recipe(name):
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('upernet')])
-def test_pictures_and_test_mode_of_segmentation(name):
-    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+def test_image_sizes_and_test_mode_of_segmentation(name):
+    cfg = read_recipe(name)
     size = 640 if '_640_' in name else 512
     assert cfg.model.data_preprocessor.size == (size, size)
     train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
@@ -109,10 +133,9 @@ def test_pictures_and_test_mode_of_segmentation(name):
 
 
 @pytest.mark.parametrize('name', [*DETECTORS, *(n for n in V2 if n.startswith('cascade'))])
-def test_pictures_and_heads_of_detection_are_those_of_tiny(name):
-    """Whose values are tested below."""
-    cfg, tiny = (Config.fromfile(ROOT / 'configs' / f'{n}.py')
-                 for n in (name, CASCADE.format('tiny') + '1k'))
+def test_data_and_heads_of_detection_are_those_of_tiny(name):
+    """The values of tiny are tested below."""
+    cfg, tiny = (read_recipe(n) for n in (name, CASCADE.format('tiny') + '1k'))
     assert cfg.train_dataloader == tiny.train_dataloader
     assert cfg.test_dataloader == cfg.val_dataloader == tiny.test_dataloader
     assert cfg.model.test_cfg == tiny.model.test_cfg
@@ -125,15 +148,17 @@ def test_pictures_and_heads_of_detection_are_those_of_tiny(name):
 
 
 @pytest.mark.parametrize('config', ALL)
-def test_nothing_comes_from_an_installed_toolbox(config):
+def test_no_recipe_inherits_from_an_installed_toolbox(config):
     def bases(path: Path):
-        yield path
         for base in Config._get_base_files(str(path)):
+            yield (path.parent / base).resolve()
             yield from bases((path.parent / base).resolve())
-    assert all(path.is_relative_to(ROOT / 'configs') for path in bases(ROOT / config))
+    files = list(bases(ROOT / config))
+    assert ROOT / 'configs/_base_/default_runtime.py' in files
+    assert all(path.is_relative_to(ROOT / 'configs') for path in files)
 
 
-EPOCH = 600  # iterations an epoch in these tests: more than the warm-up
+EPOCH = 600  # iterations per epoch in these tests, more than the warm-up
 ITERATIONS = {
     'upernet': [0, 1, 750, 1499, 1500, 1501, 80000, 159999],
     'mask': [0, 250, 499, 500, *(epoch * EPOCH for epoch in (26, 27, 33, 35))]}
@@ -141,7 +166,7 @@ ITERATIONS['cascade'] = ITERATIONS['mask']
 
 
 def official_rate(name: str, lr: float, paramwise: dict, t: int, segmentation: bool) -> float:
-    """The authors' learning rate of the parameter ``name`` at iteration ``t``."""
+    """Return the authors' learning rate of the parameter ``name`` at iteration ``t``."""
     part, layers = name.removeprefix('backbone.').split('.'), paramwise['num_layers']
     depth = layers + 1
     if part[0] in ('downsample_layers', 'stages') and name.startswith('backbone.'):
@@ -155,63 +180,54 @@ def official_rate(name: str, lr: float, paramwise: dict, t: int, segmentation: b
     scale = paramwise['decay_rate'] ** (layers + 2 - depth - 1)
     length, start = (1500, 1e-6) if segmentation else (500, 0.001)
     warmup = 1 - (1 - t / length) * (1 - start) if t < length else 1
-    fall = (1 - t / 160000 if segmentation else
-            0.1 ** sum(t // EPOCH >= step for step in (27, 33)))
-    return lr * scale * warmup * fall
+    decay = (1 - t / 160000 if segmentation else
+             0.1 ** sum(t // EPOCH >= step for step in (27, 33)))
+    return lr * scale * warmup * decay
 
 
-def rates(schedulers: list[dict], start: list[float], points: list[int]) -> dict[int, list[float]]:
-    """The learning rates of groups at the given iterations, by mmengine's schedulers."""
+def simulated_rates(schedulers: list[dict], initial: list[float],
+                    points: list[int]) -> dict[int, list[float]]:
+    """Return each group's learning rate at some iterations, as mmengine's schedulers set it."""
     wrapper = OptimWrapper(torch.optim.SGD(
-        [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in start]))
+        [dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in initial]))
     schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=wrapper)) for s in schedulers]
     wrapper.optimizer.step()
-    found = {}
+    rates = {}
     for t in range(max(points) + 1):
         if t in points:
-            found[t] = [group['lr'] for group in wrapper.optimizer.param_groups]
+            rates[t] = [group['lr'] for group in wrapper.optimizer.param_groups]
         for scheduler in schedulers:
             if not scheduler.by_epoch or (t + 1) % EPOCH == 0:
                 scheduler.step()
-    return found
+    return rates
 
 
-def rate_errors() -> dict[str, dict[int, float]]:
-    """{recipe: {iteration: largest relative error of a parameter's rate to the authors'}}."""
-    recipes = [name for name in (*RECIPES, *V2) if not name.endswith(('_ss', '_ms'))]
-    errors: dict[str, dict[int, float]] = {}
-    for task in ITERATIONS:
-        groups = []
-        for name in recipes:
-            if name.startswith(task):
-                cfg, model = build_on_meta(ROOT / 'configs' / f'{name}.py')
-                groups += [(name, cfg, group) for group in build_optim_wrapper(
-                    model, cfg.optim_wrapper).optimizer.param_groups]
-        schedule = cfg.param_scheduler
-        # The groups of all recipes go through the schedule at once: a pass takes seconds.
-        assert all(cfg.param_scheduler == schedule for _, cfg, _ in groups)
-        for t, found in rates(schedule, [g['lr'] for *_, g in groups], ITERATIONS[task]).items():
-            for (name, cfg, group), rate in zip(groups, found, strict=True):
-                wrapper = cfg.optim_wrapper
-                for parameter in group['param_names']:
-                    official = official_rate(parameter, wrapper.optimizer.lr,
-                                             wrapper.paramwise_cfg, t, task == 'upernet')
-                    row = errors.setdefault(name, {})
-                    row[t] = max(row.get(t, 0.0), abs(rate / official - 1))
-    return errors
-
-
-def test_every_rate_of_every_recipe_is_the_authors():
-    errors = rate_errors()
-    assert errors.keys() | {f'{name}{test}' for name in errors for test in ('_ss', '_ms')
-                            if f'{name}{test}' in RECIPES} == {*RECIPES, *V2}
-    for name, row in errors.items():
-        assert list(row) == ITERATIONS[name.split('_')[0]]
-        assert max(row.values()) < 1e-9, name
+@pytest.mark.parametrize('task', ITERATIONS)
+def test_every_learning_rate_of_every_recipe_is_the_authors(task):
+    recipes = [name for name in (*RECIPES, *V2) if name == base_recipe(name)
+               and name.startswith(f'{task}_')]
+    groups = [(*build_recipe(name), group) for name in recipes for group in build_optim_wrapper(
+        build_recipe(name)[1], build_recipe(name)[0].optim_wrapper).optimizer.param_groups]
+    schedule = groups[0][0].param_scheduler
+    assert all(cfg.param_scheduler == schedule for cfg, _, _ in groups)
+    # The schedule multiplies all rates by the same factor, so that two groups are enough for it.
+    initial = [group['lr'] for *_, group in groups]
+    extremes = [min(initial), max(initial)]
+    rates = simulated_rates(schedule, extremes, ITERATIONS[task])
+    assert list(rates) == ITERATIONS[task]
+    for t, (lowest, highest) in rates.items():
+        factor = highest / extremes[1]
+        assert lowest / extremes[0] == pytest.approx(factor, rel=1e-9)
+        for cfg, _, group in groups:
+            settings = cfg.optim_wrapper
+            for parameter in group['param_names']:
+                official = official_rate(parameter, settings.optimizer.lr, settings.paramwise_cfg,
+                                         t, task == 'upernet')
+                assert group['lr'] * factor == pytest.approx(official, rel=1e-9), parameter
 
 
 def test_segmentation_values():
-    cfg = Config.fromfile(SEGMENTATION)
+    cfg = read_recipe(Path(SEGMENTATION).stem)
     model, wrapper = cfg.model, cfg.optim_wrapper
     assert model.backbone.drop_path_rate == 0.4
     assert model.backbone.layer_scale_init_value == 1.0
@@ -235,7 +251,7 @@ def test_segmentation_values():
 
 
 def test_detection_values():
-    cfg = Config.fromfile(DETECTION)
+    cfg = read_recipe(Path(DETECTION).stem)
     model, wrapper = cfg.model, cfg.optim_wrapper
     assert model.backbone.drop_path_rate == 0.4
     assert wrapper.type == 'AmpOptimWrapper'
@@ -272,22 +288,22 @@ def test_demo_configs_inherit_the_recipes(demo, recipe):
 
 @pytest.mark.parametrize(('suffix', 'model'), [
     ('', 'EncoderDecoder'), ('_ss', 'EncoderDecoder'), ('_ms', 'SegTTAModel')])
-def test_multi_scale_needs_no_tta(suffix, model, monkeypatch):
-    class Seen(Exception):
+def test_multi_scale_recipes_use_tta_without_an_option(suffix, model, monkeypatch):
+    class Stop(Exception):
         pass
 
     def build(cfg, splits):
-        seen.append(cfg)
-        raise Seen
-    seen = []
+        built.append(cfg)
+        raise Stop
+    built = []
     monkeypatch.setattr(launch, '_build_runner', build)
     parser = launch.common_parser('')
     args = parser.parse_args([SEGMENTATION.replace('.py', f'{suffix}.py')])
     for key in ('show', 'show_dir', 'tta', 'out'):
         setattr(args, key, None)
     args.checkpoint = 'file.pth'
-    with pytest.raises(Seen):
+    with pytest.raises(Stop):
         launch.test(args)
-    assert seen[0].model.type == model
-    steps = [step.type for step in seen[0].test_dataloader.dataset.pipeline]
+    assert built[0].model.type == model
+    steps = [step.type for step in built[0].test_dataloader.dataset.pipeline]
     assert ('TestTimeAug' in steps) == (suffix == '_ms')
