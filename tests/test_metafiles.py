@@ -1,4 +1,4 @@
-"""What OpenMMLab's tools read of the recipes: model-index.yml, and the configs themselves."""
+"""Metadata and configs as OpenMMLab's tools read them: mim, and the inferencers."""
 import shutil
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def models() -> list[dict]:
     return found
 
 
-def test_every_recipe_is_there(models):
+def test_every_recipe_is_listed(models):
     recipes = {path.stem for path in (ROOT / 'configs').glob('*.py')
                if not path.stem.endswith(('_ss', '_ms'))}
     assert {model['Name'] for model in models} == recipes
@@ -37,21 +37,21 @@ def test_every_recipe_is_there(models):
         if model['Name'] in RECIPES:
             assert len(results) == (4 if model['Name'].startswith('upernet') else 2)
         else:
-            assert not results, 'ours have not been trained'
+            assert not results, 'our recipes have not been trained'
             assert 'Weights' not in model
 
 
 @pytest.mark.slow
-def test_figures_are_what_the_tool_counts(models):
-    """Parameters, FLOPs and estimated memory; tools/make_tables.py puts them into the pages."""
+def test_figures_match_computed_ones(models):
+    """Parameters, FLOPs and estimated memory; tools/make_tables.py copies them to the docs."""
     from convnext_mm.complexity import compute_complexity, estimate_training_memory
     from convnext_mm.engine.checks import read_config
     estimated = 0
     for model in models:
         path, meta = str(ROOT / model['Config']), model['Metadata']
-        counted = compute_complexity(read_config(path))
-        assert f'{counted.parameters / 1e6:.2f}' == f'{meta["Parameters (M)"]:.2f}', path
-        assert round(counted.flops / 1e9) == meta['FLOPs (G)'], path
+        result = compute_complexity(read_config(path))
+        assert f'{result.parameters / 1e6:.2f}' == f'{meta["Parameters (M)"]:.2f}', path
+        assert round(result.flops / 1e9) == meta['FLOPs (G)'], path
         for memory in MEMORY:
             figure = meta.get(f'Training Memory of {memory} (GB, estimated)')
             if figure is not None:
@@ -63,10 +63,11 @@ def test_figures_are_what_the_tool_counts(models):
     assert estimated == 6 * len(MEMORY)
 
 
-def test_weights_are_where_the_authors_published_them(models):
+def test_weights_have_the_addresses_of_the_authors(models):
+    models = [model for model in models if 'Weights' in model]
+    assert {model['Name'] for model in models} == {
+        name for name in RECIPES if not name.endswith(('_ss', '_ms'))}
     for model in models:
-        if 'Weights' not in model:
-            continue
         size, weights = RECIPES[model['Name']][:2]
         if model['Name'].startswith('upernet'):
             side = 640 if '_640_' in model['Name'] else 512
@@ -77,7 +78,7 @@ def test_weights_are_where_the_authors_published_them(models):
         assert model['Weights'] == f'https://dl.fbaipublicfiles.com/convnext/{place}'
 
 
-def test_an_installed_package_has_what_mim_looks_for(tmp_path):
+def test_an_installed_package_contains_the_files_that_mim_needs(tmp_path):
     source = tmp_path / 'source'
     for name in ('convnext_mm', 'configs', 'tools'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('.mim'))
@@ -101,7 +102,7 @@ def photo(tmp_path) -> str:
 
 
 def weights(config: str, path) -> str:
-    """Untrained weights of a config's model, with the backbone in mmpretrain's naming."""
+    """Save random weights of a config's model, with the backbone in mmpretrain's naming."""
     from mmengine.registry import MODELS, init_default_scope
 
     from convnext_mm.engine.checks import read_config
@@ -140,7 +141,7 @@ def test_inferencer_of_mmdet(photo, tmp_path):
     from convnext_mm.prediction import Predictor
     checkpoint = weights(DEMO_DETECTION, tmp_path / 'weights.pth')
     inferencer = DetInferencer(DEMO_DETECTION, weights=checkpoint, device='cpu')
-    enable_packed_inference(inferencer.model)  # as ours is: otherwise sums are taken in another order
+    enable_packed_inference(inferencer.model)  # as in Predictor; else sums differ in their order
     theirs = inferencer(photo, return_datasamples=True)['predictions'][0].pred_instances
     ours = Predictor(read_config(DEMO_DETECTION), checkpoint, 'cpu')(photo).pred_instances
     assert len(ours) == len(theirs) > 0
