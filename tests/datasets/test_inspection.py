@@ -1,4 +1,5 @@
 """Datasets with one mistake each, and the problem that is reported."""
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import cv2
 import mmcv
 import numpy as np
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
 from convnext_mm.datasets import detection, findings, inspection
@@ -39,7 +41,22 @@ def write_mask(path: Path, values: list[int], size: tuple[int, int] = (40, 30),
     image.save(path, **options)
 
 
-class SegmentationData:
+class CustomData:
+    """Base of datasets with a config."""
+
+    config: Path
+
+    @functools.cached_property
+    def cfg(self) -> Config:
+        return checks.read_config(str(self.config))
+
+    def problems(self, sample: int | None = None) -> list[findings.Problem]:
+        results = inspection.inspect_splits(self.cfg, sample)
+        assert [one.split for one in results] == ['train', 'val']
+        return [problem for one in results for problem in one.problems]
+
+
+class SegmentationData(CustomData):
     """A valid dataset of three classes: 6 training and 2 validation images."""
 
     def __init__(self, root: Path, values: list[int] = (0, 1, 2), mode: str = 'L',
@@ -59,11 +76,6 @@ val_dataloader = dict(dataset=dict(
 classes = ('road', 'car', 'sky')
 seg_map_suffix = '{suffix}'
 {extra}""")
-
-    def problems(self, sample: int | None = None) -> list[findings.Problem]:
-        results = inspection.inspect_splits(checks.read_config(str(self.config)), sample)
-        assert [one.split for one in results] == ['train', 'val']
-        return [problem for one in results for problem in one.problems]
 
 
 @pytest.mark.parametrize(('values', 'options', 'level', 'message', 'fix'), [
@@ -148,7 +160,7 @@ def test_exif_rotation_is_applied_as_in_mmcv(tmp_path):
 def test_class_frequencies_of_masks(tmp_path):
     data = SegmentationData(tmp_path, [0, 0, 1, 255])
     write_mask(tmp_path / 'masks/train/0.png', [2])
-    train, val = inspection.inspect_splits(checks.read_config(str(data.config)))
+    train, val = inspection.inspect_splits(data.cfg)
     assert train.label_counts == {0: 5 * 600, 1: 5 * 300, 2: 1200}
     assert train.image_counts == {0: 5, 1: 5, 2: 1}
     assert val.label_counts == {0: 1200, 1: 600}
@@ -174,7 +186,7 @@ def test_ranges():
     assert format_ranges([*range(0, 26, 2)]) == '0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, …'
 
 
-class DetectionData:
+class DetectionData(CustomData):
     """A valid dataset with two boxes per image: 6 training and 2 validation images."""
 
     def __init__(self, root: Path) -> None:
@@ -207,7 +219,20 @@ classes = ('ball', 'crate')
         change(content)
         path.write_text(json.dumps(content))
 
-    problems = SegmentationData.problems
+
+
+@pytest.fixture(scope='module')
+def shared_detection_data(tmp_path_factory) -> DetectionData:
+    return DetectionData(tmp_path_factory.mktemp('detection'))
+
+
+@pytest.fixture
+def detection_data(shared_detection_data):
+    """Valid data whose training annotations a test may change."""
+    path = shared_detection_data.root / 'train.json'
+    content = path.read_bytes()
+    yield shared_detection_data
+    path.write_bytes(content)
 
 
 def update(kind: str, index: int, **values):
@@ -222,15 +247,14 @@ def write_corners(content: dict) -> None:
 
 
 @pytest.mark.parametrize('sample', [None, 2])
-def test_valid_annotations_have_no_problems(tmp_path, sample):
-    assert DetectionData(tmp_path).problems(sample) == []
+def test_valid_annotations_have_no_problems(detection_data, sample):
+    assert detection_data.problems(sample) == []
 
 
-def test_class_frequencies_of_boxes(tmp_path):
-    data = DetectionData(tmp_path)
-    data.change(update('annotations', 0, category_id=2))
-    data.change(update('annotations', 3, iscrowd=1))
-    train, val = inspection.inspect_splits(checks.read_config(str(data.config)))
+def test_class_frequencies_of_boxes(detection_data):
+    detection_data.change(update('annotations', 0, category_id=2))
+    detection_data.change(update('annotations', 3, iscrowd=1))
+    train, val = inspection.inspect_splits(detection_data.cfg)
     assert train.label_counts == {0: 5, 1: 6}
     assert train.image_counts == {0: 5, 1: 5}
     assert val.label_counts == val.image_counts == {0: 2, 1: 2}
@@ -271,15 +295,14 @@ def test_class_frequencies_of_boxes(tmp_path):
     (lambda c: c['annotations'].clear(), 'error', 'no image has a box of these classes', []),
     (lambda c: [c['annotations'].pop(0) for _ in 'ab'], 'note', 'image without a box', ['0.jpg']),
 ])
-def test_mistakes_in_annotations(tmp_path, change, level, message, where):
-    data = DetectionData(tmp_path)
-    data.change(change)
-    problem, = (p for p in data.problems() if message in p.message)
+def test_mistakes_in_annotations(detection_data, change, level, message, where):
+    detection_data.change(change)
+    problem, = (p for p in detection_data.problems() if message in p.message)
     assert problem.level == level
     if isinstance(where, int):
         assert len(problem.where) == where
     else:
-        assert problem.where == [place.format(train=data.train_images) for place in where]
+        assert problem.where == [place.format(train=detection_data.train_images) for place in where]
 
 
 @pytest.mark.parametrize(('change', 'error'), [
@@ -289,12 +312,11 @@ def test_mistakes_in_annotations(tmp_path, change, level, message, where):
     (update('annotations', 0, segmentation=[]), KeyError),
     (lambda content: content['annotations'][0].pop('area'), KeyError),
     (update('annotations', 0, bbox=[5, 4, 20]), ValueError)])
-def test_errors_stop_mmdet_and_warnings_do_not(tmp_path, change, error):
+def test_errors_stop_mmdet_and_warnings_do_not(detection_data, change, error):
     from mmdet.registry import DATASETS
-    data = DetectionData(tmp_path)
-    data.change(change)
-    config = checks.read_config(str(data.config)).train_dataloader.dataset
-    levels = {problem.level for problem in data.problems()}
+    detection_data.change(change)
+    config = detection_data.cfg.train_dataloader.dataset
+    levels = {problem.level for problem in detection_data.problems()}
     if error is None:
         assert 'error' not in levels
         assert len(DATASETS.build(dict(config, _scope_='mmdet'))[0]['data_samples'].gt_instances)
@@ -316,13 +338,12 @@ def test_invalid_json_and_an_evaluator_with_another_file(tmp_path):
                                  f'{tmp_path}/train.json')
 
 
-def test_the_quick_check_skips_large_files(tmp_path, monkeypatch):
+def test_the_quick_check_skips_large_files(detection_data, monkeypatch):
     monkeypatch.setattr(detection, 'QUICK_CHECK_BYTES', 10)
-    data = DetectionData(tmp_path)
-    assert [(p.level, p.message) for p in data.problems(sample=2)] == [
-        ('note', f'{tmp_path}/{split}.json is large and was skipped by this quick check')
+    assert [(p.level, p.message) for p in detection_data.problems(sample=2)] == [
+        ('note', f'{detection_data.root}/{split}.json is large and was skipped by this quick check')
         for split in ('train', 'val')]
-    assert data.problems() == []
+    assert detection_data.problems() == []
 
 
 @pytest.mark.parametrize('kind', [SegmentationData, DetectionData])
@@ -330,7 +351,7 @@ def test_contact_sheet(tmp_path, kind):
     data = kind(tmp_path)
     (data.train_images / '0.jpg').write_bytes(b'')
     path = tmp_path / 'new' / 'dataset.png'
-    draw_contact_sheet(checks.read_config(str(data.config)), path, num_train=2, num_val=1)
+    draw_contact_sheet(data.cfg, path, num_train=2, num_val=1)
     sheet = np.asarray(Image.open(path).convert('RGB'), float)
     unreadable, *readable = (sheet[60:250, left:left + 280] for left in (20, 340, 660))
     assert (unreadable == 255).mean() > 0.8, 'only text'
@@ -355,7 +376,7 @@ def test_check_dataset_reports_and_draws(tmp_path):
 
 def test_training_checks_a_sample_first(tmp_path, capsys, monkeypatch):
     data = SegmentationData(tmp_path)
-    cfg = checks.read_config(str(data.config))
+    cfg = data.cfg
     checks.check_data_sample(cfg, ('train', 'val'))
     assert ('Data: train 6 images, val 2 images; no problems in a sample of 16 each. '
             in capsys.readouterr().out)
@@ -371,7 +392,7 @@ def test_training_checks_a_sample_first(tmp_path, capsys, monkeypatch):
 
 def test_training_warns_of_an_ignored_class(tmp_path, capsys):
     data = SegmentationData(tmp_path, extra='')
-    checks.check_data_sample(checks.read_config(str(data.config)), ('train', 'val'))
+    checks.check_data_sample(data.cfg, ('train', 'val'))
     output = capsys.readouterr().out
     assert output.count('it is ignored and the other classes are shifted') == 2
     assert f'python tools/check_dataset.py {data.config}' in output
