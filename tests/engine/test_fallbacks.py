@@ -49,7 +49,7 @@ def test_missing_variables_of_torchrun_are_reported(no_gpu, monkeypatch):
 @pytest.mark.parametrize('fails', [False, True])
 def test_the_process_group_is_destroyed_in_any_case(fails, no_gpu, monkeypatch):
     for key, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1',
-                           MASTER_PORT=29611, OMP_NUM_THREADS=1).items():
+                           MASTER_PORT=0, OMP_NUM_THREADS=1).items():
         monkeypatch.setenv(key, str(value))
     calls = []
     monkeypatch.setattr(fallbacks.dist, 'barrier', lambda: calls.append('barrier'))
