@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convnext_mm import ConvNeXt
 from convnext_mm.fused import eager
-from convnext_mm.fused.packed import PackedConvolution, packed_linear
+from convnext_mm.fused.packed import PackedConvolution, pack_linear
 from convnext_mm.layers import LayerNorm2d
 
 
@@ -125,7 +125,7 @@ class MatmulsAndConvolutionsAlone(nn.Module):
             x = downsampling(x)
             for convolution, linear1, linear2 in blocks:
                 n = convolution(x).permute(0, 2, 3, 1).reshape(1, 1, -1, x.shape[1])
-                for part in n.split(eager.PIECE // (4 * x.shape[1] * x.element_size()), 2):
+                for part in n.split(eager.PIECE_BYTES // (4 * x.shape[1] * x.element_size()), 2):
                     eager.linear(eager.linear(part, *linear1), *linear2)
         return []
 
@@ -138,7 +138,7 @@ class MatmulsAndConvolutionsAlone(nn.Module):
     def _block(b: nn.Module) -> tuple:
         return (PackedConvolution(b.dwconv.weight, b.dwconv.bias, padding=3,
                                   groups=b.dwconv.groups),
-                *((packed_linear(linear.weight.detach()), linear.bias.detach())
+                *((pack_linear(linear.weight.detach()), linear.bias.detach())
                   for linear in (b.pwconv1, b.pwconv2)))
 
 

@@ -1,7 +1,7 @@
-"""The operations of a block by PyTorch's own, arranged for few passes over memory.
+"""The operations of a block in PyTorch, arranged for few passes over memory.
 
-Maps are (N, H, W, C) and contiguous. Every function here has a namesake in
-:mod:`convnext_mm.fused.nvidia`; :mod:`convnext_mm.fused.functions` calls either.
+They implement :class:`convnext_mm.fused.operations.Operations`, which documents their shapes. Maps
+are (N, H, W, C) and contiguous. Weights of convolutions and linear layers have the map's dtype.
 """
 from __future__ import annotations
 
@@ -13,40 +13,26 @@ from torch import Tensor
 
 GRN_EPS = 1e-6
 
-PIECE = 16 * 2**20
-"""Bytes of the 4C map that :func:`mlp` has at a time on a CPU."""
+PIECE_BYTES = 16 * 2**20
+"""Size of the parts of the 4C map that :func:`mlp` computes one after another on a CPU."""
 
-TILE = 16
+TILE_SIZE = 16
 """Side of the tiles of :func:`_tiled_weight_gradient`: twice as fast as 8, nearly as fast as 32."""
 
 
 def dwconv_norm(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-                eps: float, keep: bool, dilation: int = 1
+                eps: float, save: bool, dilation: int = 1
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Depthwise 7x7 convolution, then LayerNorm over channels.
-
-    Args:
-        x: (N, H, W, C).
-        weight: (C, 1, 7, 7), in x's dtype.
-        bias: (C,), in x's dtype.
-        norm_weight: (C,).
-        norm_bias: (C,).
-        eps: Of the LayerNorm.
-        dilation: Of the convolution.
-        keep: Whether the three last of the results are wanted.
-
-    Returns:
-        The normalised map, the convolution's output, and each position's mean and 1 / std.
-    """
+    """Depthwise 7x7 convolution, then LayerNorm over channels."""
     y = _depthwise(x, weight, bias, dilation)
     n, mean, rstd = layer_norm(y, norm_weight, norm_bias, eps)
-    return n, y if keep else x.new_empty(0), mean, rstd
+    return n, y if save else x.new_empty(0), mean, rstd
 
 
 def norm_backward(dn: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor
                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the LayerNorm: of its input (in y's dtype), weight and bias (C,)."""
-    wide, weight = _same_kind(y, norm_weight)
+    """Gradients of the LayerNorm's input, in y's dtype, and of its weight and bias, (C,)."""
+    wide, weight = _norm_inputs(y, norm_weight)
     dy, dw, db = torch.ops.aten.native_layer_norm_backward(
         dn.to(wide.dtype), wide, (y.shape[-1],), mean, rstd, weight, weight, [True] * 3)
     return dy.to(y.dtype), dw, db
@@ -54,18 +40,16 @@ def norm_backward(dn: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, norm_weight
 
 def dwconv_backward_input(dy: Tensor, weight: Tensor, g: Tensor | None, dilation: int = 1
                           ) -> Tensor:
-    """Gradient of the depthwise convolution's input, plus ``g``, in g's dtype.
-
-    It is a convolution with the flipped kernel, which is fast everywhere.
-    """
+    """Gradient of the depthwise convolution's input, plus ``g`` if there is one, in g's dtype."""
+    # The convolution with the flipped kernel is fast everywhere.
     dx = _depthwise(dy, weight.flip(2, 3), None, dilation)
     return dx if g is None else g + dx
 
 
 def dwconv_backward_weight(dy: Tensor, x: Tensor, dilation: int = 1) -> tuple[Tensor, Tensor]:
-    """Gradients of the depthwise convolution's weight (C, 1, 7, 7) and bias (C,)."""
+    """Gradients of the depthwise convolution's weight, (C, 1, 7, 7), and bias, (C,)."""
     if dy.device.type == 'cpu' and dilation == 1:
-        return _tiled_weight_gradient(dy, x), _sum(dy)
+        return _tiled_weight_gradient(dy, x), _sum_positions(dy)
     weight = x.new_empty(x.shape[-1], 1, 7, 7)
     _, dw, db = torch.ops.aten.convolution_backward(
         dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [x.shape[-1]], [1, 1],
@@ -73,12 +57,12 @@ def dwconv_backward_weight(dy: Tensor, x: Tensor, dilation: int = 1) -> tuple[Te
     return dw, db
 
 
-def linear_gelu(n: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """GELU of a linear layer, and with ``keep`` what the GELU is taken of."""
+def linear_gelu(n: Tensor, weight: Tensor, bias: Tensor, save: bool) -> tuple[Tensor, Tensor]:
+    """GELU of a linear layer and, with ``save``, the input of the GELU."""
     h = linear(n, weight, bias)
-    if keep:
+    if save:
         return F.gelu(h), h
-    return torch.ops.aten.gelu_(h), n.new_empty(0)  # a second map would cost its page faults
+    return torch.ops.aten.gelu_(h), n.new_empty(0)  # in place: a second map costs page faults
 
 
 def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None,
@@ -90,73 +74,73 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | Non
         weight: (C, 4C), in a's dtype.
         bias: (C,), in a's dtype.
         gamma: Layer scale, (C,); None: 1.
-        drop: Factor of each picture, (N,); None: 1.
+        drop: Factor of each sample, (N,); None: 1.
         x: (N, H, W, C).
     """
     if drop is not None:
         factor = drop[:, None, None, None]
         factor = factor if gamma is None else factor * gamma
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), factor.to(x.dtype))
-    if gamma is not None and _rows(a) < weight.shape[1]:  # the map is smaller than the weight
+    if gamma is not None and _count_positions(a) < weight.shape[1]:  # smaller than the weight
         return torch.addcmul(x, linear(a, weight, bias).to(x.dtype), gamma.to(x.dtype))
-    return _linear_add(a, *scaled(weight, bias, gamma), x)
+    return _linear_add(a, *fold_scale(weight, bias, gamma), x)
 
 
 def mlp(n: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
-        gamma: Tensor | None, drop: Tensor | None, x: Tensor, keep: bool
+        gamma: Tensor | None, drop: Tensor | None, x: Tensor, save: bool
         ) -> tuple[Tensor, Tensor]:
-    """:func:`linear_gelu` and :func:`linear_residual`: the output, and with ``keep`` h.
+    """:func:`linear_gelu`, then :func:`linear_residual`: the output and, with ``save``, h.
 
-    Where nothing is kept, a CPU goes through large maps piece by piece, so that a piece of the 4C
-    map is still in the cache when it is used, and there is never a whole one.
+    On a CPU, a large 4C map that is not saved is computed piece by piece: a piece is still in the
+    cache when it is used, and the whole map is never stored.
     """
-    rows = PIECE // (weight1.shape[0] * n.element_size())
-    if keep or drop is not None or not n.is_cpu or _rows(n) <= rows:
-        a, h = linear_gelu(n, weight1, bias1, keep)
+    rows = PIECE_BYTES // (weight1.shape[0] * n.element_size())
+    if save or drop is not None or not n.is_cpu or _count_positions(n) <= rows:
+        a, h = linear_gelu(n, weight1, bias1, save)
         return linear_residual(a, weight2, bias2, gamma, drop, x), h
-    weight2, bias2 = scaled(weight2, bias2, gamma)
+    weight2, bias2 = fold_scale(weight2, bias2, gamma)
     out = torch.empty_like(x)
-    for part, of, to in zip(*(m.view(1, 1, -1, m.shape[-1]).split(rows, 2) for m in (n, x, out)),
-                            strict=True):
-        a, _ = linear_gelu(part, weight1, bias1, False)
-        to.copy_(_linear_add(a, weight2, bias2, of))
+    for n_piece, x_piece, out_piece in zip(*(
+            m.view(1, 1, -1, m.shape[-1]).split(rows, 2) for m in (n, x, out)), strict=True):
+        a, _ = linear_gelu(n_piece, weight1, bias1, False)
+        out_piece.copy_(_linear_add(a, weight2, bias2, x_piece))
     return out, n.new_empty(0)
 
 
-def scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A linear layer that multiplies its output with ``gamma``."""
+def fold_scale(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A linear layer's weight and bias with the layer scale ``gamma`` multiplied into them."""
     if gamma is None:
         return weight, bias
     return (weight * gamma[:, None]).to(weight.dtype), (bias * gamma).to(bias.dtype)
 
 
 def _linear_add(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    if onednn(a) and x.dtype == a.dtype:
+    if uses_onednn(a) and x.dtype == a.dtype:
         return torch.ops.mkldnn._linear_pointwise.binary(
             a.flatten(0, 2), x.flatten(0, 2), weight, bias, 'add').view(x.shape)
     return x + linear(a, weight, bias)
 
 
 def linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(g weight) · gelu'(h), and gelu(h): what the gradients of both weights are made of."""
+    """(g weight) · GELU'(h), and GELU(h): the factors of both weight gradients."""
     return _gelu_backward(matmul(g, weight), h), F.gelu(h)
 
 
 def _gelu_backward(da: Tensor, h: Tensor) -> Tensor:
-    """da · gelu'(h), in da's memory."""
+    """da · GELU'(h), in da's memory."""
     return torch.ops.aten.gelu_backward.grad_input(da, h, grad_input=da)
 
 
 def matmul(g: Tensor, weight: Tensor) -> Tensor:
-    """g (N, H, W, K) times weight (K, L)."""
-    if onednn(g) and g.dtype == torch.float32 and _rows(g) >= max(weight.shape):
+    """g (N, H, W, K) @ weight (K, L)."""
+    if uses_onednn(g) and g.dtype == torch.float32 and _count_positions(g) >= max(weight.shape):
         return linear(g, weight.t().contiguous(), None)
     return g @ weight
 
 
 def weight_gradient(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """gᵀ a over all positions, (K, L), and the sum of g over them, (K,)."""
-    return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum(g)
+    return g.flatten(0, 2).t() @ a.flatten(0, 2), _sum_positions(g)
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -165,55 +149,43 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
 
 
-def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, keep: bool
+def linear_gelu_squares(n: Tensor, weight: Tensor, bias: Tensor, save: bool
                         ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`linear_gelu`, and its sums of squares over each map, (N, 4C), in fp32 at least."""
-    a, h = linear_gelu(n, weight, bias, keep)
-    return a, h, _map_sums(a, a)
+    """:func:`linear_gelu`, and the sums of its squares over each map, (N, 4C), in fp32 at least."""
+    a, h = linear_gelu(n, weight, bias, save)
+    return a, h, _sum_maps(a, a)
 
 
 def grn_linear_residual(a: Tensor, scale: Tensor, beta: Tensor, weight: Tensor, bias: Tensor,
                         gamma: Tensor | None, drop: Tensor | None, x: Tensor) -> Tensor:
-    """:func:`linear_residual` of GRN's output, which is written to a's memory.
-
-    It is a · scale + beta; scale (N, 4C), beta (4C,).
-    """
-    return linear_residual(grn(a, scale, beta, out=a), weight, bias, gamma, drop, x)
+    """:func:`linear_residual` of GRN's output, which overwrites ``a``."""
+    return linear_residual(apply_grn(a, scale, beta, out=a), weight, bias, gamma, drop, x)
 
 
 def grn_linear_gelu_backward(g: Tensor, weight: Tensor, h: Tensor, norms: Tensor, gamma: Tensor,
                              beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`linear_gelu_backward` with a GRN behind the GELU.
-
-    Args:
-        g: (N, H, W, C), gradient of the second linear layer's output.
-        weight: (C, 4C), that layer's.
-        h: (N, H, W, 4C), what the GELU is taken of.
-        norms: Those of the GELU's maps, (N, 4C).
-        gamma: GRN's, (4C,).
-        beta: GRN's, (4C,).
-
-    Returns:
-        The gradient of h; GRN's output; gamma's gradient.
-    """
+    """:func:`linear_gelu_backward` with a GRN after the GELU: gradient of h, output, dgamma."""
     a, du = F.gelu(h), matmul(g, weight)
-    extra, dgamma = grn_gradient(_map_sums(a, du), norms, gamma)
+    extra, dgamma = grn_gradient(_sum_maps(a, du), norms, gamma)
     scale = grn_scale(norms, gamma)
-    u = grn(a, scale, beta)
+    u = apply_grn(a, scale, beta)
     da = du.mul_(scale[:, None, None].to(du.dtype)).addcmul_(a, extra[:, None, None].to(du.dtype))
     return _gelu_backward(da, h), u, dgamma
 
 
 def grn_scale(norms: Tensor, gamma: Tensor) -> Tensor:
-    """What GRN multiplies its input with, (N, 4C): 1 + gamma · norm / mean norm."""
+    """The factor of GRN's input, (N, 4C): 1 + gamma · norm / mean norm."""
     return 1 + gamma * norms / (norms.mean(-1, keepdim=True) + GRN_EPS)
 
 
 def grn_gradient(sums: Tensor, norms: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """From Σ du · a over the map, (N, 4C): what of a's gradient is proportional to a, and gamma's.
+    """GRN's backward pass from ``sums``, Σ du · a over each map, (N, 4C).
 
-    GRN's scale is 1 + γ r / m with r the norms and m their mean: the gradient runs through r, and
-    through m to every channel's r.
+    GRN's scale is 1 + γ r / m, with r the norms and m their mean over channels. The gradient flows
+    through r, and through m to the r of every channel.
+
+    Returns:
+        The factor of a in a's gradient (besides du · scale), (N, 4C), and gamma's gradient, (4C,).
     """
     mean = norms.mean(-1, keepdim=True) + GRN_EPS
     dratio = sums * gamma
@@ -221,17 +193,17 @@ def grn_gradient(sums: Tensor, norms: Tensor, gamma: Tensor) -> tuple[Tensor, Te
     return (dnorms / norms).where(norms > 0, 0), (sums * norms / mean).sum(0)
 
 
-def grn(a: Tensor, scale: Tensor, beta: Tensor, out: Tensor | None = None) -> Tensor:
+def apply_grn(a: Tensor, scale: Tensor, beta: Tensor, out: Tensor | None = None) -> Tensor:
     """GRN's output, a · scale + beta; scale (N, 4C), beta (4C,)."""
     return torch.addcmul(beta.to(a.dtype), a, scale[:, None, None].to(a.dtype), out=out)
 
 
-def _map_sums(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a · b over each map, (N, 4C), in fp32 at least; on a CPU in pieces that fit the cache.
+def _sum_maps(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a · b over each map, (N, 4C), in fp32 at least.
 
-    PyTorch's norm over a map takes several times as long there.
+    On a CPU in pieces that fit the cache: several times as fast as PyTorch's norm over a map.
     """
-    wide = _wide(a)
+    wide = _sum_dtype(a)
     if not a.is_cpu:
         return (a.to(wide) * b).sum((1, 2))
     sums = a.new_zeros((a.shape[0], a.shape[-1]), dtype=wide)
@@ -242,16 +214,16 @@ def _map_sums(a: Tensor, b: Tensor) -> Tensor:
     return sums
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _rows(x: Tensor) -> int:
+def _count_positions(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
-def _sum(x: Tensor) -> Tensor:
-    return x.sum((0, 1, 2), dtype=_wide(x))
+def _sum_positions(x: Tensor) -> Tensor:
+    return x.sum((0, 1, 2), dtype=_sum_dtype(x))
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -259,29 +231,29 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) ->
                     groups=x.shape[-1]).permute(0, 2, 3, 1).contiguous()
 
 
-def _same_kind(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """y and a norm's weight as the kernel takes them: fp32 statistics on every device."""
-    wide = _wide(y)
+def _norm_inputs(y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """y and a norm's weight in dtypes for which the kernel returns statistics in fp32."""
+    wide = _sum_dtype(y)
     weight = weight if weight.dtype == wide else weight.to(wide)
     return (y, weight) if y.is_cpu or y.dtype == wide else (y.to(wide), weight)
 
 
 def layer_norm(y: Tensor, weight: Tensor, bias: Tensor, eps: float
                ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over the last axis; the map, each position's mean and 1 / std."""
-    wide, weight = _same_kind(y, weight)
+    """LayerNorm over the last axis: the map, and the mean and 1 / std of each position."""
+    wide, weight = _norm_inputs(y, weight)
     n, mean, rstd = torch.native_layer_norm(wide, (y.shape[-1],), weight, bias.to(weight.dtype),
                                             eps)
     return n.to(y.dtype), mean, rstd
 
 
-def onednn(x: Tensor) -> bool:
-    """Whether oneDNN's linear layer is there.
+def uses_onednn(x: Tensor) -> bool:
+    """Whether to use oneDNN's linear layer on ``x``.
 
-    In fp32 it is faster than the BLAS behind F.linear, in bf16 it needs no copy of the bias.
+    In fp32 it is faster than the BLAS behind F.linear; in bf16 it needs no copy of the bias.
     """
     return (x.is_cpu and not torch.compiler.is_compiling() and x.dtype in _onednn_dtypes()
-            and torch.backends.mkldnn.enabled and x.numel() > 0)
+            and bool(torch.backends.mkldnn.enabled) and x.numel() > 0)
 
 
 @functools.cache
@@ -292,40 +264,33 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (N, H, W, K) by weight (L, K) and bias (L,)."""
-    if onednn(x):
+    """x (N, H, W, K) @ weightᵀ (K, L) + bias (L,)."""
+    if uses_onednn(x):
         return torch.ops.mkldnn._linear_pointwise.default(
             x.flatten(0, 2), weight, bias, 'none', [], '').view(*x.shape[:3], -1)
     return F.linear(x, weight, bias)
 
 
 def _tiled_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """The depthwise convolution's weight gradient as depthwise convolutions of tiles.
+    """The depthwise convolution's weight gradient, (C, 1, 7, 7), in fp32 at least.
 
-    PyTorch's own takes many times as long on a CPU in channels_last. Here ``dy`` is cut into
-    tiles; each is the kernel of a convolution over the part of ``x`` that it has seen, whose 7x7
-    output is that tile's share. All tiles are channels of one convolution.
-
-    Args:
-        dy: (N, H, W, C).
-        x: (N, H, W, C).
-
-    Returns:
-        (C, 1, 7, 7), in fp32 at least.
+    PyTorch's own takes many times as long on a CPU in channels_last. Here ``dy`` is split into
+    tiles. Each is the kernel of a depthwise convolution over its receptive field in ``x``, whose
+    7x7 output is the tile's contribution. All tiles are channels of one convolution.
     """
     n, height, width, c = x.shape
-    rows, columns = -(-height // TILE), -(-width // TILE)
-    th, tw = -(-height // rows), -(-width // columns)  # the smallest that this many cover
+    rows, columns = -(-height // TILE_SIZE), -(-width // TILE_SIZE)
+    th, tw = -(-height // rows), -(-width // columns)  # the smallest size with so many
     down, right = rows * th - height, columns * tw - width
     x = F.pad(x, (0, 0, 3, 3 + right, 3, 3 + down))
     if down or right:
         dy = F.pad(dy, (0, 0, 0, right, 0, down))
     s = x.stride()
-    seen = x.as_strided((th + 6, tw + 6, n, rows, columns, c),
-                        (s[1], s[2], s[0], s[1] * th, s[2] * tw, s[3]))
-    seen = seen.reshape(1, th + 6, tw + 6, -1).permute(0, 3, 1, 2)
+    fields = x.as_strided((th + 6, tw + 6, n, rows, columns, c),
+                          (s[1], s[2], s[0], s[1] * th, s[2] * tw, s[3]))
+    fields = fields.reshape(1, th + 6, tw + 6, -1).permute(0, 3, 1, 2)
     kernels = dy.reshape(n, rows, th, columns, tw, c).permute(0, 1, 3, 5, 2, 4)
     kernels = kernels.reshape(-1, 1, th, tw)
-    shares = F.conv2d(seen, kernels, groups=kernels.shape[0]).permute(0, 2, 3, 1)
-    shares = shares.reshape(7, 7, -1, c).sum(2, dtype=_wide(x))
-    return shares.permute(2, 0, 1)[:, None]
+    gradients = F.conv2d(fields, kernels, groups=kernels.shape[0]).permute(0, 2, 3, 1)
+    gradient = gradients.reshape(7, 7, -1, c).sum(2, dtype=_sum_dtype(x))
+    return gradient.permute(2, 0, 1)[:, None]

@@ -1,4 +1,4 @@
-"""The block and the downsampling layer as single functions with their own backward pass."""
+"""The fused block and downsampling layer, which replace those of :mod:`convnext_mm.layers`."""
 from __future__ import annotations
 
 from typing import Any
@@ -16,12 +16,12 @@ FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
 
 
 class FusedDownsample(Downsample, Packable):
-    """A :class:`convnext_mm.layers.Downsample` that saves only its input.
+    """A :class:`convnext_mm.layers.Downsample` that saves only its input for the backward pass.
 
     Args:
         args: As for :class:`convnext_mm.layers.Downsample`.
         memory: One of :data:`convnext_mm.options.MEMORY`.
-        packed: Whether inference on a CPU also keeps the weight in oneDNN's layout.
+        packed: Whether inference on a CPU also stores the weight in oneDNN's layout.
     """
 
     def __init__(self, *args: Any, memory: str = 'lean', packed: bool = False) -> None:
@@ -31,9 +31,12 @@ class FusedDownsample(Downsample, Packable):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H / 2, W / 2)."""
         norm, conv = self
-        if self.memory == 'plain' or torch.compiler.is_compiling() or not fusible(x, norm, conv):
+        if (self.memory == 'plain' or torch.compiler.is_compiling()
+                or not (isinstance(norm, LayerNorm2d) and isinstance(conv, nn.Conv2d))
+                or conv.kernel_size != (2, 2) or not is_standard(conv, stride=2)
+                or not fusible(x, norm, conv)):
             return super().forward(x)
-        weights = norm.weight, norm.bias, conv.weight, conv.bias
+        weights = *parameters(norm), *parameters(conv)
         if self.uses_packed(x, conv.weight):
             return self.current_packed(weights, PackedDownsample, norm.eps)(x)
         return functions.downsample(x, *weights, norm.eps)
@@ -42,14 +45,14 @@ class FusedDownsample(Downsample, Packable):
 class FusedBlock(Block, Packable):
     """A :class:`convnext_mm.layers.Block` computed by :func:`functions.block`.
 
-    Where a single function cannot replace the layers (hooks, tracing, other layer types), they run
-    one by one.
+    Where one function cannot replace the layers (hooks, tracing, other layers), they run one by
+    one.
 
     Args:
         args: As for :class:`convnext_mm.layers.Block`.
         memory: One of :data:`convnext_mm.options.MEMORY`.
-        triton: Whether Triton kernels are used on a GPU that supports them.
-        packed: Whether inference on a CPU also keeps the weights in oneDNN's layout.
+        triton: Whether to use Triton kernels on a GPU that supports them.
+        packed: Whether inference on a CPU also stores the weights in oneDNN's layout.
         kwargs: As for :class:`convnext_mm.layers.Block`.
     """
 
@@ -69,21 +72,24 @@ class FusedBlock(Block, Packable):
         return super().forward(x)
 
     def _fusible(self, x: Tensor) -> bool:
-        """Whether the layers are those of the paper, so that one function can replace them."""
+        """Whether the layers are those of the paper, so that one function may replace them."""
         if torch.compiler.is_compiling() and select_operations(x, self.triton) is eager:
             return False  # the compiler fuses these operations itself
         if x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled():
-            return False  # autocast caches the cast weights; the function would cast at each call
+            return False  # autocast caches cast weights; the function would cast in every call
         return (type(self.act) is nn.GELU and self.act.approximate == 'none'
                 and type(self.drop_path) is DropPath and type(self.grn) in (GRN, nn.Identity)
+                and self.dwconv.kernel_size == (7, 7) and is_standard(
+                    self.dwconv, padding=3 * self.dwconv.dilation[0],
+                    dilation=self.dwconv.dilation[0], groups=self.dwconv.out_channels)
+                and not any(map(has_hooks, (self.act, self.drop_path, self.grn)))
                 and fusible(x, self.dwconv, self.norm, self.pwconv1, self.pwconv2))
 
     def _fused(self, x: Tensor) -> Tensor:
-        grn = self.grn if isinstance(self.grn, GRN) else None
+        gamma, beta = (self.grn.gamma, self.grn.beta) if isinstance(self.grn, GRN) else (None, None)
         weights = functions.Weights(
-            self.dwconv.weight, self.dwconv.bias, self.norm.weight, self.norm.bias,
-            self.pwconv1.weight, self.pwconv1.bias, grn and grn.gamma, grn and grn.beta,
-            self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+            *parameters(self.dwconv), *parameters(self.norm), *parameters(self.pwconv1),
+            gamma, beta, *parameters(self.pwconv2), self.gamma)
         dilation = self.dwconv.dilation[0]
         if self.uses_packed(x, weights.pwconv1_weight):
             return self.current_packed(weights, PackedBlock, self.norm.eps, dilation)(x)
@@ -94,27 +100,46 @@ class FusedBlock(Block, Packable):
     def _convolutional(self, x: Tensor) -> Tensor:
         """The block with 1x1 convolutions, for a compiler that treats weights as constants.
 
-        oneDNN then fuses GELU and sum into them. It would leave fp32 linear layers to MKL, which is
-        slower on AMD CPUs.
+        It fuses GELU and sum into oneDNN's convolutions. Linear layers in fp32 would go to MKL,
+        which is slower on AMD CPUs.
         """
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.act(F.conv2d(y, self.pwconv1.weight[:, :, None, None], self.pwconv1.bias))
         y = self.grn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        weight, bias = eager.scaled(self.pwconv2.weight, self.pwconv2.bias, self.gamma)
+        weight, bias = eager.fold_scale(self.pwconv2.weight, self.pwconv2.bias, self.gamma)
         return x + F.conv2d(y, weight[:, :, None, None], bias)
 
 
 def fusible(x: Tensor, *layers: nn.Module) -> bool:
     """Whether one function may replace ``layers``, called one after another on ``x``.
 
-    Not where somebody else must see the layers (a tracer, the user's hooks); not where the layers
-    have been replaced or have another dtype than ``x``; not where there are no values.
+    Not where others need to see the layers (tracers, hooks), where the layers have custom types or
+    another dtype than ``x``, or where ``x`` has no values.
     """
     if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
             or not x.is_floating_point()):
         return False
     mixed = torch.is_autocast_enabled(x.device.type)
-    return all(type(layer) in FUSIBLE and (mixed or layer.weight.dtype == x.dtype)
-               and layer.bias is not None and not (
-                   layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-                   or layer._backward_pre_hooks) for layer in layers)
+    return all(type(layer) in FUSIBLE and layer.weight is not None and layer.bias is not None
+               and (mixed or layer.weight.dtype == x.dtype) and not has_hooks(layer)
+               for layer in layers)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether hooks run with the layer."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                or layer._backward_pre_hooks)
+
+
+def is_standard(conv: nn.Conv2d, stride: int = 1, padding: int = 0, dilation: int = 1,
+                groups: int = 1) -> bool:
+    """Whether a convolution has these settings in both directions, and pads with zeros."""
+    return (conv.stride == (stride, stride) and conv.padding == (padding, padding)
+            and conv.dilation == (dilation, dilation) and conv.groups == groups
+            and conv.padding_mode == 'zeros')
+
+
+def parameters(layer: nn.Conv2d | nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that is :func:`fusible`."""
+    assert layer.bias is not None
+    return layer.weight, layer.bias

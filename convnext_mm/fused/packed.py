@@ -1,12 +1,12 @@
-"""Inference on a CPU with weights kept in oneDNN's layout, instead of reordered at every call.
+"""Inference on a CPU with weights stored in oneDNN's layout instead of reordered in every call.
 
-Packed layers are snapshots of weights; :class:`Packable` knows when they are out of date. Maps are
+Packed layers are snapshots of weights; :class:`Packable` renews outdated ones. Maps are
 (N, C, H, W) in channels_last.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 
 
 class Packable(nn.Module):
-    """A layer whose weights inference on a CPU may keep packed (``packed=True``)."""
+    """A layer that packs its weights for inference on a CPU (``packed=True``)."""
 
     packed = False
-    _packed: tuple[list, Callable[[Tensor], Tensor], list] | None = None
+    _packed: tuple[list[Any], Callable[[Tensor], Tensor], list[Any]] | None = None
 
     def uses_packed(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether packed weights are used on ``x``."""
+        """Whether to compute with packed weights on ``x``."""
         return (self.packed and not (self.training or torch.is_grad_enabled())
-                and x.dtype == weight.dtype and eager.onednn(x)
+                and x.dtype == weight.dtype and eager.uses_onednn(x)
                 and not torch.is_autocast_enabled('cpu'))
 
     def current_packed(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
                        *settings: float) -> Callable[[Tensor], Tensor]:
-        """``pack(weights, *settings)``, repeated when a weight was replaced or written to.
+        """``pack(weights, *settings)``, renewed when a weight was replaced or written to.
 
         Writes through ``.data`` are not noticed.
         """
         state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
                  for w in weights]
         if self._packed is None or self._packed[0] != state:
-            # Held so that no other weight can be allocated at one of these addresses.
-            held = [None if w is None else w.detach() for w in weights]
-            self._packed = state, pack(weights, *settings), held
+            # A reference, so that no other weight is allocated at one of these addresses.
+            alive = [None if w is None else w.detach() for w in weights]
+            self._packed = state, pack(weights, *settings), alive
         return self._packed[1]
 
-    def __getstate__(self) -> dict:
-        """The state for copies and pickles, which cannot hold oneDNN's layout."""
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles, which cannot contain oneDNN's layout."""
         return {**self.__dict__, '_packed': None}
 
 
 class PackedConvolution:
-    """A convolution. oneDNN's layout depends on the map's size: each new size packs anew.
+    """A convolution. oneDNN's layout depends on the map's size, so a new size packs again.
 
     Args:
         weight: (C', C / groups, k, k).
@@ -68,7 +68,7 @@ class PackedConvolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self.size:
-            self.packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
+            self.packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 self.weight.to_mkldnn(), *self.settings, x.shape)
             self.size = x.shape
         return torch.ops.mkldnn._convolution_pointwise.default(
@@ -76,7 +76,7 @@ class PackedConvolution:
 
 
 class PackedDownsample:
-    """:func:`convnext_mm.fused.functions.downsample`."""
+    """:func:`convnext_mm.fused.functions.downsample` for constant weights."""
 
     def __init__(self, weights: tuple[Tensor, ...], eps: float) -> None:
         norm_weight, norm_bias, weight, bias = weights
@@ -89,7 +89,9 @@ class PackedDownsample:
 
 
 class PackedBlock:
-    """:func:`convnext_mm.fused.functions.block`, with the layer scale multiplied into ``pwconv2``.
+    """:func:`convnext_mm.fused.functions.block` for constant weights, without drop path.
+
+    The layer scale is folded into ``pwconv2``.
 
     Args:
         weights: The block's parameters.
@@ -98,30 +100,30 @@ class PackedBlock:
     """
 
     def __init__(self, weights: Weights, eps: float, dilation: int) -> None:
-        w = type(weights)(*(w if w is None else w.detach() for w in weights))
+        w = weights.detach()
         self.convolution = PackedConvolution(
             w.dwconv_weight, w.dwconv_bias, padding=3 * dilation, dilation=dilation,
             groups=len(w.dwconv_weight))
         self.norm = w.norm_weight.float(), w.norm_bias.float(), eps
-        weight2, bias2 = eager.scaled(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
-        self.linear1 = packed_linear(w.pwconv1_weight), w.pwconv1_bias
-        self.linear2 = packed_linear(weight2), bias2
-        self.grn = None if w.grn_gamma is None else (w.grn_gamma.flatten(), w.grn_beta.flatten())
+        weight2, bias2 = eager.fold_scale(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
+        self.linear1 = pack_linear(w.pwconv1_weight), w.pwconv1_bias
+        self.linear2 = pack_linear(weight2), bias2
+        self.grn = w.grn()
 
     def __call__(self, x: Tensor) -> Tensor:
         n, _, _ = eager.layer_norm(self.convolution(x).permute(0, 2, 3, 1).contiguous(),
                                    *self.norm)
         x = x.permute(0, 2, 3, 1).contiguous()
         if self.grn is None:
-            out, _ = eager.mlp(n, *self.linear1, *self.linear2, None, None, x, keep=False)
+            out, _ = eager.mlp(n, *self.linear1, *self.linear2, None, None, x, save=False)
         else:
             gamma, beta = self.grn
-            a, _, squares = eager.linear_gelu_squares(n, *self.linear1, keep=False)
+            a, _, squares = eager.linear_gelu_squares(n, *self.linear1, save=False)
             out = eager.grn_linear_residual(a, eager.grn_scale(squares.sqrt(), gamma), beta,
                                             *self.linear2, None, None, x)
         return out.permute(0, 3, 1, 2)
 
 
-def packed_linear(weight: Tensor) -> Tensor:
+def pack_linear(weight: Tensor) -> Tensor:
     """A linear layer's weight in oneDNN's layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)

@@ -1,4 +1,4 @@
-"""Arguments of the Triton operators, for tests here and in a process of their own."""
+"""Arguments of the Triton operators, for tests in this process and in a subprocess."""
 from __future__ import annotations
 
 import torch
@@ -10,17 +10,21 @@ DEVICE = 'cuda' if torch.cuda.is_available() and not nvidia.INTERPRETED else 'cp
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random values on the device of the tests."""
+    """Normally distributed values on the tests' device."""
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def calls() -> dict[str, list[tuple]]:
-    """Arguments of every operator, with and without optional ones."""
+def operator_calls(wide: int = 520) -> dict[str, list[tuple]]:
+    """{operator: arguments of its calls}, with and without optional ones.
+
+    Args:
+        wide: Channels of a map for which convolution and norm are separate kernels.
+    """
     x, k, w, c = rand(1, 2, 3, 8), rand(1, 2, 3, 32), rand(8, 1, 7, 7), rand(8)
-    wide = rand(1, 1, 2, 520), rand(520, 1, 7, 7), *[rand(520)] * 3, 1e-6, True
+    separate = rand(1, 1, 2, wide), rand(wide, 1, 7, 7), *[rand(wide)] * 3, 1e-6, True
     m, up, down, s, b = rand(6), rand(32, 8), rand(8, 32), rand(1, 32), rand(32)
     return dict(
-        dwconv_norm=[(x, w, c, c, c, 1e-6, True), (x.half(), w, c, c, c, 1e-6, False), wide],
+        dwconv_norm=[(x, w, c, c, c, 1e-6, True), (x.half(), w, c, c, c, 1e-6, False), separate],
         norm_backward=[(x, x, m, m, c)],
         dwconv_backward_input=[(x.half(), w, x), (x, w, None)],
         dwconv_backward_weight=[(x.half(), x.half())],
