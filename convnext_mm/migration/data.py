@@ -231,7 +231,7 @@ class DataConverter:
                 self.target['test_time_augmentation'] = True
                 self.conversion.add_row(
                     'data.test.pipeline: flip, img_ratios', 'tta_pipeline, and '
-                    'test_time_augmentation=True: tools/test.py augments as before')
+                    'test_time_augmentation=True, so that tools/test.py augments')
 
     def _update_evaluators(self) -> None:
         """Let mmdet's evaluators read the annotation files of the data sets."""

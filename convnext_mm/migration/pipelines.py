@@ -168,7 +168,8 @@ class PipelineConverter:
         flip = bool(settings.get('flip'))
         self.augmentation.update(scales=resized, flip=flip, keep_ratio=keep_ratio)
         self.add_note('MultiScaleFlipAug', 'Resize' + (
-            ', and tta_pipeline with all scales and flips' if len(resized) > 1 or flip else ''))
+            ', and tta_pipeline with its scales and horizontal flips'
+            if len(resized) > 1 or flip else ''))
         inner = [step for step in settings['transforms']
                  if step['type'] not in ('Resize', 'RandomFlip')]
         return [dict(type='Resize', scale=scales[0], keep_ratio=keep_ratio),
