@@ -26,7 +26,7 @@ test: $(VENV)/.triton  ## Run all tests.
 test-fast: $(VENV)/.triton  ## Run the tests that are not marked slow.
 	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
 
-lint: $(READY)  ## Check style and types.
+lint: $(READY)  ## Check the style.
 	$(VENV)/bin/ruff check .
 
 clean:  ## Remove the environment, the builds, the demo's images and its results.
