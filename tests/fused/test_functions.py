@@ -510,9 +510,11 @@ class OnGpu(NamedTuple):
 
 
 @pytest.mark.parametrize(('mode', 'memory', 'use_grn', 'dilation'), [
-    ('eager', 'lean', False, 1), ('eager', 'minimal', True, 1), ('eager', 'lean', False, 2),
-    ('eager', 'minimal', True, 2), ('dropped', 'minimal', False, 1), ('dropped', 'lean', True, 1),
-    ('compiled', 'minimal', False, 1), ('compiled', 'lean', True, 1)])
+    ('eager', 'lean', False, 2), ('eager', 'minimal', True, 2), *(
+        pytest.param(*values, 1, marks=pytest.mark.slow) for values in (
+            ('eager', 'lean', False), ('eager', 'minimal', True), ('dropped', 'minimal', False),
+            ('dropped', 'lean', True), ('compiled', 'minimal', False),
+            ('compiled', 'lean', True)))])
 def test_block_with_triton(nvidia, mode, memory, use_grn, dilation, monkeypatch):
     """On a GPU or in the interpreter; torch.compile makes one graph of forward and backward."""
     device = 'cpu' if nvidia.INTERPRETED else 'cuda'

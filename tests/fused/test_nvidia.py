@@ -20,14 +20,20 @@ from convnext_mm.fused import eager, nvidia
 from convnext_mm.fused.operations import Operations
 from tests.fused.operator_calls import DEVICE, operator_calls, rand
 
+
+def slow(*values) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The interpreter takes long for each program, so that shapes have few. Of convolutions: one
 # position; two images with four rows and one more; several strips of columns and channel blocks.
-CONV_CASES = [((1, 1, 1, 8), torch.float32), ((2, 5, 3, 24), torch.float32),
-              ((1, 2, 19, 100), torch.float32), ((1, 4, 8, 96), torch.float16),
-              ((1, 4, 8, 96), torch.bfloat16)]
+CONV_CASES = [((1, 1, 1, 8), torch.float32), slow((2, 5, 3, 24), torch.float32),
+              slow((1, 2, 19, 100), torch.float32), slow((1, 4, 8, 96), torch.float16),
+              slow((1, 4, 8, 96), torch.bfloat16)]
 # Of matmuls: wider than FUSED_MLP_CHANNELS; more tiles of rows than share L2.
-MATMUL_SHAPES = [(1, 1, 1, 8), (2, 5, 7, 40), (1, 5, 9, 100), (1, 1, 3, 136), (1, 23, 25, 24)]
+MATMUL_SHAPES = [(1, 1, 1, 8), (2, 5, 7, 40), slow((1, 5, 9, 100)), slow((1, 1, 3, 136)),
+                 slow((1, 23, 25, 24))]
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -96,11 +102,19 @@ def gradients(function, up: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(function(*inputs), inputs, up)
 
 
-@pytest.mark.parametrize(('shape', 'dtype', 'most_fused_channels'), [
-    *((*case, 512) for case in CONV_CASES), ((1, 4, 8, 96), torch.bfloat16, 64)])
-def test_dwconv_norm(shape, dtype, most_fused_channels, monkeypatch):
+@pytest.mark.parametrize(('shape', 'dtype'), CONV_CASES)
+def test_dwconv_norm(shape, dtype):
+    check_dwconv_norm(shape, dtype)
+
+
+@pytest.mark.slow
+def test_dwconv_and_norm_as_separate_kernels(monkeypatch):
+    monkeypatch.setattr(nvidia, 'FUSED_NORM_CHANNELS', 64)
+    check_dwconv_norm((1, 4, 8, 96), torch.bfloat16)
+
+
+def check_dwconv_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     C = shape[-1]
-    monkeypatch.setattr(nvidia, 'FUSED_NORM_CHANNELS', most_fused_channels)
     x, params = rand(*shape, dtype=dtype), (rand(C, 1, 7, 7) / 7, rand(C), rand(C), rand(C))
     n, y, mean, rstd = nvidia.dwconv_norm(x, *params, 1e-6, True)
 
@@ -257,7 +271,7 @@ def grn_inputs(shape, dtype):
 
 
 # Maps that fill groups of rows and tiles, and maps that end within them.
-MAPS = [(1, 1, 1, 8), (2, 5, 7, 40), (3, 8, 8, 20), (1, 17, 18, 24)]
+MAPS = [(1, 1, 1, 8), (2, 5, 7, 40), slow((3, 8, 8, 20)), slow((1, 17, 18, 24))]
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -321,6 +335,7 @@ def test_large_sums_of_half_precision_do_not_overflow():
           torch.full((1, 8), 16 * 200.0 ** 2, dtype=torch.float64, device=DEVICE))
 
 
+@pytest.mark.slow
 def test_programs_with_several_units_of_work(monkeypatch):
     monkeypatch.setattr(nvidia, 'MAX_PARTIALS', 1)
     monkeypatch.setattr(nvidia, 'CHUNK', 32)
@@ -385,6 +400,7 @@ def test_every_operator_is_called():
                                      for name in nvidia.LIBRARY._op_defs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', operator_calls())
 def test_operators_match_their_schemas(name, monkeypatch):
     monkeypatch.setattr(nvidia, 'FUSED_NORM_CHANNELS', 16)
@@ -427,6 +443,7 @@ def backward_of_conv_norm(p: dict, x: Tensor, dn: Tensor, saved: tuple, g: Tenso
     return {**ours, 'x': nvidia.dwconv_backward_input(dy, p['dwconv.weight'], g)}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gradients_of_a_block():
     block, x, up = random_block(24), rand(2, 3, 4, 24), rand(2, 3, 4, 24)
@@ -452,6 +469,7 @@ def test_gradients_of_a_block():
         compare_gradients(block, x, drop, out, up, ours)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gradients_of_a_block_with_grn():
     block = random_block(24, use_grn=True, layer_scale_init_value=0)
