@@ -27,7 +27,7 @@ SPLITS = {'train': ('training', 'train2017'), 'val': ('validation', 'val2017')}
 STAMP = 'demo_data.json'
 VERSION = 2
 """Increase it when the files change, so that existing demo data is regenerated."""
-SHADOW_SHIFT = np.float32([[1, 0, 4], [0, 1, 3]])
+SHADOW_SHIFT = np.array([[1, 0, 4], [0, 1, 3]], np.float32)
 
 Rng = np.random.Generator
 
@@ -143,7 +143,7 @@ def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nda
     labels = np.where(border, CLASSES.index(below) + 1, CLASSES.index(above) + 1).astype(np.uint8)
 
     owner = np.full((height, width), -1)
-    kinds = []
+    kinds: list[str] = []
     for _ in range(rng.integers(2, 6)):
         kind = str(rng.choice(THINGS))
         radius = rng.uniform(16, 34)
@@ -174,7 +174,7 @@ def draw_scene(rng: Rng) -> tuple[np.ndarray, np.ndarray, list[tuple[str, np.nda
 
 def _color(hue: float, saturation: float, value: float) -> np.ndarray:
     """BGR in 0–255 from a hue in degrees, and saturation and value in 0–1."""
-    hsv = np.uint8([[[hue % 360 / 2, saturation * 255, value * 255]]])
+    hsv = np.array([[[hue % 360 / 2, saturation * 255, value * 255]]]).astype(np.uint8)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float32)
 
 
