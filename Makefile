@@ -5,9 +5,10 @@ STACK ?= auto
 TORCH ?=
 # Not empty: no mmdet and no compiled ops
 SEGMENTATION_ONLY ?=
-# pytest-xdist workers, and threads of each
+# pytest-xdist workers
 WORKERS ?= auto
-TEST_ENV := OMP_NUM_THREADS=1
+# Tests that share a training run go to one worker.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 VENV := .venv
 # Written when the setup is complete; it runs again when the versions change.
 READY := $(VENV)/.ready-$(STACK)$(TORCH:%=-%)$(SEGMENTATION_ONLY:%=-seg)
@@ -21,13 +22,14 @@ demo: $(READY)  ## Train and evaluate segmentation and detection on generated im
 	$(VENV)/bin/python tools/demo.py
 
 test: $(VENV)/.triton  ## Run all tests.
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 test-fast: $(VENV)/.triton  ## Run the tests that are not marked slow.
-	$(TEST_ENV) $(VENV)/bin/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
-lint: $(READY)  ## Check the style.
+lint: $(READY)  ## Check style and types.
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy convnext_mm
 
 clean:  ## Remove the environment, the builds, the demo's images and its results.
 	rm -rf $(VENV) build dist *.egg-info data/demo work_dirs/demo
