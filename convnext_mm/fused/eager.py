@@ -263,6 +263,12 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, *([torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the CPU has Intel's matrix unit, AMX."""
+    return bool(getattr(torch.cpu, '_is_amx_tile_supported', bool)())
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, H, W, K) @ weightᵀ (K, L) + bias (L,)."""
     if uses_onednn(x):

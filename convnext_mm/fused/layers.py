@@ -75,8 +75,11 @@ class FusedBlock(Block, Packable):
         """Whether the layers are those of the paper, so that one function may replace them."""
         if torch.compiler.is_compiling() and select_operations(x, self.triton) is eager:
             return False  # the compiler fuses these operations itself
-        if x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled():
-            return False  # autocast caches cast weights; the function would cast in every call
+        if (x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled()
+                and eager.has_amx()):
+            # Matmuls take so little time there that casting the weights in every call does not
+            # pay; autocast caches cast weights.
+            return False
         return (type(self.act) is nn.GELU and self.act.approximate == 'none'
                 and type(self.drop_path) is DropPath and type(self.grn) in (GRN, nn.Identity)
                 and self.dwconv.kernel_size == (7, 7) and is_standard(
