@@ -12,6 +12,9 @@ from . import eager, functions
 from .operations import compiler_freezes, select_operations
 from .packed import Packable, PackedBlock, PackedDownsample
 
+# PyTorch 2.6 has no is_exporting; its exporter compiles.
+is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
 FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
 
 
@@ -119,7 +122,7 @@ def fusible(x: Tensor, *layers: nn.Module) -> bool:
     Not where others need to see the layers (tracers, hooks), where the layers have custom types or
     another dtype than ``x``, or where ``x`` has no values.
     """
-    if (x.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if (x.is_meta or is_exporting() or torch.jit.is_tracing()
             or not x.is_floating_point()):
         return False
     mixed = torch.is_autocast_enabled(x.device.type)

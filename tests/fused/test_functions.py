@@ -368,7 +368,7 @@ def errors(model: nn.Module, x: Tensor, exact: nn.Module, autocast: bool) -> dic
     found: dict[str, list[float]] = {}
     for a, b in zip(outs, exact_outs, strict=True):
         found.setdefault('features', []).append(
-            float((a.double() - b).norm() / b.norm()))
+            float(((a.double() - b).norm() / b.norm()).detach()))
     for name, g in exact_grads.items():
         kind = name.split('.', 3)[-1] if name.startswith('stages') else name.split('.')[0][:4]
         found.setdefault(kind, []).append(float((grads[name] - g).norm() / g.norm()))
