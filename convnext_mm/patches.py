@@ -23,10 +23,11 @@ from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
 from .checkpoints.files import call_weights_only, read_checkpoint
-from .datasets import complete_config, completion_enabled
+from .datasets import completion_enabled
 from .engine.speed import apply_fast
 from .errors import UserError
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
+from .resolution import resolve
 from .utils import suggest
 
 SWITCH = 'CONVNEXT_MM_PATCHES'
@@ -86,7 +87,7 @@ def complete_configs() -> None:
         original(self, *args, **kwargs)
         imports = (self.get('custom_imports') or {}).get('imports') or ()
         if completion_enabled() and self.filename and 'convnext_mm' in imports:
-            complete_config(self)
+            resolve(self)
             apply_fast(self)
     completing.completes = True  # type: ignore[attr-defined]
     Config.__init__ = completing

@@ -5,6 +5,7 @@ from .completion import (
     completion_enabled,
     dataset_classes,
     dataset_metainfo,
+    dataset_registry,
     datasets_of_split,
     metrics_of_split,
     replace_data_root,
@@ -12,5 +13,6 @@ from .completion import (
 )
 
 __all__ = ['DATA_KEYS', 'complete_config', 'completion_enabled', 'dataset_classes',
-           'dataset_metainfo', 'datasets_of_split', 'metrics_of_split', 'replace_data_root',
+           'dataset_metainfo', 'dataset_registry', 'datasets_of_split', 'metrics_of_split',
+           'replace_data_root',
            'without_completion']

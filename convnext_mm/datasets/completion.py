@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,21 +159,26 @@ def heads_with_classes(model: Any, path: str = 'model') -> Iterator[tuple[str, d
 
 
 def _follow_validation(cfg: Config, inherited: Sequence[Config]) -> None:
-    """Copy changed paths of the validation data to the test data and evaluators.
+    """Copy changed settings of the validation data to the test data and evaluators.
 
-    Only where the recipe tests on its validation data and evaluates with the dataset's file.
+    Only where the recipe tests on its validation data and evaluates with the dataset's file. The
+    recipe is the farthest config with both: what lies between is the user's as well.
     """
-    recipe = next((base for base in inherited
+    recipe = next((base for base in reversed(inherited)
                    if 'val_dataloader' in base and 'test_dataloader' in base), None)
     if recipe is None:
         return
     (val, test), (old_val, old_test) = (
         [next(iter(datasets_of_split(c, split)), {}) for split in ('val', 'test')]
         for c in (cfg, recipe))
-    for key in ('ann_file', 'data_prefix', 'data_root', 'type', 'metainfo'):
-        if (key in val and val[key] != old_val.get(key) and test
+    for key in val:
+        if (val[key] != old_val.get(key) and test
                 and test.get(key) == old_test.get(key) == old_val.get(key)):
             test[key] = val[key]
+    val_evaluator, old_evaluator = cfg.get('val_evaluator'), recipe.get('val_evaluator')
+    if (val_evaluator != old_evaluator and cfg.get('test_evaluator') == recipe.get('test_evaluator')
+            == old_evaluator):
+        cfg.test_evaluator = deepcopy(val_evaluator)
     for split in ('val', 'test'):
         dataset = next(iter(datasets_of_split(cfg, split)), {})
         old_file = next(iter(datasets_of_split(recipe, split)), {}).get('ann_file')

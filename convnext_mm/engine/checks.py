@@ -8,13 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from .. import checkpoints, datasets, migration
 from ..backbone import ConvNeXt
 from ..datasets import inspection
 from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
+from ..resolution import resolve
+from ..resolution.signatures import arguments_at
+from ..resolution.top_level import SHORT
 from ..utils import is_first_process, suggest
 from . import speed
 
@@ -33,7 +36,7 @@ UNSET_KEYS = {
     '': ('work_dir', 'resume', 'load_from', 'launcher', 'randomness', 'auto_scale_lr',
          'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
          'experiment_name', 'custom_hooks', 'val_cfg', 'test_cfg', 'test_time_augmentation',
-         'check_data', 'fast', *datasets.DATA_KEYS),
+         'check_data', 'fast', 'early_stopping', *SHORT, *datasets.DATA_KEYS),
     'fast': tuple(speed.DEFAULTS),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
 """Valid keys, by group ('': the top level), that a config may leave unset."""
@@ -51,7 +54,9 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     apply_options(cfg, options)
     check_toolbox(cfg)
     check_backbones(cfg.get('model'))
-    datasets.complete_config(cfg)
+    followed = resolve(cfg)
+    if followed and is_first_process():
+        print('\n'.join(['What followed from the config:', *(f'  {line}' for line in followed)]))
     speed.apply_fast(cfg)
     return cfg
 
@@ -112,7 +117,8 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
             if part not in node:
                 names = [*node.keys(), *UNSET_KEYS.get('.'.join(parts[:depth]), ())]
                 hint = suggest(part, names, count=3, cutoff=0.5 if depth == 0 else 0.75)
-                if part not in names and (depth == 0 or hint):
+                if part not in names and (depth == 0 or hint) and (
+                        part not in arguments_at(cfg, '.'.join(parts[:depth]), node)):
                     known = ', '.join(sorted(n for n in names if not n.startswith('_')))
                     raise UserError(f'--cfg-options {key}: {parent} has no key {part!r}.'
                                     + (hint or f' Its keys: {known}'))
@@ -124,7 +130,24 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
                                 f'({", ".join(node)}). Set one of them: {key}.KEY=VALUE')
     if options and options.get('data_root') and cfg.get('data_root'):
         datasets.replace_data_root(cfg, cfg.data_root, options['data_root'])
-    cfg.merge_from_dict(options or {})
+    for key, value in (options or {}).items():
+        _set_option(cfg, key.split('.'), value)
+
+
+def _set_option(cfg: Config, parts: list[str], value: Any) -> None:
+    """Set one option, in place; parts may be indices of lists and tuples."""
+    node: Any = cfg
+    for depth, part in enumerate(parts):
+        key: Any = int(part) if isinstance(node, list) else part
+        inner = node[key] if isinstance(node, list) else node.get(key)
+        if depth == len(parts) - 1:
+            merged = isinstance(value, dict) and isinstance(inner, dict)
+            node[key] = Config._merge_a_into_b(value, inner) if merged else value
+        elif isinstance(inner, tuple):
+            node[key] = list(inner)
+        elif inner is None:
+            node[key] = ConfigDict()
+        node = node[key]
 
 
 def check_toolbox(cfg: Config) -> None:

@@ -2,14 +2,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -22,14 +24,50 @@ from ..utils import is_first_process, unwrap_model
 from . import checks, fallbacks, speed
 
 
-class KeyValueAction(DictAction):
-    """Parses KEY=VALUE pairs as mmengine does, and reports arguments without '='."""
+class KeyValueAction(argparse.Action):
+    """Collects KEY=VALUE pairs in a dict; reports arguments without '='."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values:
-            if '=' not in pair.lstrip('='):
+            key, separator, value = pair.partition('=')
+            if not key or not separator:
                 parser.error(f'{option_string}: expected KEY=VALUE, got {pair!r}')
-        super().__call__(parser, namespace, values, option_string)
+            options[key] = parse_value(value)
+        setattr(namespace, self.dest, options)
+
+
+def parse_value(text: str) -> Any:
+    """The value of an option: a Python literal, words or numbers with commas, or text as it is.
+
+    As mmengine's DictAction, but blanks inside a value stay: ('traffic light', 'sky').
+    """
+    try:
+        return ast.literal_eval(text.strip())
+    except (SyntaxError, ValueError):
+        pass
+    text = text.strip()
+    if text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    kind = {'(': ')', '[': ']'}.get(text[:1])
+    bracketed = kind is not None and text.endswith(kind)
+    parts = _split(text[1:-1] if bracketed else text)
+    if not bracketed and len(parts) == 1:
+        return text
+    values = [parse_value(part) for part in parts if part.strip()]
+    return tuple(values) if text[:1] == '(' and bracketed else values
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas outside of brackets."""
+    parts, depth = [''], 0
+    for character in text:
+        depth += (character in '([') - (character in ')]')
+        if character == ',' and depth == 0:
+            parts.append('')
+        else:
+            parts[-1] += character
+    return parts
 
 
 def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentParser:

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ..datasets import complete_config
+from ..resolution import resolve
 from . import speed
 
 
@@ -23,6 +24,7 @@ class ConvNeXtRunner(Runner):
             UserError: See :func:`convnext_mm.datasets.complete_config` and
                 :func:`speed.apply_fast`.
         """
-        complete_config(cfg)
+        for line in resolve(cfg):
+            print_log(line, logger='current')
         speed.apply_fast(cfg)
         return super().from_cfg(cfg)

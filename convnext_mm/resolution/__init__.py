@@ -1,0 +1,63 @@
+"""Before a model is built, the whole config is completed and checked as one thing.
+
+:data:`RULES` run in order. Each is a function with a pair of settings in its name: what the user
+changes in the first reaches the second, or is refused. To add a rule, add a function.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mmengine.config import Config
+
+from . import data, model, runtime, schedule, signatures, top_level
+from .edits import Edits, recipe_of
+
+RULES: tuple[Callable[[Edits], None], ...] = (
+    top_level.misspelt_keys,
+    top_level.short_names_and_settings,
+    signatures.type_and_inherited_keys,
+    runtime.pretrained_and_init_cfg,
+    top_level.scale_and_pipelines,
+    top_level.crop_size_and_pipeline,
+    runtime.test_pipeline_and_tta_pipeline,
+    data.dataset_type_and_reduce_zero_label,
+    data.data_and_heads,
+    data.datasets_and_tta_pipeline,
+    data.classes_and_background,
+    model.in_chans_and_data_preprocessor,
+    model.backbone_and_in_channels,
+    model.backbone_maps_and_heads,
+    model.num_classes_and_out_channels,
+    model.num_classes_and_class_weight,
+    runtime.evaluator_and_save_best,
+    runtime.custom_hooks_and_recipe_hooks,
+    runtime.vis_backends_and_local_log,
+    runtime.vis_backends_and_packages,
+    runtime.num_workers_and_persistent_workers,
+    top_level.early_stopping_and_hooks,
+    schedule.train_loop_and_sampler,
+    schedule.train_cfg_and_param_scheduler,
+    schedule.train_cfg_and_warm_up,
+    schedule.param_scheduler_and_layer_decay,
+    signatures.keys_and_signatures,
+)
+
+
+def resolve(cfg: Config) -> list[str]:
+    """Complete and check a config, in place; a resolved config stays as it is.
+
+    Args:
+        cfg: As read from its file, with the options of the command line.
+
+    Returns:
+        What followed from the user's changes, a line each.
+
+    Raises:
+        UserError: What was set, what it contradicts, and what to write instead.
+    """
+    if cfg.get('default_scope') not in ('mmseg', 'mmdet'):
+        return []
+    edits = Edits(cfg, recipe_of(cfg))
+    for rule in RULES:
+        rule(edits)
+    return edits.notes

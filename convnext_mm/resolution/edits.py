@@ -1,0 +1,139 @@
+"""A config beside the recipe it edits: what a user has changed, and what follows from it."""
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from ..datasets import without_completion
+
+MISSING: Any = object()
+HERE = Path(__file__).resolve().parent.parent
+RECIPE_FOLDERS = [
+    folder.resolve() for folder in (HERE.parent / 'configs', HERE / '.mim' / 'configs')
+    if folder.is_dir()]
+
+
+class Edits:
+    """A config, the recipe it started from, and the notes of what followed.
+
+    Args:
+        cfg: The user's config, with all that it inherits; rules change it in place.
+        recipe: What it inherits from the package, as shipped; {}: nothing.
+    """
+
+    def __init__(self, cfg: Config, recipe: dict[str, Any]) -> None:
+        self.cfg, self.recipe = cfg, recipe
+        self.notes: list[str] = []
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """The value at a dotted path, such as 'model.backbone.dims.0'."""
+        return lookup(self.cfg, path, default)
+
+    def inherited(self, path: str, default: Any = None) -> Any:
+        """The recipe's value at a path."""
+        return lookup(self.recipe, path, default)
+
+    def is_set(self, path: str) -> bool:
+        """Whether the user has set a value that differs from the recipe's."""
+        value = self.get(path, MISSING)
+        return value is not MISSING and not same(value, self.inherited(path, MISSING))
+
+    def put(self, path: str, value: Any) -> None:
+        """Set a value that follows from another."""
+        parent, _, key = path.rpartition('.')
+        node = self.get(parent) if parent else self.cfg
+        if isinstance(node, list):
+            node[int(key)] = value
+        else:
+            node[key] = value
+
+    def note(self, line: str) -> None:
+        """Keep a line for the user, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+def lookup(node: Any, path: str, default: Any = None) -> Any:
+    """The value at a dotted path in nested dicts and lists."""
+    for part in path.split('.') if path else ():
+        if isinstance(node, (list, tuple)):
+            if not part.lstrip('-').isdigit() or not -len(node) <= int(part) < len(node):
+                return default
+            node = node[int(part)]
+        elif isinstance(node, (dict, Config)) and part in node:
+            node = node[part]
+        else:
+            return default
+    return node
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal; tuples and lists are, as a config's text may change them."""
+    return plain(a) == plain(b)
+
+
+def plain(value: Any) -> Any:
+    """A value with plain dicts, and lists for tuples."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return value
+
+
+def ancestors(path: str | None) -> Iterator[tuple[Path, Config]]:
+    """The config files that a file inherits, nearest first, each with all that it inherits."""
+    bases = Config._get_base_files(path) if path and os.path.isfile(path) else ()
+    for base in bases:
+        if '::' not in base:
+            file = Path(os.path.dirname(path or ''), base).resolve()
+            with without_completion():
+                yield file, Config.fromfile(file, import_custom_modules=False)
+            yield from ancestors(str(file))
+
+
+def recipe_of(cfg: Config) -> dict[str, Any]:
+    """What ``cfg`` inherits from the package as shipped: the nearest recipe, or its fragments.
+
+    A recipe with options of the command line is compared with itself as it was read.
+    """
+    if cfg.filename and is_shipped(Path(cfg.filename)):
+        with without_completion():
+            return plain_copy(Config.fromfile(cfg.filename, import_custom_modules=False))
+    fragments: dict[str, Any] = {}
+    for file, inherited in ancestors(cfg.filename):
+        if is_shipped(file):
+            if '_base_' not in file.parts:
+                return plain_copy(inherited)
+            for key, value in plain_copy(inherited).items():
+                fragments.setdefault(key, value)
+    return fragments
+
+
+def is_shipped(file: Path) -> bool:
+    """Whether a file is one of the package's recipes or fragments; users' may stand beside them."""
+    file = file.resolve()
+    folder = next((one for one in RECIPE_FOLDERS if one in file.parents), None)
+    if folder is None:
+        return False
+    inside = file.relative_to(folder).parts
+    return inside[0] == '_base_' or (
+        len(inside) == 1 and re.sub('_(ss|ms)$', '', file.stem) in recipe_names(folder))
+
+
+@functools.cache
+def recipe_names(folder: Path) -> frozenset[str]:
+    """The recipes that the metafiles of a folder list."""
+    return frozenset(name for file in folder.glob('metafile*.yml') for name in re.findall(
+        r'^ +Config: configs/(\S+)\.py', file.read_text(encoding='utf-8'), re.M))
+
+
+def plain_copy(cfg: Config) -> dict[str, Any]:
+    return deepcopy(cfg._cfg_dict.to_dict())

@@ -1,0 +1,163 @@
+"""Hooks, logs, checkpoints and test-time augmentation that a user's lists must not take away."""
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import UserError
+from .edits import Edits, plain
+
+
+def custom_hooks_and_recipe_hooks(edits: Edits) -> None:
+    """A user's ``custom_hooks`` come beside the recipe's, which a list would replace."""
+    _add_back(edits, 'custom_hooks')
+
+
+def vis_backends_and_local_log(edits: Edits) -> None:
+    """A user's backends come beside the local one, whose log ``curves.png`` is drawn from."""
+    _add_back(edits, 'visualizer.vis_backends')
+
+
+PACKAGES = dict(TensorboardVisBackend='tensorboard', WandbVisBackend='wandb',
+                MLflowVisBackend='mlflow', ClearMLVisBackend='clearml',
+                NeptuneVisBackend='neptune', DVCLiveVisBackend='dvclive', AimVisBackend='aim')
+
+
+def vis_backends_and_packages(edits: Edits) -> None:
+    """A backend's package is installed.
+
+    Raises:
+        UserError: It is not, and how to install it.
+    """
+    for backend in edits.get('visualizer.vis_backends') or ():
+        package = PACKAGES.get(backend.get('type'))
+        if package and not find_spec(package):
+            extra = ' future' if package == 'tensorboard' else ''
+            raise UserError(f'visualizer.vis_backends: {backend["type"]} needs the package '
+                            f'{package}, which is not installed: pip install {package}{extra}')
+
+
+def _add_back(edits: Edits, path: str) -> None:
+    """Add what the recipe's list has to the user's, unless an object of that type is there.
+
+    ``[]`` or None is a user's wish to have none.
+    """
+    own, before = edits.get(path), edits.inherited(path)
+    if not own or not before or not edits.is_set(path):
+        return
+    types = {one.get('type') for one in own}
+    missing = [deepcopy(one) for one in before if one.get('type') not in types]
+    if missing:
+        edits.put(path, [*missing, *own])
+        edits.note(f'{path}: {", ".join(one["type"] for one in missing)} of the recipe are kept '
+                   f'beside yours ({path}=[] has none)')
+
+
+def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
+    """Test-time augmentation loads and resizes images as the test pipeline does.
+
+    The recipe's augmentations are put around the user's steps, and its scales are relative to the
+    user's scale.
+    """
+    if edits.get('default_scope') != 'mmseg' or edits.is_set('tta_pipeline'):
+        return
+    pipeline, tta = edits.get('test_dataloader.dataset.pipeline'), edits.get('tta_pipeline')
+    before = edits.inherited('test_dataloader.dataset.pipeline')
+    if not pipeline or not tta or not before or plain(pipeline) == plain(before):
+        return
+    split = next((i for i, step in enumerate(pipeline) if step['type'] == 'Resize'), None)
+    pack = next((i for i, step in enumerate(pipeline) if step['type'] == 'PackSegInputs'), None)
+    augment = next((step for step in tta if step['type'] == 'TestTimeAug'), None)
+    if split is None or pack is None or augment is None or 'scale' not in pipeline[split]:
+        return
+    old_scale = next(step['scale'] for step in before if step['type'] == 'Resize')
+    scale, resize = pipeline[split]['scale'], pipeline[split]
+    groups: list[list[dict[str, Any]]] = []
+    for group in augment['transforms']:
+        kinds = {step['type'] for step in group}
+        if kinds == {'Resize'}:
+            groups.append([dict(resize, scale=tuple(
+                max(1, round(size * step['scale'][0] / old_scale[0])) for size in scale))
+                for step in group])
+        elif kinds not in ({'LoadAnnotations'}, {'PackSegInputs'}):
+            groups.append(deepcopy(group))
+    after = [deepcopy(step) for step in pipeline[split + 1:pack]]
+    groups += [[step] for step in after] + [[deepcopy(pipeline[pack])]]
+    edits.cfg.tta_pipeline = [*deepcopy(pipeline[:split]),
+                              dict(type='TestTimeAug', transforms=groups)]
+    edits.note('tta_pipeline follows the test pipeline')
+
+
+def evaluator_and_save_best(edits: Edits) -> None:
+    """The checkpoint that is kept as the best is chosen by a metric that is computed.
+
+    Raises:
+        UserError: The user's ``save_best`` names another.
+    """
+    path = 'default_hooks.checkpoint.save_best'
+    key = edits.get(path)
+    names = metric_names(edits)
+    if not key or key == 'auto' or names is None:
+        return
+    if not names:
+        return
+    if key in names:
+        return
+    if edits.is_set(path):
+        raise UserError(f'{path}={key!r}, but val_evaluator computes {", ".join(names)}: set one '
+                        'of these')
+    edits.put(path, names[0])
+    edits.note(f'{path}={names[0]!r} follows val_evaluator')
+
+
+def metric_names(edits: Edits) -> list[str] | None:
+    """The names of what ``val_evaluator`` computes, the main one first; None: unknown."""
+    evaluators = edits.get('val_evaluator') or []
+    names: list[str] = []
+    for metric in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        kind, prefix = metric.get('type'), metric.get('prefix')
+        if kind == 'IoUMetric':
+            found = {'mIoU': ['mIoU', 'mAcc', 'aAcc'], 'mDice': ['mDice', 'mAcc', 'aAcc'],
+                     'mFscore': ['mFscore', 'mPrecision', 'mRecall', 'aAcc']}
+            wanted = metric.get('iou_metrics', ['mIoU'])
+            own = [name for one in ([wanted] if isinstance(wanted, str) else wanted)
+                   for name in found.get(one, [])]
+        elif kind == 'CocoMetric':
+            prefix = prefix or 'coco'
+            wanted = metric.get('metric', 'bbox')
+            kinds = [wanted] if isinstance(wanted, str) else list(wanted)
+            if any(one not in ('bbox', 'segm') for one in kinds):
+                return None
+            own = [f'{one}_mAP{part}' for one in kinds
+                   for part in ('', '_50', '_75', '_s', '_m', '_l')]
+        elif kind == 'VOCMetric':
+            prefix, own = prefix or 'pascal_voc', ['mAP', 'AP50']
+        else:
+            return None
+        names += [f'{prefix}/{name}' if prefix else name for name in own]
+    return list(dict.fromkeys(names))
+
+
+def pretrained_and_init_cfg(edits: Edits) -> None:
+    """``model.pretrained=FILE``, as configs of mmcv 1.x have it, is the backbone's init_cfg."""
+    model = edits.get('model') or {}
+    pretrained = model.get('pretrained')
+    if pretrained is None or (model.get('backbone') or {}).get('type') != 'ConvNeXt':
+        return
+    if edits.is_set('model.backbone.init_cfg') and edits.get('model.backbone.init_cfg'):
+        raise UserError(f'model.pretrained={pretrained!r}, but model.backbone.init_cfg is set as '
+                        'well: remove one of them')
+    del model['pretrained']
+    edits.put('model.backbone.init_cfg', dict(type='Pretrained', checkpoint=pretrained))
+    edits.note(f'model.backbone.init_cfg loads model.pretrained={pretrained}')
+
+
+def num_workers_and_persistent_workers(edits: Edits) -> None:
+    """A loader without workers cannot keep them."""
+    for split in ('train', 'val', 'test'):
+        loader = edits.get(f'{split}_dataloader')
+        if loader and loader.get('num_workers') == 0:
+            for key, value in (('persistent_workers', False), ('prefetch_factor', None)):
+                if loader.get(key) and not edits.is_set(f'{split}_dataloader.{key}'):
+                    loader[key] = value

@@ -1,0 +1,147 @@
+"""The length of a run, and the schedule that follows it."""
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UserError
+from .edits import Edits, plain
+
+LENGTHS = ('begin', 'end', 'milestones', 'step_size', 'T_max', 'total_iters', 'total_steps')
+"""Settings of mmengine's schedulers that count iterations or epochs."""
+
+
+def run_length(train_cfg: dict[str, Any] | None) -> tuple[int, bool] | None:
+    """How long a run is, and whether that counts epochs; None: it does not say."""
+    for key, by_epoch in (('max_iters', False), ('max_epochs', True)):
+        value = (train_cfg or {}).get(key)
+        if isinstance(value, int):
+            return value, by_epoch
+    return None
+
+
+def train_cfg_and_param_scheduler(edits: Edits) -> None:
+    """A run of another length than the recipe's has a schedule of that length.
+
+    Warm-up, milestones, validation and checkpoints keep their share of the run, each unless the
+    user has set it.
+
+    Raises:
+        UserError: A run of epochs on a recipe of iterations, or the reverse, without a schedule.
+    """
+    new, old = run_length(edits.get('train_cfg')), run_length(edits.recipe.get('train_cfg'))
+    if new is None or old is None or new == old:
+        return
+    unit = 'epochs' if new[1] else 'iterations'
+    own = edits.is_set('param_scheduler')
+    if new[1] != old[1]:
+        if not own:
+            raise UserError(
+                f'train_cfg trains for {new[0]} {unit}, but the recipe and its param_scheduler '
+                f'count {"epochs" if old[1] else "iterations"}: set train_cfg.'
+                f'{"max_epochs" if old[1] else "max_iters"}, or your own param_scheduler')
+        return
+    share = new[0] / old[0]
+    followed = []
+    if not own and edits.recipe.get('param_scheduler'):
+        edits.cfg.param_scheduler = [scaled(one, share, new) for one in
+                                     plain(edits.recipe['param_scheduler'])]
+        followed.append('param_scheduler')
+    for path in ('train_cfg.val_interval', 'default_hooks.checkpoint.interval'):
+        value = edits.get(path)
+        if isinstance(value, int) and value > 0 and not edits.is_set(path):
+            edits.put(path, max(1, round(value * share)))
+            if edits.get(path) != value:
+                followed.append(f'{path}={edits.get(path)}')
+    if followed:
+        edits.note(f'{new[0]} {unit} instead of {old[0]}: {", ".join(followed)} follow')
+
+
+def scaled(scheduler: dict[str, Any], share: float, length: tuple[int, bool]) -> dict[str, Any]:
+    """A scheduler for a run of another length, whose milestones lie inside the run.
+
+    mmengine's schedulers by iteration arrive one iteration before their end, which is why the
+    recipes' ends are one more than a round number: that one stays.
+    """
+    def scale(value: int) -> int:
+        extra = int(not scheduler.get('by_epoch', True) and value % 10 == 1)
+        return max(1, round((value - extra) * share)) + extra if value > 0 else value
+    result = dict(scheduler)
+    for key in LENGTHS:
+        value = scheduler.get(key)
+        if isinstance(value, list):
+            last = length[0] - 1 if scheduler.get('by_epoch', True) == length[1] else None
+            result[key] = sorted({m if last is None else min(m, last) for m in map(scale, value)
+                                  if last is None or last > 0})
+        elif isinstance(value, int) and not isinstance(value, bool):
+            result[key] = scale(value)
+    return result
+
+
+def train_cfg_and_warm_up(edits: Edits) -> None:
+    """A run is longer than its warm-up, and its schedule reaches its end.
+
+    Raises:
+        UserError: The warm-up alone would take the whole run, or the schedule of the learning rate
+            is made for a run of another length.
+    """
+    length = run_length(edits.get('train_cfg'))
+    schedule = edits.get('param_scheduler')
+    if length is None or not schedule:
+        return
+    for one in schedule if isinstance(schedule, (list, tuple)) else [schedule]:
+        by_epoch = one.get('by_epoch', True)
+        end = one.get('end')
+        if by_epoch != length[1] or not isinstance(end, int):
+            continue
+        if one['type'] in ('LinearLR', 'ConstantLR') and one.get('begin', 0) == 0 and (
+                end > length[0] + 1 and len(schedule) > 1):
+            raise UserError(
+                f'param_scheduler warms up until {end}, but the run ends at {length[0]} '
+                f'(train_cfg): set end={max(1, length[0] // 10)} of {one["type"]}, or train longer')
+        if one['type'] in ('PolyLR', 'CosineAnnealingLR', 'LinearLR') and (
+                end > 1.05 * length[0] + 1):
+            raise UserError(
+                f'param_scheduler: {one["type"]} ends at {end}, but the run at {length[0]} '
+                f'(train_cfg), with a learning rate that has hardly decayed: set end={length[0]}')
+        milestones = [m for m in one.get('milestones') or () if m >= length[0]]
+        if milestones and len(milestones) == len(one['milestones']):
+            raise UserError(
+                f'param_scheduler: {one["type"]} has milestones={list(one["milestones"])}, but the '
+                f'run ends at {length[0]} (train_cfg) before the first: set milestones below it')
+
+
+def train_loop_and_sampler(edits: Edits) -> None:
+    """A loop of epochs has a sampler that ends.
+
+    Raises:
+        UserError: It has an InfiniteSampler, with which an epoch never ends.
+    """
+    length = run_length(edits.get('train_cfg'))
+    sampler = edits.get('train_dataloader.sampler') or {}
+    if length and length[1] and sampler.get('type') == 'InfiniteSampler':
+        raise UserError(
+            'train_cfg counts epochs, but train_dataloader.sampler is an InfiniteSampler, with '
+            "which an epoch never ends: set train_dataloader.sampler=dict(type='DefaultSampler', "
+            'shuffle=True)')
+
+
+def param_scheduler_and_layer_decay(edits: Edits) -> None:
+    """A scheduler keeps the ratio between the layers' learning rates.
+
+    Raises:
+        UserError: It gives all groups one absolute rate, which undoes layer-wise decay.
+    """
+    schedule = edits.get('param_scheduler') or ()
+    constructor = edits.get('optim_wrapper.constructor')
+    if constructor != 'LearningRateDecayOptimizerConstructor':
+        return
+    for one in schedule if isinstance(schedule, (list, tuple)) else [schedule]:
+        for key, instead in (('eta_max', 'total_steps and a LinearLR warm-up with PolyLR'),
+                             ('eta_min', 'eta_min_ratio')):
+            value = one.get(key)
+            per_group = isinstance(value, (list, tuple))
+            if value and not per_group and not (key == 'eta_min' and 'eta_max' in one):
+                raise UserError(
+                    f'param_scheduler: {one["type"]} has {key}={value}, one rate for all parameter '
+                    'groups, which undoes the layer-wise decay of optim_wrapper.paramwise_cfg: '
+                    f'use {instead} instead')

@@ -1,0 +1,207 @@
+"""Every registered object of a config against the signature of the class that it builds."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from mmengine import registry as mmengine_registry
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import Registry
+from mmengine.runner import Runner
+
+from ..errors import UserError
+from ..utils import suggest
+from .edits import MISSING, Edits, same
+
+PLACES = (
+    ('optim_wrapper.optimizer', ('OPTIMIZERS',)), ('optim_wrapper', ('OPTIM_WRAPPERS',)),
+    ('param_scheduler', ('PARAM_SCHEDULERS',)), ('train_cfg', ('LOOPS',)), ('val_cfg', ('LOOPS',)),
+    ('test_cfg', ('LOOPS',)), ('default_hooks', ('HOOKS',)), ('custom_hooks', ('HOOKS',)),
+    ('visualizer.vis_backends', ('VISBACKENDS',)), ('visualizer', ('VISUALIZERS',)),
+    ('log_processor', ('LOG_PROCESSORS',)), ('model', ('MODELS', 'TASK_UTILS')),
+    *((f'{split}_{part}', kinds) for split in ('train', 'val', 'test') for part, kinds in (
+        ('dataloader.sampler', ('DATA_SAMPLERS',)),
+        ('dataloader.batch_sampler', ('DATA_SAMPLERS',)),
+        ('dataloader.dataset', ('DATASETS', 'TRANSFORMS')), ('evaluator', ('METRICS',)))))
+"""Where in a config objects of which registries are built."""
+
+ALWAYS = {'type', '_scope_', '_delete_', 'priority'}
+BESIDE = {'optim_wrapper': {'optimizer', 'constructor', 'paramwise_cfg'},
+          'train_cfg': {'by_epoch', 'type'}, 'log_processor': set()}
+"""Keys of a place that are read by something else than the class."""
+
+DEFAULT_TYPES = {
+    'optim_wrapper': 'OptimWrapper', 'val_cfg': 'ValLoop', 'test_cfg': 'TestLoop',
+    'default_hooks.logger': 'LoggerHook', 'default_hooks.checkpoint': 'CheckpointHook',
+    'default_hooks.timer': 'IterTimerHook', 'default_hooks.param_scheduler': 'ParamSchedulerHook',
+    'default_hooks.sampler_seed': 'DistSamplerSeedHook'}
+
+
+NOT_BUILT = {'metainfo', 'meta_keys', 'init_cfg', 'norm_cfg', 'conv_cfg', 'act_cfg', 'upsample_cfg'}
+"""Keys whose dicts have a type, but are no arguments of that class alone."""
+
+
+class Registered(NamedTuple):
+    """An object of a config.
+
+    Args:
+        path: Where it stands.
+        node: Its config.
+        kind: The class that it builds.
+        accepted: The arguments that the class takes; None: any.
+    """
+
+    path: str
+    node: dict[str, Any]
+    kind: type
+    accepted: set[str] | None
+
+
+def registered(edits: Edits) -> Iterator[Registered]:
+    """Every object of the config whose class is known."""
+    scope = edits.get('default_scope', 'mmengine')
+    done: set[str] = set()
+    for place, registries in PLACES:
+        node = edits.get(place)
+        for path, one in _objects(node, place):
+            if path in done:
+                continue
+            done.add(path)
+            kind = _class_of(one, path, scope, registries)
+            if kind is not None:
+                yield Registered(path, one, kind, accepted_arguments(kind))
+
+
+def arguments_at(cfg: Config, path: str, node: Any) -> set[str]:
+    """The arguments that the object at a path takes, as far as they are known."""
+    scope = cfg.get('default_scope', 'mmengine')
+    for place, registries in PLACES:
+        if isinstance(node, dict) and f'{path}.'.startswith(f'{place}.'):
+            kind = _class_of(node, path, scope, registries)
+            return set() if kind is None else (accepted_arguments(kind) or set()) | _beside(path)
+    return set()
+
+
+def _class_of(node: dict[str, Any], path: str, scope: str, registries: tuple[str, ...]
+              ) -> type | None:
+    name = node.get('type', DEFAULT_TYPES.get(path))
+    return name if inspect.isclass(name) else next(filter(None, (
+        find_class(scope, registry, name) for registry in registries)), None)
+
+
+def _objects(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, config) of every object inside ``node``."""
+    if isinstance(node, dict):
+        if 'type' in node or path in DEFAULT_TYPES:
+            yield path, node
+        children = list(node.items())
+    elif isinstance(node, (list, tuple)):
+        children = list(enumerate(node))
+    else:
+        return
+    for key, value in children:
+        if key not in NOT_BUILT:
+            yield from _objects(value, f'{path}.{key}')
+
+
+def find_class(scope: str, registry: str, name: Any) -> type | None:
+    """The class under a name in a toolbox's registry, or in mmengine's; None: there is none."""
+    if not isinstance(name, str):
+        return None
+    try:
+        found = getattr(import_module(f'{scope}.registry'), registry, None)
+    except ImportError:
+        found = None
+    if found is None:  # a registry that has not imported its modules yet is empty, and false
+        found = getattr(mmengine_registry, registry, None)
+    if not isinstance(found, Registry):
+        return None
+    try:
+        kind = found.get(name)
+    except Exception:  # such as a toolbox's assertion on the version of mmcv
+        return None
+    return kind if inspect.isclass(kind) else None
+
+
+def accepted_arguments(kind: type) -> set[str] | None:
+    """The arguments of a class, with those that ``**kwargs`` hand on to its bases; None: any."""
+    accepted: set[str] = set()
+    hands_on = False
+    for base in kind.__mro__:
+        if base is object:
+            break
+        init = base.__dict__.get('__init__')
+        if init is None:
+            continue
+        try:
+            parameters = list(inspect.signature(init).parameters.values())
+        except (TypeError, ValueError):
+            return None
+        accepted |= {p.name for p in parameters[1:] if p.kind in (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)}
+        if base is CheckpointHook:  # hands them on to the Runner, at the first save
+            return accepted | set(inspect.signature(Runner.save_checkpoint).parameters)
+        hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        if not hands_on:
+            return accepted
+    return None if hands_on else accepted  # what else takes them is not to be seen
+
+
+def type_and_inherited_keys(edits: Edits) -> None:
+    """A type that the user has changed gets no arguments of the recipe's that it does not take.
+
+    mmengine merges a config into what it inherits, so that the arguments of the old type stay.
+
+    Raises:
+        UserError: The user has set such an argument.
+    """
+    for one in registered(edits):
+        before = edits.inherited(one.path, {})
+        if one.accepted is None or not isinstance(before, dict) or same(
+                before.get('type'), one.node.get('type')):
+            continue
+        dropped = []
+        for key in [k for k in one.node if k not in one.accepted | ALWAYS | _beside(one.path)]:
+            if key in before and same(before[key], one.node[key]):
+                del one.node[key]
+                dropped.append(key)
+        if dropped:
+            edits.note(f'{one.path}: {one.kind.__name__} takes no {", ".join(dropped)}, dropped '
+                       f'(of {before.get("type")} in the recipe)')
+
+
+def keys_and_signatures(edits: Edits) -> None:
+    """Every argument of a registered object is one that its class takes.
+
+    Raises:
+        UserError: Names the object, the argument, and the closest that there is.
+    """
+    for one in registered(edits):
+        if one.accepted is None:
+            continue
+        for key in one.node:
+            if key in one.accepted | ALWAYS | _beside(one.path):
+                continue
+            before = edits.inherited(one.path, {})
+            if isinstance(before, dict) and before.get('type') != one.node.get('type') and (
+                    before.get(key, MISSING) is not MISSING):
+                advice = (f' It is inherited from {before.get("type")}, with your changes: write '
+                          '_delete_=True beside type to start from nothing')
+            else:
+                advice = suggest(key, one.accepted) or (
+                    f' Its arguments: {", ".join(sorted(one.accepted))}')
+            raise UserError(f'{one.path}.{key}: {one.kind.__name__} has no argument {key!r}.'
+                            f'{advice}')
+
+
+def _beside(path: str) -> set[str]:
+    keys = set(BESIDE.get(path, ()))
+    # Read by the Runner when it builds a loop, a scheduler or a hook.
+    if path.startswith('param_scheduler'):
+        keys |= {'convert_to_iter_based'}
+    return keys
+
+

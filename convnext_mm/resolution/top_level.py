@@ -1,0 +1,220 @@
+"""Names at the top of a config: short ways to set what stands deep inside, and misspelt keys."""
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from ..datasets import DATA_KEYS
+from ..errors import UserError
+from ..utils import suggest
+from .edits import Edits, plain, same
+
+RUNNER_KEYS = (
+    'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg',
+    'val_cfg', 'test_cfg', 'auto_scale_lr', 'optim_wrapper', 'param_scheduler', 'val_evaluator',
+    'test_evaluator', 'default_hooks', 'custom_hooks', 'data_preprocessor', 'load_from', 'resume',
+    'launcher', 'env_cfg', 'log_processor', 'log_level', 'visualizer', 'default_scope',
+    'randomness', 'experiment_name', 'runner_type', 'custom_imports', 'tta_model', 'tta_pipeline',
+    'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'strategy')
+OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', *DATA_KEYS)
+
+SHORT: dict[str, tuple[str, ...]] = dict(
+    max_iters=('train_cfg.max_iters',), max_epochs=('train_cfg.max_epochs',),
+    val_interval=('train_cfg.val_interval',), batch_size=('train_dataloader.batch_size',),
+    num_workers=tuple(f'{split}_dataloader.num_workers' for split in ('train', 'val', 'test')),
+    dataset_type=tuple(f'{split}_dataloader.dataset.type' for split in ('train', 'val', 'test')),
+    lr=('optim_wrapper.optimizer.lr',), weight_decay=('optim_wrapper.optimizer.weight_decay',),
+    seed=('randomness.seed',), drop_path_rate=('model.backbone.drop_path_rate',),
+    arch=('model.backbone.arch',), depths=('model.backbone.depths',),
+    dims=('model.backbone.dims',), in_chans=('model.backbone.in_chans',),
+    norm_cfg=('model.decode_head.norm_cfg', 'model.auxiliary_head.norm_cfg'),
+    train_pipeline=('train_dataloader.dataset.pipeline',),
+    test_pipeline=tuple(f'{split}_dataloader.dataset.pipeline' for split in ('val', 'test')))
+"""Short names, and where their values belong."""
+
+INSTEAD = dict(
+    epochs='max_epochs', num_epochs='max_epochs', total_epochs='max_epochs', iters='max_iters',
+    num_iters='max_iters', total_iters='max_iters', learning_rate='lr',
+    samples_per_gpu='batch_size',
+    workers_per_gpu='num_workers', img_size='crop_size and scale', image_size='crop_size and scale',
+    img_scale='scale', input_size='crop_size and scale', num_class='classes=(...)',
+    class_names='classes=(...)', CLASSES='classes=(...)', PALETTE='palette=[...]',
+    pretrained="model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=...)))",
+    optimizer='optim_wrapper=dict(optimizer=dict(...))')
+"""Names that other frameworks use, and what to write here."""
+
+
+def misspelt_keys(edits: Edits) -> None:
+    """A key that nothing reads is not one that somebody meant.
+
+    Variables of a config stand at its top level as well: only what is close to a key is refused.
+
+    Raises:
+        UserError: Names the key that was meant.
+    """
+    if not edits.recipe:
+        return  # such as a config that mmengine wrote into a work dir, with all variables
+    known = [*RUNNER_KEYS, *OWN_KEYS]
+    for key, value in edits.cfg.items():
+        if key in known or key in edits.recipe or key in SHORT or not isinstance(
+                value, (dict, list, tuple)):
+            continue
+        hint = suggest(key, known, cutoff=0.85)
+        if hint and not _is_used(edits, key, value):
+            raise UserError(f'The config sets {key}, which nothing reads.{hint}')
+    for key, instead in INSTEAD.items():
+        if key in edits.cfg and key not in edits.recipe and not _is_used(
+                edits, key, edits.cfg[key]):
+            raise UserError(f'The config sets {key}={_short(edits.cfg[key])}, which nothing reads: '
+                            f'write {instead}')
+
+
+def short_names_and_settings(edits: Edits) -> None:
+    """A name of :data:`SHORT` reaches where it belongs.
+
+    Raises:
+        UserError: The setting has another value of the user's.
+    """
+    for name, paths in SHORT.items() if edits.recipe else ():
+        value = edits.get(name)
+        if value is None or not edits.is_set(name):
+            continue
+        for path in paths:
+            parent = path.rpartition('.')[0]
+            if not isinstance(edits.get(parent), dict):
+                if name == 'seed' and edits.get(parent) is None:
+                    edits.put(parent, {})
+                else:
+                    continue
+            if same(edits.get(path), value):
+                continue
+            if edits.is_set(path):
+                if len(paths) == 1 and not isinstance(value, (dict, list)):
+                    raise UserError(f'{name}={_short(value)} contradicts {path}='
+                                    f'{_short(edits.get(path))}: remove one of them')
+                continue
+            if name in ('max_iters', 'max_epochs') and path.rpartition('.')[2] not in (
+                    edits.get('train_cfg') or {}):
+                other = 'max_epochs' if name == 'max_iters' else 'max_iters'
+                raise UserError(f'{name}={value}, but this recipe trains by '
+                                f'{other.removeprefix("max_")}: set {other}')
+            edits.put(path, deepcopy(value))
+            edits.note(f'{path}={_short(value)} follows {name}')
+
+
+def crop_size_and_pipeline(edits: Edits) -> None:
+    """Crop, preprocessor and sliding window have one size: ``crop_size``, (height, width).
+
+    Without ``crop_size``, that of the training pipeline. The stride of the window keeps its share.
+
+    Raises:
+        UserError: The user has set other sizes.
+    """
+    if edits.get('default_scope') != 'mmseg' or not edits.recipe:
+        return
+    steps = [(f'train_dataloader.dataset.pipeline.{i}', step) for i, step in enumerate(
+        edits.get('train_dataloader.dataset.pipeline') or ()) if step['type'] == 'RandomCrop']
+    chosen = edits.get('crop_size') if edits.is_set('crop_size') else None
+    if chosen is not None:
+        chosen = _pair('crop_size', chosen)
+        for path, step in steps:
+            if not same(step.get('crop_size'), chosen):
+                before = [one.get('crop_size') for one in
+                          edits.inherited('train_dataloader.dataset.pipeline') or ()
+                          if one['type'] == 'RandomCrop']
+                if not any(same(step.get('crop_size'), one) for one in before):
+                    raise UserError(f'crop_size={chosen} contradicts {path}.crop_size='
+                                    f'{step.get("crop_size")}: remove one of them')
+                step['crop_size'] = chosen
+                edits.note(f'{path}.crop_size={chosen} follows crop_size')
+    size = chosen or (tuple(steps[-1][1]['crop_size']) if steps and isinstance(
+        steps[-1][1].get('crop_size'), (list, tuple)) else None)
+    if size is None:
+        return
+    for path in ('model.data_preprocessor.size', 'model.test_cfg.crop_size'):
+        value = edits.get(path)
+        if value is None or same(value, size) or (
+                path.startswith('model.test_cfg') and edits.get('model.test_cfg.mode') != 'slide'):
+            continue
+        if edits.is_set(path):
+            if path.endswith('.size'):
+                raise UserError(f'{path}={tuple(value)}, but images are cropped to {size} '
+                                f'(RandomCrop): set {path}={size}, or crop to {tuple(value)}')
+            continue
+        if path.startswith('model.test_cfg') and not edits.is_set('model.test_cfg.stride'):
+            stride = edits.get('model.test_cfg.stride')
+            if stride:
+                edits.put('model.test_cfg.stride', tuple(
+                    max(1, one * new // old) for one, new, old in zip(
+                        stride, size, value, strict=True)))
+        edits.put(path, size)
+        edits.note(f'{path}={size} follows the crop of training')
+
+
+def scale_and_pipelines(edits: Edits) -> None:
+    """``scale``, (width, height), reaches every resize of images that had the recipe's.
+
+    Raises:
+        UserError: It is no pair of numbers.
+    """
+    if edits.get('scale') is None or not edits.is_set('scale') or not edits.recipe:
+        return
+    scale, old = _pair('scale', edits.get('scale')), edits.inherited('scale')
+    if old is None:
+        return
+    for split in ('train', 'val', 'test'):
+        path = f'{split}_dataloader.dataset.pipeline'
+        for i, step in enumerate(edits.get(path) or ()):
+            if step['type'] in ('Resize', 'RandomResize') and same(step.get('scale'), old):
+                step['scale'] = scale
+                edits.note(f'{path}.{i}.scale={scale} follows scale')
+
+
+def early_stopping_and_hooks(edits: Edits) -> None:
+    """``early_stopping=N``: stop after N validations without a better metric.
+
+    Raises:
+        UserError: It is no whole number from 1 up.
+    """
+    patience = edits.get('early_stopping')
+    if patience is None:
+        return
+    if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+        raise UserError(f'early_stopping={patience!r} must be a whole number from 1 up: the '
+                        'validations to wait for a better metric')
+    hooks = list(edits.get('custom_hooks') or [])
+    if not any(hook.get('type') == 'EarlyStoppingHook' for hook in hooks):
+        metric = edits.get('default_hooks.checkpoint.save_best')
+        edits.cfg.custom_hooks = [*hooks, dict(
+            type='EarlyStoppingHook', monitor=metric, rule='greater', patience=patience)]
+        edits.note(f'EarlyStoppingHook: stops after {patience} validations without a better '
+                   f'{metric}')
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(
+            isinstance(one, int) and one > 0 for one in value):
+        raise UserError(f'{name}={value!r} must be two whole numbers, such as {name}=(512, 512)')
+    return tuple(value)
+
+
+def _is_used(edits: Edits, name: str, value: Any) -> bool:
+    """Whether a value stands somewhere else in the config: then the name is a variable."""
+    wanted = plain(value)
+
+    def stands(node: Any) -> bool:
+        if plain(node) == wanted:
+            return True
+        children = node.values() if isinstance(node, dict) else node if isinstance(
+            node, (list, tuple)) else ()
+        return any(stands(child) for child in children)
+    return any(stands(node) for key, node in edits.cfg.items() if key != name)
+
+
+def _short(value: Any) -> str:
+    text = repr(plain(value)) if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+

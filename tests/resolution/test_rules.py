@@ -1,0 +1,338 @@
+"""What a user changes in a recipe reaches what follows from it, or is refused."""
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from convnext_mm import UserError
+from convnext_mm.datasets import without_completion
+from convnext_mm.resolution import RULES, edits, resolve, signatures
+from tests.helpers import DETECTION, ROOT, SEGMENTATION
+
+ALL = sorted(str(path) for path in (ROOT / 'configs').glob('*.py'))
+
+
+@pytest.fixture
+def resolved(tmp_path):
+    """Resolves a recipe with some lines of a user's; the notes are kept in ``notes``."""
+    def resolved(text: str, recipe: str = SEGMENTATION, name: str = 'mine.py') -> Config:
+        base = recipe if '/' in recipe[:1] else f'{ROOT}/{recipe}'
+        (tmp_path / name).write_text(f"_base_ = '{base}'\n{text}")
+        with without_completion():
+            cfg = Config.fromfile(tmp_path / name)
+        notes.extend(resolve(cfg))
+        once = cfg.to_dict()
+        assert resolve(cfg) == []
+        assert cfg.to_dict() == once, 'resolving again changes nothing'
+        return cfg
+    notes: list[str] = []
+    resolved.notes = notes
+    return resolved
+
+
+MINE = '''data_root = 'data/mine'
+classes = ('road', 'car', 'sky')
+'''
+
+
+@pytest.mark.parametrize('path', ALL)
+def test_recipes_as_shipped_stay_as_they_are(path):
+    with without_completion():
+        cfg = Config.fromfile(path)
+    before = cfg.to_dict()
+    assert resolve(cfg) == []
+    for split in ('train', 'val', 'test'):  # explicit, as ADE20KDataset has it
+        before[f'{split}_dataloader']['dataset'].update(
+            {k: v for k, v in cfg[f'{split}_dataloader'].dataset.items()
+             if k == 'reduce_zero_label'})
+    assert cfg.to_dict() == before
+
+
+def test_each_rule_names_a_pair_of_settings_and_says_what_it_does():
+    assert [rule.__name__ for rule in RULES
+            if '_and_' not in rule.__name__ and rule.__name__ != 'misspelt_keys'] == []
+    assert [rule.__name__ for rule in RULES if not rule.__doc__] == []
+
+
+# ---- length of a run
+
+
+def test_the_schedule_follows_the_length_of_a_run(resolved):
+    cfg = resolved('train_cfg = dict(max_iters=20000)')
+    assert [(s.type, s.begin, s.end) for s in cfg.param_scheduler] == [
+        ('LinearLR', 0, 188 + 1), ('PolyLR', 0, 20000 + 1)]
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == 2000
+    assert resolved.notes == ['20000 iterations instead of 160000: param_scheduler, train_cfg.'
+                              'val_interval=2000, default_hooks.checkpoint.interval=2000 follow']
+
+
+def test_the_rate_arrives_at_its_end(resolved):
+    """By the rates of mmengine's own schedulers."""
+    import torch
+    from mmengine.registry import PARAM_SCHEDULERS
+    cfg = resolved('max_iters = 400')
+    assert cfg.train_cfg.max_iters == 400
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [PARAM_SCHEDULERS.build(dict(s), default_args=dict(optimizer=optimizer))
+                  for s in cfg.param_scheduler]
+    rates = []
+    for _ in range(400):
+        rates.append(optimizer.param_groups[0]['lr'])
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] < 1e-5
+    assert max(rates) > 0.98
+    assert rates[-1] < 0.004
+
+
+@pytest.mark.parametrize(('epochs', 'warm_up', 'milestones'), [
+    (12, 167, [9, 11]), (72, 1000, [54, 66]), (2, 28, [1]), (1, 14, [])])
+def test_epochs_and_milestones(epochs, warm_up, milestones, resolved):
+    cfg = resolved(f'train_cfg = dict(max_epochs={epochs})', DETECTION)
+    linear, steps = cfg.param_scheduler
+    assert (linear.end, steps.milestones, steps.end) == (warm_up + 1, milestones, epochs)
+    assert cfg.train_cfg.val_interval == max(1, round(epochs / 36))
+
+
+def test_a_schedule_of_the_users_stays(resolved):
+    cfg = resolved('''train_cfg = dict(max_iters=1000)
+param_scheduler = [dict(type='PolyLR', power=0.9, by_epoch=False, begin=0, end=1000)]''')
+    assert cfg.param_scheduler[0].end == 1000
+    assert cfg.param_scheduler[0].power == 0.9
+
+
+@pytest.mark.parametrize(('text', 'recipe', 'message'), [
+    ("param_scheduler = [dict(type='PolyLR', by_epoch=False, begin=0, end=160000)]\n"
+     'train_cfg = dict(max_iters=1000)', SEGMENTATION,
+     r'PolyLR ends at 160000, but the run at 1000'),
+    ("param_scheduler = [dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27])]"
+     '\ntrain_cfg = dict(max_epochs=12)', DETECTION, r'milestones=\[27\], but the run ends at 12'),
+    ("train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=50)", SEGMENTATION,
+     'an InfiniteSampler, with which an epoch never ends'),
+    ("train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=50)\n"
+     "train_dataloader = dict(sampler=dict(type='DefaultSampler'))", SEGMENTATION,
+     'trains for 50 epochs, but the recipe and its param_scheduler count iterations'),
+    ("param_scheduler = [dict(type='OneCycleLR', eta_max=1e-4, total_steps=9, by_epoch=False)]",
+     SEGMENTATION, 'OneCycleLR has eta_max=0.0001, one rate for all parameter groups'),
+    ("param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, end=160000)]",
+     SEGMENTATION, 'eta_min=1e-06, .* use eta_min_ratio')])
+def test_schedules_that_do_not_fit(text, recipe, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text, recipe)
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize(('text', 'dims'), [
+    ("model = dict(backbone=dict(arch='base'))", [128, 256, 512, 1024]),
+    ("arch = 'v2_nano'\nmodel = dict(backbone=dict(layer_scale_init_value=0.0))",
+     [80, 160, 320, 640]),
+    ('dims = [8, 16, 24, 32]', [8, 16, 24, 32])])
+def test_heads_have_the_channels_of_the_backbone(text, dims, resolved):
+    cfg = resolved(text)
+    assert list(cfg.model.decode_head.in_channels) == dims
+    assert cfg.model.auxiliary_head.in_channels == dims[2]
+    assert list(resolved(text, DETECTION).model.neck.in_channels) == dims
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ("model = dict(backbone=dict(arch='base'), decode_head=dict(in_channels=[1, 2, 3, 4]))",
+     r'decode_head.in_channels=\[1, 2, 3, 4\], but the maps? .* have \[128, 256, 512, 1024\]|'
+     r'decode_head.in_channels=.*have \[128, 256, 512, 1024\] channels'),
+    ('model = dict(auxiliary_head=dict(in_index=4))', 'in_index names map 4, but .* 4 maps'),
+    ('model = dict(data_preprocessor=dict(mean=[1.0, 2.0]))',
+     'mean has 2 values, but .*in_chans=3'),
+    ('model = dict(backbone=dict(in_chans=6))',
+     'mean has 3 values, but .*in_chans=6: set mean with one value for all bands'),
+    ('in_chans = 6\nmodel = dict(data_preprocessor=dict(mean=[0.0] * 6))',
+     'mean has 6 values, but OpenMMLab takes 1 or 3'),
+    ('model = dict(decode_head=dict(out_channels=1))', 'out_channels=1, but loss_decode is a soft'),
+    (MINE + 'model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0, 2.0])))',
+     'class_weight has 2 weights, but there are 3 classes'),
+    ("data_root = 'data/mine'\nclasses = ('road',)", "one class 'road': .* classes=.'background'")])
+def test_models_that_contradict_themselves(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_bands_are_not_swapped(resolved):
+    cfg = resolved('in_chans = 6\n'
+                   'model = dict(data_preprocessor=dict(mean=[1200.0], std=[600.0]))')
+    assert cfg.model.backbone.in_chans == 6
+    assert cfg.model.data_preprocessor.bgr_to_rgb is False
+
+
+def test_maps_that_no_head_uses_are_not_computed(resolved):
+    cfg = resolved('''model = dict(auxiliary_head=None, decode_head=dict(
+    _delete_=True, type='FCNHead', in_channels=768, in_index=3, channels=16, num_classes=150,
+    loss_decode=dict(type='CrossEntropyLoss')))''')
+    assert cfg.model.backbone.out_indices == [3]
+    assert cfg.model.decode_head.in_index == 0
+
+
+# ---- data
+
+
+@pytest.mark.parametrize('kind', ['CityscapesDataset', 'PascalVOCDataset', 'BDD100KDataset'])
+def test_a_datasets_type_overrides_the_recipes_pipeline(kind, resolved):
+    cfg = resolved(f"data_root = 'data/mine'\ndataset_type = '{kind}'")
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert (dataset.type, dataset.reduce_zero_label) == (kind, False)
+        assert [step.reduce_zero_label for step in dataset.pipeline
+                if step.type == 'LoadAnnotations'] == [False]
+    assert cfg.tta_pipeline[1].transforms[2][0].reduce_zero_label is False
+    assert cfg.model.decode_head.num_classes == len(
+        signatures.find_class('mmseg', 'DATASETS', kind).METAINFO['classes'])
+
+
+def test_a_config_of_a_config_follows_to_any_depth(resolved, tmp_path):
+    prefix = "data_prefix=dict(img_path='{0}', seg_map_path='{0}')"
+    resolved(MINE + f"val_dataloader = dict(dataset=dict({prefix.format('v')}))\n"
+             "reduce_zero_label = False\nimg_suffix = '.tif'", name='first.py')
+    resolved('train_cfg = dict(max_iters=80000)', f'{tmp_path}/first.py', 'second.py')
+    cfg = resolved('batch_size = 4', f'{tmp_path}/second.py', 'third.py')
+    assert cfg.train_dataloader.batch_size == 4
+    assert cfg.param_scheduler[1].end == 80001
+    for split in ('val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_prefix.img_path == 'v'
+        assert (dataset.data_root, dataset.img_suffix) == ('data/mine', '.tif')
+        assert dataset.reduce_zero_label is False
+
+
+def test_what_is_set_on_val_reaches_test(resolved):
+    cfg = resolved(MINE + '''val_dataloader = dict(dataset=dict(seg_map_suffix='_m.png', pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]))
+val_evaluator = dict(iou_metrics=['mDice'])''')
+    assert cfg.test_dataloader.dataset.seg_map_suffix == '_m.png'
+    assert len(cfg.test_dataloader.dataset.pipeline) == 3
+    assert cfg.test_evaluator.iou_metrics == ['mDice']
+    assert cfg.default_hooks.checkpoint.save_best == 'mDice'
+
+
+# ---- short names
+
+
+def test_smaller_images_and_a_shorter_run_in_five_lines(resolved):
+    cfg = resolved(MINE + 'crop_size = (128, 128)\nscale = (160, 160)\nmax_iters = 900\n'
+                   'batch_size = 8\nearly_stopping = 3')
+    train, test = (cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'test'))
+    steps = {step.type: step for step in train}
+    assert steps['RandomCrop'].crop_size == cfg.model.data_preprocessor.size == (128, 128)
+    assert (cfg.model.test_cfg.crop_size, cfg.model.test_cfg.stride) == ((128, 128), (85, 85))
+    assert steps['RandomResize'].scale == (160, 160)
+    assert {step.type: step for step in test}['Resize'].scale == (160, 160)
+    assert cfg.tta_pipeline[1].transforms[0][0].scale == (80, 80)
+    assert (cfg.train_cfg.max_iters, cfg.train_dataloader.batch_size) == (900, 8)
+    assert cfg.custom_hooks[-1].to_dict() == dict(
+        type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=3)
+
+
+def test_a_variable_that_is_used_is_one(resolved):
+    cfg = resolved('iters = 4000\ntrain_cfg = dict(max_iters=iters)\n'
+                   'num_class = 3\nn = [num_class]')
+    assert cfg.train_cfg.max_iters == 4000
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('optim_wraper = dict(optimizer=dict(lr=1e-3))', 'sets optim_wraper, .*mean optim_wrapper'),
+    ('train_dataloadr = dict(batch_size=4)', 'train_dataloadr.* mean train_dataloader'),
+    ('learning_rate = 1e-3', 'sets learning_rate=0.001, which nothing reads: write lr'),
+    ('max_epochs = 5', 'max_epochs=5, but this recipe trains by iters: set max_iters'),
+    ('lr = 1e-3\noptim_wrapper = dict(optimizer=dict(lr=2e-3))', 'lr=0.001 contradicts .*0.002'),
+    ("crop_size = 'big'", 'crop_size=.big. must be two whole numbers'),
+    ('early_stopping = 0', 'early_stopping=0 must be'),
+    ('model = dict(data_preprocessor=dict(size=(64, 64)))',
+     r'size=\(64, 64\), but images are cropped to \(512, 512\)')])
+def test_names_that_would_do_nothing(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+# ---- types and arguments
+
+
+@pytest.mark.parametrize(('text', 'path', 'gone'), [
+    ("optim_wrapper = dict(type='OptimWrapper')", 'optim_wrapper', 'loss_scale'),
+    ("optim_wrapper = dict(optimizer=dict(type='SGD', momentum=0.9))", 'optim_wrapper.optimizer',
+     'betas'),
+    ("model = dict(backbone=dict(type='ResNet', depth=50))", 'model.backbone', 'arch')])
+def test_arguments_of_another_type_are_dropped(text, path, gone, resolved):
+    cfg = resolved(text)
+    assert gone not in edits.lookup(cfg, path)
+    assert any(line.startswith(f'{path}: ') and gone in line for line in resolved.notes)
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('default_hooks = dict(checkpoint=dict(intervall=5))',
+     "checkpoint.intervall: CheckpointHook has no argument 'intervall'. Did you mean interval"),
+    ('model = dict(decode_head=dict(dropout=0.1))', 'UPerHead has no argument .dropout.'),
+    ("optim_wrapper = dict(optimizer=dict(type='SGD', betas=(0.8, 0.9)))",
+     'betas: SGD has no argument .betas.. It is inherited from AdamW, .*_delete_=True'),
+    ('train_dataloader = dict(dataset=dict(img_sufix=".tif"))', 'Did you mean img_suffix')])
+def test_arguments_that_a_class_does_not_take(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_a_pretrained_of_the_model_is_the_backbones_init_cfg(resolved):
+    cfg = resolved("model = dict(pretrained='weights.pth')")
+    assert cfg.model.backbone.init_cfg.checkpoint == 'weights.pth'
+    assert 'pretrained' not in cfg.model
+
+
+# ---- lists that replace
+
+
+def test_hooks_and_backends_of_the_recipe_stay(resolved, monkeypatch):
+    monkeypatch.setattr('convnext_mm.resolution.runtime.find_spec', lambda name: True)
+    cfg = resolved("custom_hooks = [dict(type='EMAHook')]\n"
+                   "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])")
+    assert [hook.type for hook in cfg.custom_hooks] == [
+        'FitCheckpointHook', 'CurvesHook', 'PredictionsHook', 'EMAHook']
+    assert [one.type for one in cfg.visualizer.vis_backends] == [
+        'LocalVisBackend', 'TensorboardVisBackend']
+
+
+def test_a_backend_whose_package_is_missing(resolved, monkeypatch):
+    monkeypatch.setattr('convnext_mm.resolution.runtime.find_spec', lambda name: None)
+    with pytest.raises(UserError, match='needs the package wandb, .*: pip install wandb'):
+        resolved("visualizer = dict(vis_backends=[dict(type='WandbVisBackend')])")
+
+
+def test_the_best_checkpoint_is_chosen_by_what_is_computed(resolved):
+    with pytest.raises(UserError, match="save_best='mDice', but val_evaluator computes mIoU"):
+        resolved("default_hooks = dict(checkpoint=dict(save_best='mDice'))")
+    cfg = resolved("val_evaluator = dict(metric='bbox')", DETECTION)
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+
+
+def test_no_workers_are_not_kept(resolved):
+    cfg = resolved('num_workers = 0')
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        assert (loader.num_workers, loader.persistent_workers) == (0, False)
+
+
+def test_recipes_are_known_wherever_users_files_lie():
+    assert edits.is_shipped(ROOT / SEGMENTATION)
+    assert edits.is_shipped(ROOT / 'configs' / '_base_' / 'datasets' / 'ade20k.py')
+    assert not edits.is_shipped(ROOT / 'configs' / 'mine.py')
+    assert not edits.is_shipped(ROOT / 'configs' / 'demo' / 'upernet_convnext_demo.py')
+    assert not edits.is_shipped(Path('/tmp') / Path(SEGMENTATION).name)
+
+
+@pytest.mark.parametrize('recipe', [SEGMENTATION, DETECTION])
+def test_the_config_that_a_run_writes_stays_as_it_is(recipe, resolved, tmp_path):
+    """mmengine dumps the whole config, with the recipe's variables beside the user's values."""
+    cfg = resolved(MINE + 'batch_size = 3\narch = "small"\n' + (
+        'crop_size = (64, 64)\nmax_iters = 80' if recipe == SEGMENTATION else 'max_epochs = 2'),
+        recipe)
+    cfg.dump(tmp_path / 'dumped.py')
+    with without_completion():
+        dumped = Config.fromfile(tmp_path / 'dumped.py')
+    before = dumped.to_dict()
+    assert resolve(dumped) == []
+    assert dumped.to_dict() == before
