@@ -265,7 +265,9 @@ def _dump_predictions(cfg: Config, out: str) -> Callable | None:
         UserError: The file name does not end in .pkl (mmdet).
     """
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        cfg.test_evaluator.output_dir = out
+        if cfg.test_evaluator.type == 'CityscapesMetric':  # it deletes them otherwise
+            cfg.test_evaluator.keep_results = True
         return None
     if not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: detections are written to one file, whose name must end '

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from mmengine.config import Config
 
 from . import data, model, runtime, schedule, signatures, top_level
-from .edits import Edits, recipe_of
+from .edits import Edits, history_of
 
 RULES: tuple[Callable[[Edits], None], ...] = (
     top_level.misspelt_keys,
@@ -57,7 +57,7 @@ def resolve(cfg: Config) -> list[str]:
     """
     if cfg.get('default_scope') not in ('mmseg', 'mmdet'):
         return []
-    edits = Edits(cfg, recipe_of(cfg))
+    edits = Edits(cfg, history_of(cfg))
     for rule in RULES:
         rule(edits)
     return edits.notes

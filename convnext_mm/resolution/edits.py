@@ -21,15 +21,15 @@ RECIPE_FOLDERS = [
 
 
 class Edits:
-    """A config, the recipe it started from, and the notes of what followed.
+    """A config, what it was before the user's edits, and the notes of what followed.
 
     Args:
         cfg: The user's config, with all that it inherits; rules change it in place.
-        recipe: What it inherits from the package, as shipped; {}: nothing.
+        history: See :func:`history_of`; the last state is the recipe.
     """
 
-    def __init__(self, cfg: Config, recipe: dict[str, Any]) -> None:
-        self.cfg, self.recipe = cfg, recipe
+    def __init__(self, cfg: Config, history: list[dict[str, Any]]) -> None:
+        self.cfg, self.history, self.recipe = cfg, history, history[-1]
         self.notes: list[str] = []
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -44,6 +44,15 @@ class Edits:
         """Whether the user has set a value that differs from the recipe's."""
         value = self.get(path, MISSING)
         return value is not MISSING and not same(value, self.inherited(path, MISSING))
+
+    def set_in(self, path: str) -> int:
+        """The state in which the value of a path was set: 0 is the newest."""
+        state = 0
+        while state + 1 < len(self.history) and same(
+                lookup(self.history[state + 1], path, MISSING),
+                lookup(self.history[0], path, MISSING)):
+            state += 1
+        return state
 
     def put(self, path: str, value: Any) -> None:
         """Set a value that follows from another."""
@@ -99,22 +108,30 @@ def ancestors(path: str | None) -> Iterator[tuple[Path, Config]]:
             yield from ancestors(str(file))
 
 
-def recipe_of(cfg: Config) -> dict[str, Any]:
-    """What ``cfg`` inherits from the package as shipped: the nearest recipe, or its fragments.
+def history_of(cfg: Config) -> list[dict[str, Any]]:
+    """The states that ``cfg`` has been through, newest first.
 
-    A recipe with options of the command line is compared with itself as it was read.
+    ``cfg`` itself, its file as read (without the options of the command line), the user's files
+    that it inherits, and last the package's recipe as shipped, or the fragments of one merged;
+    {} where nothing of the package is inherited.
     """
-    if cfg.filename and is_shipped(Path(cfg.filename)):
-        with without_completion():
-            return plain_copy(Config.fromfile(cfg.filename, import_custom_modules=False))
+    states = [plain_copy(cfg)]
+    if not cfg.filename or not os.path.isfile(cfg.filename):
+        return [*states, {}]
+    with without_completion():
+        states.append(plain_copy(Config.fromfile(cfg.filename, import_custom_modules=False)))
+    if is_shipped(Path(cfg.filename)):
+        return states
     fragments: dict[str, Any] = {}
     for file, inherited in ancestors(cfg.filename):
-        if is_shipped(file):
-            if '_base_' not in file.parts:
-                return plain_copy(inherited)
+        if not is_shipped(file):
+            states.append(plain_copy(inherited))
+        elif '_base_' not in file.parts:
+            return [*states, plain_copy(inherited)]
+        else:
             for key, value in plain_copy(inherited).items():
                 fragments.setdefault(key, value)
-    return fragments
+    return [*states, fragments]
 
 
 def is_shipped(file: Path) -> bool:

@@ -20,40 +20,52 @@ def run_length(train_cfg: dict[str, Any] | None) -> tuple[int, bool] | None:
 
 
 def train_cfg_and_param_scheduler(edits: Edits) -> None:
-    """A run of another length than the recipe's has a schedule of that length.
+    """A schedule that was made for a run of another length gets the length of this one.
 
-    Warm-up, milestones, validation and checkpoints keep their share of the run, each unless the
-    user has set it.
+    Warm-up, milestones, validation and checkpoints keep their share of the run. A schedule is made
+    for the length of the config that sets it: the recipe, a file of the user's, or the options.
 
     Raises:
-        UserError: A run of epochs on a recipe of iterations, or the reverse, without a schedule.
+        UserError: The run counts epochs and the schedule was made for iterations, or the reverse.
     """
-    new, old = run_length(edits.get('train_cfg')), run_length(edits.recipe.get('train_cfg'))
-    if new is None or old is None or new == old:
+    new = run_length(edits.get('train_cfg'))
+    if new is None:
         return
     unit = 'epochs' if new[1] else 'iterations'
-    own = edits.is_set('param_scheduler')
-    if new[1] != old[1]:
-        if not own:
-            raise UserError(
-                f'train_cfg trains for {new[0]} {unit}, but the recipe and its param_scheduler '
-                f'count {"epochs" if old[1] else "iterations"}: set train_cfg.'
-                f'{"max_epochs" if old[1] else "max_iters"}, or your own param_scheduler')
-        return
-    share = new[0] / old[0]
-    followed = []
-    if not own and edits.recipe.get('param_scheduler'):
-        edits.cfg.param_scheduler = [scaled(one, share, new) for one in
-                                     plain(edits.recipe['param_scheduler'])]
-        followed.append('param_scheduler')
-    for path in ('train_cfg.val_interval', 'default_hooks.checkpoint.interval'):
+    followed: list[str] = []
+    before = ''
+    for path in ('param_scheduler', 'train_cfg.val_interval', 'default_hooks.checkpoint.interval'):
         value = edits.get(path)
-        if isinstance(value, int) and value > 0 and not edits.is_set(path):
+        old = _length_in(edits, edits.history[edits.set_in(path)])
+        if not value or old is None or old == new:
+            continue
+        if old[1] != new[1]:
+            if path != 'param_scheduler':
+                continue
+            raise UserError(
+                f'train_cfg trains for {new[0]} {unit}, but param_scheduler was made for {old[0]} '
+                f'{"epochs" if old[1] else "iterations"}: set train_cfg.'
+                f'{"max_epochs" if old[1] else "max_iters"}, or your own param_scheduler')
+        share, before = new[0] / old[0], f'{old[0]}'
+        if path == 'param_scheduler':
+            schedule = plain(value if isinstance(value, (list, tuple)) else [value])
+            edits.cfg.param_scheduler = [scaled(one, share, new) for one in schedule]
+            followed.append(path)
+        elif isinstance(value, int) and value > 0 and max(1, round(value * share)) != value:
             edits.put(path, max(1, round(value * share)))
-            if edits.get(path) != value:
-                followed.append(f'{path}={edits.get(path)}')
+            followed.append(f'{path}={edits.get(path)}')
     if followed:
-        edits.note(f'{new[0]} {unit} instead of {old[0]}: {", ".join(followed)} follow')
+        edits.note(f'{new[0]} {unit} instead of {before}: {", ".join(followed)} follow')
+
+
+def _length_in(edits: Edits, state: dict[str, Any]) -> tuple[int, bool] | None:
+    """The length of the run in a state, where a short name may not have reached it yet."""
+    length = run_length(state.get('train_cfg'))
+    if length is None:
+        return None
+    short = state.get('max_epochs' if length[1] else 'max_iters')
+    followed = isinstance(short, int) and length == run_length(edits.recipe.get('train_cfg'))
+    return (short, length[1]) if followed and short is not None else length
 
 
 def scaled(scheduler: dict[str, Any], share: float, length: tuple[int, bool]) -> dict[str, Any]:
@@ -74,6 +86,8 @@ def scaled(scheduler: dict[str, Any], share: float, length: tuple[int, bool]) ->
                                   if last is None or last > 0})
         elif isinstance(value, int) and not isinstance(value, bool):
             result[key] = scale(value)
+    if scheduler['type'] == 'LinearLR' and 'end' in result:
+        result['end'] = max(result['end'], result.get('begin', 0) + 2)  # one step at the least
     return result
 
 

@@ -89,10 +89,12 @@ def short_names_and_settings(edits: Edits) -> None:
             if same(edits.get(path), value):
                 continue
             if edits.is_set(path):
-                if len(paths) == 1 and not isinstance(value, (dict, list)):
+                name_set, path_set = edits.set_in(name), edits.set_in(path)
+                if name_set == path_set and len(paths) == 1 and not isinstance(value, (dict, list)):
                     raise UserError(f'{name}={_short(value)} contradicts {path}='
                                     f'{_short(edits.get(path))}: remove one of them')
-                continue
+                if name_set >= path_set:
+                    continue  # a variable that the setting has since overridden
             if name in ('max_iters', 'max_epochs') and path.rpartition('.')[2] not in (
                     edits.get('train_cfg') or {}):
                 other = 'max_epochs' if name == 'max_iters' else 'max_iters'
@@ -122,7 +124,9 @@ def crop_size_and_pipeline(edits: Edits) -> None:
                 before = [one.get('crop_size') for one in
                           edits.inherited('train_dataloader.dataset.pipeline') or ()
                           if one['type'] == 'RandomCrop']
-                if not any(same(step.get('crop_size'), one) for one in before):
+                newer = edits.set_in('crop_size') < edits.set_in(
+                    'train_dataloader.dataset.pipeline')
+                if not newer and not any(same(step.get('crop_size'), one) for one in before):
                     raise UserError(f'crop_size={chosen} contradicts {path}.crop_size='
                                     f'{step.get("crop_size")}: remove one of them')
                 step['crop_size'] = chosen
@@ -136,7 +140,7 @@ def crop_size_and_pipeline(edits: Edits) -> None:
         if value is None or same(value, size) or (
                 path.startswith('model.test_cfg') and edits.get('model.test_cfg.mode') != 'slide'):
             continue
-        if edits.is_set(path):
+        if edits.is_set(path) and not (chosen and edits.set_in('crop_size') < edits.set_in(path)):
             if path.endswith('.size'):
                 raise UserError(f'{path}={tuple(value)}, but images are cropped to {size} '
                                 f'(RandomCrop): set {path}={size}, or crop to {tuple(value)}')

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from convnext_mm import UserError
 from convnext_mm.datasets import without_completion
 from convnext_mm.resolution import RULES, edits, resolve, signatures
-from tests.helpers import DETECTION, ROOT, SEGMENTATION
+from tests.helpers import DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
 
 ALL = sorted(str(path) for path in (ROOT / 'configs').glob('*.py'))
 
@@ -101,6 +101,35 @@ param_scheduler = [dict(type='PolyLR', power=0.9, by_epoch=False, begin=0, end=1
     assert cfg.param_scheduler[0].power == 0.9
 
 
+def test_a_schedule_follows_the_run_of_the_file_that_set_it(resolved, tmp_path):
+    """As for the recipe's: a file or an option that changes the length alone."""
+    own = ("param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=50),\n"
+           "    dict(type='PolyLR', by_epoch=False, begin=0, end=901)]\n")
+    resolved('max_iters = 900\n' + own, name='first.py')
+    cfg = resolved('train_cfg = dict(max_iters=90)', f'{tmp_path}/first.py', 'second.py')
+    assert [s.end for s in cfg.param_scheduler] == [5, 91]
+    cfg = resolved('max_iters = 1800', f'{tmp_path}/first.py', 'third.py')
+    assert cfg.train_cfg.max_iters == 1800
+    assert [s.end for s in cfg.param_scheduler] == [100, 1801]
+    cfg = resolved('max_iters = 5\n' + own.replace('50', '2').replace('901', '6'),
+                   f'{tmp_path}/first.py', 'fourth.py')
+    assert [s.end for s in cfg.param_scheduler] == [2, 6]
+
+
+@pytest.mark.parametrize('options', [
+    {'train_cfg.max_iters': 4}, {'max_iters': 4},
+    {'train_cfg.max_iters': 4, 'train_cfg.val_interval': 2, 'crop_size': (64, 64)}])
+def test_the_demo_is_shortened_from_the_command_line(options):
+    from convnext_mm.engine.checks import read_config
+    cfg = read_config(DEMO_SEGMENTATION, options)
+    assert (cfg.train_cfg.max_iters, [s.end for s in cfg.param_scheduler]) == (4, [2, 5])
+    assert cfg.train_cfg.val_interval == options.get('train_cfg.val_interval', 1)
+    crop = options.get('crop_size', (128, 128))
+    assert tuple(cfg.model.data_preprocessor.size) == crop
+    assert {tuple(step.crop_size) for step in cfg.train_dataloader.dataset.pipeline
+            if step.type == 'RandomCrop'} == {crop}
+
+
 @pytest.mark.parametrize(('text', 'recipe', 'message'), [
     ("param_scheduler = [dict(type='PolyLR', by_epoch=False, begin=0, end=160000)]\n"
      'train_cfg = dict(max_iters=1000)', SEGMENTATION,
@@ -111,7 +140,7 @@ param_scheduler = [dict(type='PolyLR', power=0.9, by_epoch=False, begin=0, end=1
      'an InfiniteSampler, with which an epoch never ends'),
     ("train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=50)\n"
      "train_dataloader = dict(sampler=dict(type='DefaultSampler'))", SEGMENTATION,
-     'trains for 50 epochs, but the recipe and its param_scheduler count iterations'),
+     'trains for 50 epochs, but param_scheduler was made for 160000 iterations'),
     ("param_scheduler = [dict(type='OneCycleLR', eta_max=1e-4, total_steps=9, by_epoch=False)]",
      SEGMENTATION, 'OneCycleLR has eta_max=0.0001, one rate for all parameter groups'),
     ("param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, end=160000)]",
