@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +34,15 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, 'module', None), nn.Module):
         model = inner
     return model
+
+
+def plain(value: Any) -> Any:
+    """A config's value with plain dicts, and lists for tuples, which its text may change."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
 
 
 @contextmanager

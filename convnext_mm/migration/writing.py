@@ -8,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 
 from ..datasets import without_completion
 from ..errors import UserError
-from ..utils import atomic_path
+from ..utils import atomic_path, plain
 from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
 from .parsing import parse_config
 
@@ -42,7 +42,7 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
             written = Config.fromfile(part, import_custom_modules=False).to_dict()
         different = sorted(
             key for key in converted.target.keys() | written.keys() if key not in PIPELINES
-            and _as_lists(written.get(key)) != _as_lists(converted.target.get(key)))
+            and plain(written.get(key)) != plain(converted.target.get(key)))
         if different:  # a bug in this module: the new file would train differently
             raise RuntimeError(f'The written config differs in {", ".join(different)}')
     return format_report(converted.rows, source, target)
@@ -73,7 +73,7 @@ def difference(base: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {}
     for key, value in target.items():
         inherited = base.get(key)
-        if key in base and _as_lists(inherited) == _as_lists(value):
+        if key in base and plain(inherited) == plain(value):
             continue
         if isinstance(value, dict) and isinstance(inherited, dict):
             if inherited.keys() - value.keys():
@@ -95,19 +95,10 @@ def format_report(rows: list[ReportRow], source: Path, target: Path) -> str:
     return '\n'.join(lines)
 
 
-def _as_lists(value: Any) -> Any:
-    """Replace tuples by lists, since the text of a config does not always distinguish them."""
-    if isinstance(value, dict):
-        return {key: _as_lists(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_lists(item) for item in value]
-    return value
-
-
 def _replace_by_names(node: Any, pipelines: dict[str, list]) -> Any:
     """Replace each occurrence of a pipeline by '@' and its name."""
     for name, pipeline in pipelines.items():
-        if isinstance(node, list) and _as_lists(node) == _as_lists(pipeline):
+        if isinstance(node, list) and plain(node) == plain(pipeline):
             return f'@{name}'
     if isinstance(node, dict):
         return {key: _replace_by_names(value, pipelines) for key, value in node.items()}

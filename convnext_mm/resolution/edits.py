@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from ..datasets import without_completion
+from ..utils import plain
 
 MISSING: Any = object()
 HERE = Path(__file__).resolve().parent.parent
@@ -86,15 +87,6 @@ def lookup(node: Any, path: str, default: Any = None) -> Any:
 def same(a: Any, b: Any) -> bool:
     """Whether two values are equal; tuples and lists are, as a config's text may change them."""
     return plain(a) == plain(b)
-
-
-def plain(value: Any) -> Any:
-    """A value with plain dicts, and lists for tuples."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    return value
 
 
 def ancestors(path: str | None) -> Iterator[tuple[Path, Config]]:

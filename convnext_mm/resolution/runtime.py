@@ -6,7 +6,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import UserError
-from .edits import Edits, plain
+from ..utils import plain
+from .edits import Edits
 
 
 def custom_hooks_and_recipe_hooks(edits: Edits) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UserError
-from .edits import Edits, plain
+from ..utils import plain
+from .edits import Edits
 
 LENGTHS = ('begin', 'end', 'milestones', 'step_size', 'T_max', 'total_iters', 'total_steps')
 """Settings of mmengine's schedulers that count iterations or epochs."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..datasets import DATA_KEYS
 from ..errors import UserError
-from ..utils import suggest
-from .edits import Edits, plain, same
+from ..utils import plain, suggest
+from .edits import Edits, same
 
 RUNNER_KEYS = (
     'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg',
