@@ -7,12 +7,13 @@ from .completion import (
     dataset_metainfo,
     dataset_registry,
     datasets_of_split,
+    inherited_configs,
     metrics_of_split,
     replace_data_root,
     without_completion,
 )
 
-__all__ = ['DATA_KEYS', 'complete_config', 'completion_enabled', 'dataset_classes',
-           'dataset_metainfo', 'dataset_registry', 'datasets_of_split', 'metrics_of_split',
-           'replace_data_root',
-           'without_completion']
+__all__ = [
+    'DATA_KEYS', 'complete_config', 'completion_enabled', 'dataset_classes', 'dataset_metainfo',
+    'dataset_registry', 'datasets_of_split', 'inherited_configs', 'metrics_of_split',
+    'replace_data_root', 'without_completion']

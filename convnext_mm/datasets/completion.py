@@ -47,7 +47,7 @@ def complete_config(cfg: Config) -> None:
     """
     if cfg.get('default_scope') not in ('mmseg', 'mmdet') or not find_spec(cfg.default_scope):
         return
-    inherited = inherited_configs(cfg.filename)
+    inherited = list(inherited_configs(cfg.filename))
     if cfg.get('data_root') is not None:
         for root in {base.get('data_root') for base in inherited} - {None, cfg.data_root}:
             replace_data_root(cfg, root, cfg.data_root)
@@ -76,18 +76,16 @@ def without_completion() -> Iterator[None]:
         _disabled.pop()
 
 
-def inherited_configs(path: str | None) -> list[Config]:
-    """The configs that a config file inherits, nearest first."""
-    configs: list[Config] = []
+def inherited_configs(path: str | None) -> Iterator[Config]:
+    """The configs that a config file inherits, nearest first, each with all that it inherits."""
     if not path or not os.path.isfile(path):
-        return configs
+        return
     for base in Config._get_base_files(path):
         if '::' not in base:  # a config of an installed toolbox, not one of our recipes
             file = os.path.join(os.path.dirname(path), base)
             with without_completion():
-                configs.append(Config.fromfile(file, import_custom_modules=False))
-            configs += inherited_configs(file)
-    return configs
+                yield Config.fromfile(file, import_custom_modules=False)
+            yield from inherited_configs(file)
 
 
 def replace_data_root(node: Any, old: str, new: str) -> None:

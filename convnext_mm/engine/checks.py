@@ -47,7 +47,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
     Raises:
         UserError: See :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
-            :func:`check_backbones`, :func:`convnext_mm.datasets.complete_config` and
+            :func:`check_backbones`, :func:`convnext_mm.resolution.resolve` and
             :func:`convnext_mm.engine.speed.apply_fast`.
     """
     cfg = load_config(path)
@@ -56,7 +56,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     check_backbones(cfg.get('model'))
     followed = resolve(cfg)
     if followed and is_first_process():
-        print('\n'.join(['What followed from the config:', *(f'  {line}' for line in followed)]))
+        print('\n  '.join(['Settings adjusted to your changes:', *followed]))
     speed.apply_fast(cfg)
     return cfg
 

@@ -21,8 +21,7 @@ class ConvNeXtRunner(Runner):
         """Build a Runner from a config, which is completed in place.
 
         Raises:
-            UserError: See :func:`convnext_mm.datasets.complete_config` and
-                :func:`speed.apply_fast`.
+            UserError: See :func:`convnext_mm.resolution.resolve` and :func:`speed.apply_fast`.
         """
         for line in resolve(cfg):
             print_log(line, logger='current')

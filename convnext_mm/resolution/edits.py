@@ -4,14 +4,13 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from ..datasets import without_completion
+from ..datasets import inherited_configs, without_completion
 from ..utils import plain
 
 MISSING: Any = object()
@@ -89,17 +88,6 @@ def same(a: Any, b: Any) -> bool:
     return plain(a) == plain(b)
 
 
-def ancestors(path: str | None) -> Iterator[tuple[Path, Config]]:
-    """The config files that a file inherits, nearest first, each with all that it inherits."""
-    bases = Config._get_base_files(path) if path and os.path.isfile(path) else ()
-    for base in bases:
-        if '::' not in base:
-            file = Path(os.path.dirname(path or ''), base).resolve()
-            with without_completion():
-                yield file, Config.fromfile(file, import_custom_modules=False)
-            yield from ancestors(str(file))
-
-
 def history_of(cfg: Config) -> list[dict[str, Any]]:
     """The states that ``cfg`` has been through, newest first.
 
@@ -115,7 +103,8 @@ def history_of(cfg: Config) -> list[dict[str, Any]]:
     if is_shipped(Path(cfg.filename)):
         return states
     fragments: dict[str, Any] = {}
-    for file, inherited in ancestors(cfg.filename):
+    for inherited in inherited_configs(cfg.filename):
+        file = Path(inherited.filename).resolve()
         if not is_shipped(file):
             states.append(plain_copy(inherited))
         elif '_base_' not in file.parts:

@@ -72,7 +72,9 @@ def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
     augment = next((step for step in tta if step['type'] == 'TestTimeAug'), None)
     if split is None or pack is None or augment is None or 'scale' not in pipeline[split]:
         return
-    old_scale = next(step['scale'] for step in before if step['type'] == 'Resize')
+    old_scale = next((step['scale'] for step in before if step['type'] == 'Resize'), None)
+    if old_scale is None:
+        return
     scale, resize = pipeline[split]['scale'], pipeline[split]
     groups: list[list[dict[str, Any]]] = []
     for group in augment['transforms']:
@@ -99,11 +101,7 @@ def evaluator_and_save_best(edits: Edits) -> None:
     path = 'default_hooks.checkpoint.save_best'
     key = edits.get(path)
     names = metric_names(edits)
-    if not key or key == 'auto' or names is None:
-        return
-    if not names:
-        return
-    if key in names:
+    if not key or key == 'auto' or not names or key in names:
         return
     if edits.is_set(path):
         raise UserError(f'{path}={key!r}, but val_evaluator computes {", ".join(names)}: set one '

@@ -56,7 +56,7 @@ def train_cfg_and_param_scheduler(edits: Edits) -> None:
             edits.put(path, max(1, round(value * share)))
             followed.append(f'{path}={edits.get(path)}')
     if followed:
-        edits.note(f'{new[0]} {unit} instead of {before}: {", ".join(followed)} follow')
+        edits.note(f'{new[0]} {unit} instead of {before}, scaled with it: {", ".join(followed)}')
 
 
 def _length_in(edits: Edits, state: dict[str, Any]) -> tuple[int, bool] | None:

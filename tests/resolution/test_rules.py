@@ -62,8 +62,9 @@ def test_the_schedule_follows_the_length_of_a_run(resolved):
     assert [(s.type, s.begin, s.end) for s in cfg.param_scheduler] == [
         ('LinearLR', 0, 188 + 1), ('PolyLR', 0, 20000 + 1)]
     assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == 2000
-    assert resolved.notes == ['20000 iterations instead of 160000: param_scheduler, train_cfg.'
-                              'val_interval=2000, default_hooks.checkpoint.interval=2000 follow']
+    assert resolved.notes == ['20000 iterations instead of 160000, scaled with it: '
+                              'param_scheduler, train_cfg.val_interval=2000, '
+                              'default_hooks.checkpoint.interval=2000']
 
 
 def test_the_rate_arrives_at_its_end(resolved):
