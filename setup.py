@@ -21,14 +21,16 @@ OPENMMLAB = dict(
     ftfy='ftfy>=6.3,<7',  # mmsegmentation imports ftfy and regex without requiring them
     regex='regex>=2024.11.6,<2027',
     setuptools='setuptools>=77.0.3,<81')  # mmcv's build imports pkg_resources, removed in 82
+TIFF = 'tifffile>=2024.8.10,<2027'  # images with more than four bands
 EXTRAS = {
+    'tiff': [TIFF],
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is the reference that the backbone is compared with.
-    'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'transformers>=5,<6', 'build>=1.5,<2',
-             BUILD, 'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
+    'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'hypothesis>=6.150,<7', TIFF,
+             'transformers>=5,<6', 'build>=1.5,<2', BUILD, 'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
     # Runs the Triton kernels in tests without a GPU; a PyTorch for GPUs brings its own Triton.
     # The interpreter of this one converts arrays of one value to numbers, an error since numpy 2.4.
     'interpreter': ['triton>=3.6,<3.7', 'numpy<2.4'],

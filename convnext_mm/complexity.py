@@ -1,20 +1,19 @@
 """Parameters, FLOPs and training memory of a config's model, computed without running it."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from rich.progress import track
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from .engine import checks, fallbacks
+from .engine import checks
+from .engine.building import build_on_meta
 from .errors import UserError
 from .options import MEMORY
 
@@ -34,18 +33,6 @@ class Complexity(NamedTuple):
     parameters: int
     flops: int
     size: tuple[int, int]
-
-
-def build_on_meta(cfg: Config) -> nn.Module:
-    """Build the config's model on the meta device, without memory for its parameters.
-
-    ``cfg`` is adapted to the device (:func:`convnext_mm.engine.fallbacks.adapt_to_device`).
-    """
-    fallbacks.adapt_to_device(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with torch.device('meta'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # from mmseg's losses, which are not used here
-        return MODELS.build(cfg.model)
 
 
 def input_size(cfg: Config) -> tuple[int, int]:

@@ -4,6 +4,7 @@
 ``none`` applies none. Without it all are applied:
 
 - ``checkpoints``: mmengine reads checkpoint files without executing what they contain.
+- ``bases``: ``_base_ = 'convnext_mm::NAME'`` and 'mmseg::NAME' name a recipe.
 - ``config``: a config that imports this package is completed when mmengine reads it.
 - ``constructors``: in mmseg and mmdet, LearningRateDecayOptimizerConstructor is ours.
 """
@@ -22,8 +23,8 @@ from mmengine.config import Config
 from mmengine.registry import Registry
 from mmengine.runner import CheckpointLoader
 
+from .bases import PACKAGES, completion_enabled, find_base
 from .checkpoints.files import call_weights_only, read_checkpoint
-from .datasets import completion_enabled
 from .engine.speed import apply_fast
 from .errors import UserError
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
@@ -68,6 +69,27 @@ def read_checkpoints_safely() -> None:
         if not hasattr(loader, 'reads_only_weights') and loader is not read_checkpoint:
             CheckpointLoader.register_scheme(scheme, restrict(loader), force=True)
     CheckpointLoader.register_scheme(('', 'http://', 'https://'), read_checkpoint, force=True)
+
+
+def find_bases() -> None:
+    """Let a config inherit a recipe of an installed package by its name.
+
+    Why: mmengine knows the packages of OpenMMLab by the names of their distributions, and so
+    neither ours nor the fork of mmseg. Affects ``_base_`` with '::' and one of
+    :data:`convnext_mm.bases.PACKAGES`. Without the patch, recipes are inherited by their paths.
+    """
+    if hasattr(Config._get_cfg_path, 'finds'):
+        return
+    original = Config._get_cfg_path
+
+    def find(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, _ = cfg_path.partition('::')
+        if separator and package in PACKAGES:
+            # Types of ours are found from every scope.
+            return find_base(cfg_path, filename), None if package == 'convnext_mm' else package
+        return original(cfg_path, filename)
+    find.finds = True  # type: ignore[attr-defined]
+    Config._get_cfg_path = staticmethod(find)
 
 
 def complete_configs() -> None:
@@ -137,5 +159,5 @@ def _register_after_import(registry: Registry) -> None:
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    'checkpoints': read_checkpoints_safely, 'config': complete_configs,
+    'checkpoints': read_checkpoints_safely, 'bases': find_bases, 'config': complete_configs,
     'constructors': override_constructors}

@@ -18,7 +18,8 @@ from rich.progress import track
 
 from . import checkpoints, visualization
 from .datasets import dataset_metainfo, datasets_of_split
-from .datasets.findings import failure_reason, load_image
+from .datasets.findings import failure_reason, read_image_facts
+from .datasets.loading import loader_of, reads_colors
 from .engine import checks, fallbacks, speed
 from .errors import UserError
 
@@ -45,7 +46,7 @@ def image_demo(args: argparse.Namespace) -> None:
     failed = []
     for file, name in track(list(zip(files, output_names(files), strict=True)), 'Predicting'):
         try:
-            load_image(file)  # mmcv fills the missing end of a truncated JPEG with gray
+            read_image_facts(file, predict.load)
         except Exception as error:  # decoders raise errors of any type
             failed.append(f'{file} ({failure_reason(error)})')
             continue
@@ -53,7 +54,7 @@ def image_demo(args: argparse.Namespace) -> None:
         width = min(max(sample.ori_shape[1], 400), MAX_PANEL_WIDTH)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         visualization.draw_sample(sample, predict.meta, out / name, ('Input', 'Prediction'),
-                                  width, args.score_threshold)
+                                  width, args.score_threshold, predict.load)
     print(f'{len(files) - len(failed)} images written to {out}')
     if failed:
         raise UserError(f'{len(failed)} of {len(files)} images could not be read:\n  ' +
@@ -79,6 +80,8 @@ class Predictor:
         self.meta = dataset_metainfo(dataset, cfg.default_scope)
         self.pipeline = Compose([transform for transform in dataset['pipeline']
                                  if transform['type'] != 'LoadAnnotations'])
+        self.load = None if reads_colors(dataset['pipeline']) else loader_of(
+            self.pipeline.transforms)
         self.model: BaseModel = MODELS.build(cfg.model)
         checkpoints.load_model(self.model, checkpoint)
         self.model.to(device or get_device()).eval()

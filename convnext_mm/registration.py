@@ -11,11 +11,12 @@ from mmengine.registry import (
 
 from .backbone import ConvNeXt
 from .checkpoints.loading import FitCheckpointHook
-from .engine.hooks import CurvesHook, PredictionsHook
+from .engine.hooks import AbsentClassesHook, CurvesHook, PredictionsHook
 from .engine.runner import ConvNeXtRunner
 from .engine.schedulers import PolicyLR
 from .engine.speed import SpeedHook
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
+from .preprocessing import multi_band_preprocessor
 
 
 def register() -> None:
@@ -25,7 +26,8 @@ def register() -> None:
     """
     for registry, classes in (
             (MODELS, (ConvNeXt,)), (RUNNERS, (ConvNeXtRunner,)), (PARAM_SCHEDULERS, (PolicyLR,)),
-            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, SpeedHook)),
+            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, AbsentClassesHook, SpeedHook)),
             (OPTIM_WRAPPER_CONSTRUCTORS, (LearningRateDecayOptimizerConstructor,))):
         for cls in classes:
             registry.register_module(module=cls, force=True)
+    MODELS.register_module('MultiBandPreprocessor', module=multi_band_preprocessor, force=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,15 @@ def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 
     """
     close = difflib.get_close_matches(str(name), list(known), n=count, cutoff=cutoff)
     return f' Did you mean {" or ".join(close)}?' if close else ''
+
+
+def describe(error: BaseException) -> str:
+    """The type and first line of an error; of one without a message, the line that raised it."""
+    text = str(error).strip().partition('\n')[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    if not text and frames:
+        text = f'{frames[-1].line} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})'
+    return f'{type(error).__name__}: {text}'
 
 
 def is_first_process() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
 
 def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
                 panels: Sequence[str] = ('Input', 'Truth', 'Prediction'),
-                width: int = 400, score_threshold: float = 0.3) -> None:
+                width: int = 400, score_threshold: float = 0.3,
+                load: Callable[[str], np.ndarray] | None = None) -> None:
     """Draw the input, ground truth and prediction of a data sample side by side.
 
     Args:
@@ -100,11 +101,9 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
         panels: The panels to draw, of 'Input', 'Truth' and 'Prediction'.
         width: Width of a panel in pixels.
         score_threshold: Detections with a lower score are not drawn.
+        load: Reads the image as the model's pipeline does; None: as an ordinary image file.
     """
-    from PIL import Image, ImageOps
-
-    file = Image.open(io.BytesIO(fileio.get(sample.img_path)))
-    image = np.asarray(ImageOps.exif_transpose(file).convert('RGB'))  # as mmcv reads it
+    image = to_picture(load(sample.img_path)) if load else _read_picture(sample.img_path)
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
     plt = pyplot()
@@ -143,6 +142,35 @@ def add_legend(figure: Any, drawn: Counter[int], classes: Sequence[str], colors:
     figure.legend(handles=[Patch(color=colors[i], label=classes[i]) for i in labels],
                   loc='lower center', ncols=columns, frameon=False, fontsize=12)
     return -(-len(labels) // columns)
+
+
+def to_picture(image: np.ndarray) -> np.ndarray:
+    """An image as mmcv loads it as an (H, W, 3) RGB picture of 8 bits.
+
+    Args:
+        image: (H, W) or (H, W, bands) of any type. Three bands are in BGR order; of more, the first
+            three are shown, of fewer, the first. Values that are not 0 to 255 are stretched from
+            their 2nd to their 98th percentile.
+    """
+    bands = image[..., None] if image.ndim == 2 else image
+    if bands.shape[2] == 3:
+        bands = bands[..., ::-1]
+    elif bands.shape[2] > 3:
+        bands = bands[..., :3]
+    else:
+        bands = np.repeat(bands[..., :1], 3, axis=2)
+    if bands.dtype == np.uint8:
+        return bands
+    if bands.min() < 0 or not 1 < bands.max() <= 255:
+        low, high = np.percentile(bands, (2, 98))
+        bands = (bands.astype(float) - low) * (255 / max(high - low, 1e-9))
+    return bands.clip(0, 255).astype(np.uint8)
+
+
+def _read_picture(path: str) -> np.ndarray:
+    from PIL import Image, ImageOps
+    file = Image.open(io.BytesIO(fileio.get(path)))
+    return np.asarray(ImageOps.exif_transpose(file).convert('RGB'))  # as mmcv reads it
 
 
 def to_grayscale(image: np.ndarray) -> np.ndarray:

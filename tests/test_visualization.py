@@ -107,3 +107,18 @@ def test_curves_of_a_resumed_run_are_continuous(tmp_path, monkeypatch):
 def test_nothing_is_drawn_without_a_log(tmp_path):
     assert not visualization.draw_curves(visualization.read_log(tmp_path), tmp_path / 'curves.png')
     assert not (tmp_path / 'curves.png').exists()
+
+
+@pytest.mark.parametrize(('image', 'picture'), [
+    (np.array([[[1, 2, 3]]], np.uint8), [[[3, 2, 1]]]),  # BGR
+    (np.array([[7]], np.uint8), [[[7, 7, 7]]]),
+    (np.array([[[10, 20, 30, 40, 50, 60]]], np.uint8), [[[10, 20, 30]]]),
+    (np.array([[[1.0, 2.0, 200.0]]], np.float32), [[[200, 2, 1]]]),
+    (np.linspace(0, 5000, 101, dtype=np.uint16)[None], None)])
+def test_images_of_any_kind_as_pictures(image, picture):
+    drawn = visualization.to_picture(image)
+    assert drawn.dtype == np.uint8
+    if picture is not None:
+        assert drawn.tolist() == picture
+    else:  # from the 2nd to the 98th percentile
+        assert [drawn[0, i, 0] for i in (0, 2, 50, 98, 100)] == [0, 0, 127, 255, 255]

@@ -10,4 +10,6 @@ if __name__ == '__main__':
                         help="scale the learning rate by the total batch size / the recipe's 16")
     parser.add_argument('--migrate', action='store_true',
                         help='first convert a config for mmcv 0.x or 1.x into the work dir')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='show what would be trained, check the data, and stop')
     run_cli(train, parser.parse_args())

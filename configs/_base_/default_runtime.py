@@ -10,7 +10,8 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='FitCheckpointHook'),
     dict(type='CurvesHook'),
-    dict(type='PredictionsHook', num_pictures=8)
+    dict(type='PredictionsHook', num_pictures=8),
+    dict(type='AbsentClassesHook')
 ]
 
 env_cfg = dict(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from ..bases import inherited_configs
 from ..errors import UserError
 
 SPLITS = ('train', 'val', 'test')
@@ -56,36 +56,6 @@ def complete_config(cfg: Config) -> None:
     if cfg.default_scope == 'mmseg':
         _set_mask_options(cfg)
     _set_num_classes(cfg, inherited)
-
-
-_disabled: list[bool] = []
-
-
-def completion_enabled() -> bool:
-    """Whether config files are completed when read: not inside :func:`without_completion`."""
-    return not _disabled
-
-
-@contextmanager
-def without_completion() -> Iterator[None]:
-    """Config files read inside this context are not completed."""
-    _disabled.append(True)
-    try:
-        yield
-    finally:
-        _disabled.pop()
-
-
-def inherited_configs(path: str | None) -> Iterator[Config]:
-    """The configs that a config file inherits, nearest first, each with all that it inherits."""
-    if not path or not os.path.isfile(path):
-        return
-    for base in Config._get_base_files(path):
-        if '::' not in base:  # a config of an installed toolbox, not one of our recipes
-            file = os.path.join(os.path.dirname(path), base)
-            with without_completion():
-                yield Config.fromfile(file, import_custom_modules=False)
-            yield from inherited_configs(file)
 
 
 def replace_data_root(node: Any, old: str, new: str) -> None:
@@ -279,13 +249,13 @@ def _set_num_classes(cfg: Config, inherited: Sequence[Config]) -> None:
     Raises:
         UserError: Splits have different classes, or the user has set another number for a head.
     """
-    classes_of_split = {f'{split}_dataloader': dataset_classes(dataset, cfg.default_scope)
-                        for split in SPLITS for dataset in datasets_of_split(cfg, split)}
-    classes_of_split = {split: classes for split, classes in classes_of_split.items() if classes}
+    classes_of_split = [(f'{split}_dataloader', dataset_classes(dataset, cfg.default_scope))
+                        for split in SPLITS for dataset in datasets_of_split(cfg, split)]
+    classes_of_split = [(split, classes) for split, classes in classes_of_split if classes]
     if not classes_of_split:
         return
-    first, classes = next(iter(classes_of_split.items()))
-    for split, others in classes_of_split.items():
+    first, classes = classes_of_split[0]
+    for split, others in classes_of_split:
         if others != classes:
             raise UserError(f'{first} has the classes {_join_names(classes)}, but {split} has '
                             f'{_join_names(others)}: set classes=(...) once, at the top of the '

@@ -80,12 +80,13 @@ def draw_contact_sheet(cfg: Config, path: Path, num_train: int = 8, num_val: int
 def _load_cells(cfg: Config, split: str, config: dict, count: int) -> list[Cell]:
     """Load ``count`` images of a dataset with their annotations."""
     pack = 'PackSegInputs' if cfg.default_scope == 'mmseg' else 'PackDetInputs'
+    first = (config.get('pipeline') or [dict(type='LoadImageFromFile')])[0]
     load = next(find_transforms(config.get('pipeline'), 'LoadAnnotations'),
                 dict(type='LoadAnnotations'))
     try:
         dataset = dataset_registry(cfg.default_scope).build(dict(
             config, _scope_=cfg.default_scope,
-            pipeline=[dict(type='LoadImageFromFile'), dict(load), dict(type=pack)]))
+            pipeline=[dict(first), dict(load), dict(type=pack)]))
     except Exception as error:  # the report explains the cause
         return [Cell(split, error=f'{type(error).__name__}: {error}')]
     cells = []
@@ -94,7 +95,7 @@ def _load_cells(cfg: Config, split: str, config: dict, count: int) -> list[Cell]
         title = f'{split}: {Path(info["img_path"]).name}'
         try:
             packed = dataset.pipeline(info)
-            image = packed['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # mmcv reads BGR
+            image = visualization.to_picture(packed['inputs'].permute(1, 2, 0).numpy())
             cells.append(Cell(title, image, packed['data_samples']))
         except Exception as error:
             cells.append(Cell(title, error=failure_reason(error)))

@@ -1,6 +1,7 @@
 """Inspects the images and COCO annotations of an mmdetection dataset."""
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from .findings import (
     CHECK_COMMAND,
     Findings,
     failure_reason,
-    load_image,
     map_in_threads,
+    read_image_facts,
     sample_indices,
 )
+from .loading import ImageLoader, image_loader
 
 QUICK_CHECK_BYTES = 64 * 2**20
 """The quick check skips larger annotation files, since reading them takes seconds."""
@@ -37,12 +39,13 @@ class Box(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """What was read from an image: why it failed, or a size that differs, and a hash."""
+    """What was read from an image: why it failed, or a size that differs, a hash and the bands."""
 
     path: str
     error: str = ''
     size_difference: str = ''
     digest: str = ''
+    bands: int = 3
 
 
 def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
@@ -68,9 +71,10 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     _report_small_images(content, config, findings)
     folder = os.path.join(root, (config.get('data_prefix') or {}).get('img', ''))
     images = [content['images'][i] for i in sample_indices(findings.total, sample)]
+    read = functools.partial(_read_image, load=image_loader(config.get('pipeline'), 'mmdet'))
     files = list(map_in_threads(
-        _read_image, [(os.path.join(folder, str(i.get('file_name', ''))), i.get('width'),
-                       i.get('height')) for i in images],
+        read, [(os.path.join(folder, str(i.get('file_name', ''))), i.get('width'),
+                i.get('height')) for i in images],
         f'Checking {findings.split}', show_progress=sample is None))
     findings.checked = len(files)
     findings.digests = {file.path: file.digest for file in files if file.digest}
@@ -83,18 +87,20 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
                  'rotation: save the image rotated, or rotate its boxes',
                  where=[f'{file.path}: {file.size_difference}' for file in files
                         if file.size_difference])
+    findings.add_wrong_bands({file.path: file.bands for file in files if not file.error},
+                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
 
 
-def _read_image(job: tuple[str, Any, Any]) -> ImageFile:
+def _read_image(job: tuple[str, Any, Any], load: ImageLoader | None) -> ImageFile:
     path, width, height = job
     try:
-        image, digest = load_image(path)
+        size, bands, digest = read_image_facts(path, load)
     except Exception as error:  # decoders raise errors of any type
         return ImageFile(path, failure_reason(error))
     difference = ''
-    if (width, height) != image.size:
-        difference = '{}×{}, annotated as {}×{}'.format(*image.size, width, height)
-    return ImageFile(path, '', difference, digest)
+    if (width, height) != size:
+        difference = '{}×{}, annotated as {}×{}'.format(*size, width, height)
+    return ImageFile(path, '', difference, digest, bands)
 
 
 def _load_annotations(path: str, findings: Findings) -> dict[str, list] | None:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, ImageOps
 from rich.progress import track
+
+from .loading import ImageLoader
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
@@ -81,6 +83,14 @@ class Findings:
         if where is None or places:
             self.problems.append(Problem(message, fix, level, places))
 
+    def add_wrong_bands(self, bands: dict[str, int], in_chans: int) -> None:
+        """Add an error about images whose number of bands (by path) is not the model's."""
+        self.add(f'image whose number of bands is not model.backbone.in_chans={in_chans}',
+                 'Set in_chans to the bands that the first step of the pipeline reads, which '
+                 'expects files of height × width × bands (color_type of LoadImageFromFile: '
+                 "'color' reads 3, 'grayscale' 1, 'unchanged' all)",
+                 where=[f'{path}: {count}' for path, count in bands.items() if count != in_chans])
+
     def add_absent_classes(self) -> None:
         """Add a warning about classes without any pixel or box."""
         absent = [name for i, name in enumerate(self.classes) if not self.label_counts[i]]
@@ -127,7 +137,38 @@ def load_image(path: str) -> tuple[Image.Image, str]:
     data = Path(path).read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        return ImageOps.exif_transpose(image), hashlib.blake2b(data, digest_size=16).hexdigest()
+        return ImageOps.exif_transpose(image), file_digest(data)
+
+
+class ImageFacts(NamedTuple):
+    """(width, height), number of bands, and a hash of the file of an image."""
+
+    size: tuple[int, int]
+    bands: int
+    digest: str
+
+
+def read_image_facts(path: str, load: ImageLoader | None = None) -> ImageFacts:
+    """Decode an image completely.
+
+    Args:
+        path: An image file.
+        load: The pipeline's own loader; None: one that reads three bands of 8 bits.
+
+    Raises:
+        OSError: The file is missing or truncated; ``load`` may raise other errors.
+    """
+    if load is None:
+        image, digest = load_image(path)  # mmcv fills the missing end of a truncated JPEG with gray
+        return ImageFacts(image.size, 3, digest)
+    values = load(path)
+    return ImageFacts((values.shape[1], values.shape[0]), values.shape[2] if values.ndim > 2 else 1,
+                      file_digest(Path(path).read_bytes()))
+
+
+def file_digest(data: bytes) -> str:
+    """A hash that tells files apart."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def failure_reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Inspects the images and masks of an mmsegmentation dataset."""
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,15 @@ import numpy as np
 from mmengine.config import Config
 
 from .completion import dataset_registry, find_transforms
-from .findings import Findings, failure_reason, load_image, map_in_threads, sample_indices
+from .findings import (
+    Findings,
+    failure_reason,
+    load_image,
+    map_in_threads,
+    read_image_facts,
+    sample_indices,
+)
+from .loading import ImageLoader, image_loader
 
 IGNORED = 255
 
@@ -28,6 +37,7 @@ class ImageMaskPair(NamedTuple):
         mode: PIL's mode of the mask.
         pixel_counts: Mask value → number of pixels; empty without a mask of one channel.
         digest: Hash of the image file.
+        bands: Number of the image's bands.
     """
 
     image: str
@@ -39,6 +49,7 @@ class ImageMaskPair(NamedTuple):
     mode: str = ''
     pixel_counts: dict[int, int] = {}  # noqa: RUF012
     digest: str = ''
+    bands: int = 3
 
 
 def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
@@ -58,12 +69,15 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
             if existing else 'Set data_prefix.img_path to the folder of the images')
         return
     infos = [dataset.get_data_info(i) for i in sample_indices(findings.total, sample)]
+    read = functools.partial(_read_pair, load=image_loader(config.get('pipeline'), 'mmseg'))
     pairs = list(map_in_threads(
-        _read_pair, [(i['img_path'], i.get('seg_map_path', '')) for i in infos],
+        read, [(i['img_path'], i.get('seg_map_path', '')) for i in infos],
         f'Checking {findings.split}', show_progress=sample is None))
     findings.checked = len(pairs)
     findings.digests = {pair.image: pair.digest for pair in pairs if pair.digest}
     _report_files(pairs, findings)
+    findings.add_wrong_bands({pair.image: pair.bands for pair in pairs if not pair.image_error},
+                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
     _report_unpaired_masks(prefix, infos, dataset, findings, sample)
     backend = next((transform.get('imdecode_backend') for transform in find_transforms(
         config.get('pipeline'), 'LoadAnnotations')), None)
@@ -74,13 +88,12 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     _report_labels([pair for pair in pairs if pair.pixel_counts], findings, dataset, sample)
 
 
-def _read_pair(paths: tuple[str, str]) -> ImageMaskPair:
+def _read_pair(paths: tuple[str, str], load: ImageLoader | None) -> ImageMaskPair:
     pair = ImageMaskPair(*paths)
     size = None
     try:
-        image, digest = load_image(pair.image)
-        size = image.size
-        pair = pair._replace(digest=digest)
+        size, bands, digest = read_image_facts(pair.image, load)
+        pair = pair._replace(digest=digest, bands=bands)
     except Exception as error:  # decoders raise errors of any type
         pair = pair._replace(image_error=failure_reason(error))
     try:

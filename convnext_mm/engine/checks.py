@@ -1,7 +1,6 @@
 """Checks of the user's config, options, data and weights before a model is built."""
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -9,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import find_latest_checkpoint
 
 from .. import checkpoints, datasets, migration
-from ..backbone import ConvNeXt
+from ..bases import without_completion
 from ..datasets import inspection
 from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
 from ..resolution import resolve
+from ..resolution.schedule import run_length
 from ..resolution.signatures import arguments_at
 from ..resolution.top_level import SHORT
 from ..utils import is_first_process, suggest
@@ -42,21 +43,27 @@ UNSET_KEYS = {
 """Valid keys, by group ('': the top level), that a config may leave unset."""
 
 
-def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+def read_config(path: str, options: dict[str, Any] | None = None,
+                notes: list[str] | None = None) -> Config:
     """Load a config file, merge ``--cfg-options`` into it and complete it for the user's data.
+
+    Args:
+        path: A config file.
+        options: {dotted key: value}.
+        notes: What followed from the user's changes is added here; None: it is printed.
 
     Raises:
         UserError: See :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
-            :func:`check_backbones`, :func:`convnext_mm.resolution.resolve` and
-            :func:`convnext_mm.engine.speed.apply_fast`.
+            :func:`convnext_mm.resolution.resolve` and :func:`convnext_mm.engine.speed.apply_fast`.
     """
     cfg = load_config(path)
     apply_options(cfg, options)
     check_toolbox(cfg)
-    check_backbones(cfg.get('model'))
     followed = resolve(cfg)
-    if followed and is_first_process():
-        print('\n  '.join(['Settings adjusted to your changes:', *followed]))
+    if notes is not None:
+        notes += followed
+    elif followed and is_first_process():
+        print('\n  '.join(['Adjusted to your changes:', *followed]))
     speed.apply_fast(cfg)
     return cfg
 
@@ -84,7 +91,7 @@ def load_config(path: str) -> Config:
             f'  python tools/migrate_config.py {file} {new}\n'
             'or train with --migrate, which writes the new file to the work dir')
     try:
-        with datasets.without_completion():
+        with without_completion():
             return Config.fromfile(file)
     except UserError:
         raise
@@ -165,18 +172,15 @@ def check_toolbox(cfg: Config) -> None:
                         'built without. Install them: python3 tools/install.py')
 
 
-def check_backbones(model: Any) -> None:
-    """Check that every ConvNeXt config in ``model`` has only known arguments.
+def check_input(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Check the files of a run before it starts.
 
     Raises:
-        UserError: An argument is unknown.
+        UserError: See :func:`check_data_exists`, :func:`check_data_sample`, :func:`check_weights`.
     """
-    known = [*inspect.signature(ConvNeXt).parameters]
-    for path, backbone in speed.find_backbones(model):
-        for key in backbone:
-            if key not in known and key != 'type':
-                raise UserError(f'{path} has {key!r}, which is not an argument of ConvNeXt.' + (
-                    suggest(key, known) or f' Its arguments: {", ".join(known)}'))
+    check_data_exists(cfg, splits)
+    check_data_sample(cfg, splits)
+    check_weights(cfg, training='train' in splits)
 
 
 def check_data_exists(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -245,15 +249,47 @@ def check_weights(cfg: Config, training: bool) -> None:
     if os.environ.get('LOCAL_RANK', '0') != '0':
         return  # the first process of the node checks for all, before the process group opens
     load_from = cfg.get('load_from')
+    if training and cfg.get('resume') and not load_from:
+        latest = find_latest_checkpoint(cfg.work_dir)
+        if latest and os.path.isfile(latest):
+            check_resumed_schedule(cfg, latest, checkpoints.read_checkpoint(latest))
     content = checkpoints.read_checkpoint(load_from) if load_from else {}
     if load_from and cfg.get('resume') and 'optimizer' not in content:
         raise UserError(f'--resume {load_from}: it contains weights, but no optimizer state to '
                         'resume from. To start a new run from its weights: '
                         f'--cfg-options load_from={load_from}')
+    if training and load_from and cfg.get('resume'):
+        check_resumed_schedule(cfg, load_from, content)
     backbone = cfg.get('model', {}).get('backbone', {})
     init_cfg = backbone.get('init_cfg')
     if training and backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
         checkpoints.locate_checkpoint(init_cfg['checkpoint'])
+
+
+def check_resumed_schedule(cfg: Config, path: str, content: dict[str, Any]) -> None:
+    """Check that the schedule of a checkpoint, which is restored with it, is as long as the run.
+
+    Raises:
+        UserError: The learning rate's schedule ends before the run does.
+    """
+    length = run_length(cfg.get('train_cfg'))
+    states = content.get('param_schedulers')
+    if isinstance(states, dict):  # of several optimizers
+        states = next(iter(states.values()), [])
+    if length is None or not isinstance(states, list):
+        return
+    ends = [state['end'] for state in states if isinstance(state, dict)
+            and state.get('param_name', 'lr') == 'lr' and state.get('by_epoch') == length[1]
+            and isinstance(state.get('end'), int)]
+    # mmengine's schedules by iteration end one iteration after the run.
+    end = max(ends, default=10**9)
+    unit = 'epochs' if length[1] else 'iterations'
+    if end < length[0]:
+        raise UserError(
+            f'train_cfg trains for {length[0]} {unit}, but {path}, which is resumed, brings its '
+            f'own schedule, which ends at {end if length[1] else end - 1}: from then on the learning '
+            'rate would stay at its last value. To train for longer, start a new run from its '
+            f'weights, with a schedule of its own: --cfg-options load_from={path}')
 
 
 def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process, master_only
+import torch
+from mmengine.dist import all_reduce, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
+from ..datasets.loading import loader_of
 from ..visualization import draw_curves, draw_sample, read_log
 
 
@@ -68,6 +70,55 @@ class CurvesHook(Hook):
             print_log(f'Curves: {path}', logger='current')
 
 
+class AbsentClassesHook(Hook):
+    """Says at the end of a validation or test which classes no prediction names.
+
+    A class that stays absent is often one that the annotations do not have, or that all others
+    outweigh.
+    """
+
+    def __init__(self) -> None:
+        self.found: torch.Tensor | None = None
+
+    def _after_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                    outputs: Sequence | None = None, mode: str = 'val') -> None:
+        if mode == 'train' or not outputs:
+            return
+        loop = runner.val_loop if mode == 'val' else runner.test_loop
+        classes = getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes') or ()
+        if self.found is None:
+            self.found = torch.zeros(len(classes), dtype=torch.long)
+        for sample in outputs:
+            if 'pred_sem_seg' in sample:
+                labels = sample.pred_sem_seg.data
+            elif 'pred_instances' in sample and 'labels' in sample.pred_instances:
+                labels = sample.pred_instances.labels
+            else:
+                return
+            seen = torch.bincount(labels.flatten(), minlength=len(classes)).cpu()
+            self.found |= (seen[:len(classes)] > 0).long()
+
+    def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        """Log the classes."""
+        self._report(runner.val_loop)
+
+    def after_test_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        """Log the classes."""
+        self._report(runner.test_loop)
+
+    def _report(self, loop: Any) -> None:
+        found, self.found = self.found, None
+        if found is None:
+            return
+        all_reduce(found)
+        names = loop.dataloader.dataset.metainfo['classes']
+        absent = [name for name, count in zip(names, found.tolist(), strict=True) if not count]
+        if absent:
+            print_log(f'No prediction names {len(absent)} of {len(names)} classes: '
+                      f'{", ".join(absent[:12])}{", …" if len(absent) > 12 else ""}',
+                      logger='current', level=logging.WARNING)
+
+
 class PredictionsHook(Hook):
     """Draws predictions of each validation and test to ``predictions/`` in the work dir.
 
@@ -86,13 +137,15 @@ class PredictionsHook(Hook):
         if mode == 'train' or not is_main_process() or not outputs:
             return
         loader = (runner.val_loop if mode == 'val' else runner.test_loop).dataloader
+        steps = getattr(getattr(loader.dataset, 'pipeline', None), 'transforms', None)
         step = max(1, len(loader.dataset) // max(1, self.num_pictures))
         meta = getattr(runner.visualizer, 'dataset_meta', None) or loader.dataset.metainfo
         for index, sample in enumerate(outputs, batch_idx * (loader.batch_size or 1)):
             if index % step == 0 and index // step < self.num_pictures:
                 folder = Path(runner.work_dir, 'predictions')
                 folder.mkdir(parents=True, exist_ok=True)
-                draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png')
+                draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png',
+                            load=loader_of(steps) if steps else None)
 
     @master_only
     def after_test(self, runner) -> None:

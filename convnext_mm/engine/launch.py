@@ -20,8 +20,9 @@ from ..checkpoints.loading import FitCheckpointHook
 from ..datasets import inspection
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..errors import UserError
-from ..utils import is_first_process, unwrap_model
+from ..utils import atomic_path, is_first_process, unwrap_model
 from . import checks, fallbacks, speed
+from .summary import summarize
 
 
 class KeyValueAction(argparse.Action):
@@ -114,13 +115,14 @@ def train(args: argparse.Namespace) -> None:
     """Train a model.
 
     Args:
-        args: Arguments of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr`` and
-            ``migrate``.
+        args: Arguments of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``,
+            ``migrate`` and ``dry_run``.
 
     Raises:
         UserError: The arguments, the config, the data or the weights are unusable.
     """
-    cfg = _load_config(args)
+    notes: list[str] = []
+    cfg = _load_config(args, notes)
     if args.amp:
         if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise UserError(f'--amp needs optim_wrapper.type=OptimWrapper, but this config sets '
@@ -135,7 +137,11 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    _print_summary(cfg, notes, training=True)
     splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
+    if args.dry_run:
+        checks.check_input(cfg, splits)
+        return
     with _build_runner(cfg, splits) as runner:
         runner.train()
 
@@ -150,7 +156,8 @@ def test(args: argparse.Namespace) -> None:
     Raises:
         UserError: The arguments, the config, the data or the checkpoint are unusable.
     """
-    cfg = _load_config(args)
+    notes: list[str] = []
+    cfg = _load_config(args, notes)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
@@ -163,6 +170,7 @@ def test(args: argparse.Namespace) -> None:
     if args.tta or cfg.get('test_time_augmentation'):  # set in the _ms recipes
         _use_tta(cfg)
     build_dump_metric = _dump_predictions(cfg, args.out) if args.out else None
+    _print_summary(cfg, notes, training=False)
     with _build_runner(cfg, ('test',)) as runner:
         model = unwrap_model(runner.model)  # from DistributedDataParallel and augmentation
         checkpoints.check_complete(model, args.checkpoint)
@@ -192,11 +200,23 @@ def check_dataset(args: argparse.Namespace) -> None:
         raise UserError('the data has errors (✗ above)')
 
 
-def _load_config(args: argparse.Namespace) -> Config:
+def _print_summary(cfg: Config, notes: list[str], training: bool) -> None:
+    """Print what the run will do, and write the whole config to the work dir."""
+    text = summarize(cfg, notes, training)
+    if is_first_process():
+        path = Path(cfg.work_dir, Path(cfg.filename).name)
+        if path.resolve() != Path(cfg.filename).resolve():  # it may have been written by hand
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as part:
+                cfg.dump(part)
+        print(f'{text}\nWhole config: {path}', flush=True)
+
+
+def _load_config(args: argparse.Namespace, notes: list[str] | None = None) -> Config:
     """Return the completed config with the command-line options applied."""
     if vars(args).get('migrate'):
         args.config = _migrate_old_config(args)
-    cfg = checks.read_config(args.config, args.cfg_options)
+    cfg = checks.read_config(args.config, args.cfg_options, notes)
     if 'launcher' in args:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
         cfg.launcher = args.launcher
@@ -225,9 +245,7 @@ def _migrate_old_config(args: argparse.Namespace) -> str:
 def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
     """Check the input, adapt the config to the device, and build the Runner in a process group."""
     changes = fallbacks.adapt_to_device(cfg)
-    checks.check_data_exists(cfg, splits)
-    checks.check_data_sample(cfg, splits)
-    checks.check_weights(cfg, training='train' in splits)
+    checks.check_input(cfg, splits)
     with fallbacks.process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if not any(isinstance(hook, FitCheckpointHook) for hook in runner.hooks):

@@ -1,8 +1,15 @@
 """The Runner that the recipes select by ``runner_type``."""
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from ..resolution import resolve
@@ -13,7 +20,8 @@ class ConvNeXtRunner(Runner):
     """A Runner that completes its config first.
 
     So ``data_root``, ``classes`` and ``fast`` work with the train and test scripts of mmseg and
-    mmdet as well as with the tools of this package.
+    mmdet as well as with the tools of this package. The environment, the config and the parameter
+    groups, hundreds of lines, go to the log file only.
     """
 
     @classmethod
@@ -27,3 +35,36 @@ class ConvNeXtRunner(Runner):
             print_log(line, logger='current')
         speed.apply_fast(cfg)
         return super().from_cfg(cfg)
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Log environment and config, to the file."""
+        with self._only_to_file():
+            super()._log_env(env_cfg)
+
+    def get_hooks_info(self) -> str:
+        """The hooks in their order, in one line."""
+        return ', '.join(type(hook).__name__ for hook in self.hooks)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """Build the optimizer wrapper; its groups are listed in the file."""
+        with self._only_to_file():
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def dump_config(self) -> None:
+        """Write the whole config to the work dir, unless it was read from there."""
+        path = Path(self.work_dir, Path(self.cfg.filename or '').name)
+        if not path.is_file() or path.resolve() != Path(self.cfg.filename).resolve():
+            super().dump_config()
+
+    @contextmanager
+    def _only_to_file(self) -> Iterator[None]:
+        """Inside, log messages below warnings are not shown on the console."""
+        levels = {handler: handler.level for handler in self.logger.handlers
+                  if not isinstance(handler, logging.FileHandler)}
+        for handler in levels:
+            handler.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for handler, level in levels.items():
+                handler.setLevel(level)

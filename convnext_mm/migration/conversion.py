@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
 from ..archs import ARCHS, Arch
-from ..datasets import without_completion
+from ..bases import without_completion
 from ..errors import UserError
 from .data import DataConverter
 from .parsing import CONFIGS, REGISTER_HINT, OldConfig, merge

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from ..datasets import without_completion
+from ..bases import without_completion
 from ..errors import UserError
 from ..utils import atomic_path, plain
 from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base

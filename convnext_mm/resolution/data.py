@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 
 from ..datasets import complete_config, dataset_classes, dataset_registry, datasets_of_split
 from ..datasets.completion import find_transforms
@@ -29,7 +30,62 @@ def dataset_type_and_reduce_zero_label(edits: Edits) -> None:
                 kind, str) else kind, 'reduce_zero_label')
             if isinstance(default, bool):
                 dataset['reduce_zero_label'] = default
-                edits.note(f'{split}: reduce_zero_label={default}, as {kind} has it')
+                edits.note(f': reduce_zero_label={default}, as {kind} has it', split)
+
+
+PIPELINES = (*(f'{split}_dataloader.dataset.pipeline' for split in SPLITS), 'tta_pipeline')
+NEED_COLORS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'RGB2Gray', 'CLAHE')
+"""Transforms that work on three bands only."""
+
+
+def in_chans_and_pipelines(edits: Edits) -> None:
+    """Pipelines read and keep the bands of ``model.backbone.in_chans``.
+
+    Raises:
+        UserError: The user's pipeline reads another number of bands, or changes colors.
+    """
+    bands = edits.get('model.backbone.in_chans', 3)
+    if edits.get('model.backbone.type') != 'ConvNeXt' or not isinstance(bands, int):
+        return
+    for path in PIPELINES:
+        steps = edits.get(path)
+        if not steps or steps[0].get('type') != 'LoadImageFromFile':
+            continue
+        reads = dict(color=3, grayscale=1).get(steps[0].get('color_type', 'color'), bands)
+        if reads != bands:
+            if edits.was_set(f'{path}.0'):
+                raise UserError(
+                    f'{path}.0: LoadImageFromFile reads {reads} bands (color_type), but '
+                    f'model.backbone.in_chans={bands}: set ' + (
+                        "color_type='grayscale'" if bands == 1 else "color_type='color'"
+                        if bands == 3 else "color_type='unchanged', imdecode_backend='tifffile'"))
+            steps[0].update(dict(color_type='grayscale') if bands == 1 else dict(
+                color_type='unchanged', imdecode_backend='tifffile', to_float32=True))
+            edits.note(f' read {bands} bands: ' + ', '.join(
+                f'{key}={value!r}' for key, value in steps[0].items() if key != 'type'), path)
+        for i, step in reversed(list(enumerate(steps))):
+            if bands != 3 and step.get('type') in NEED_COLORS:
+                if edits.was_set(path):
+                    raise UserError(f'{path}.{i}: {step["type"]} needs 3 bands, but model.backbone.'
+                                    f'in_chans={bands}: remove it')
+                steps.pop(i)
+                edits.note(f': without {step["type"]}, which needs 3 bands', path)
+
+
+def imdecode_backend_and_packages(edits: Edits) -> None:
+    """The package that decodes images is installed.
+
+    Raises:
+        UserError: It is not, and how to install it.
+    """
+    packages = dict(tifffile=('tifffile', 'tifffile'), turbojpeg=('turbojpeg', 'PyTurboJPEG'))
+    for path in PIPELINES:
+        for step in find_transforms(edits.get(path), 'LoadImageFromFile'):
+            backend = step.get('imdecode_backend')
+            module, package = packages.get(str(backend), ('', ''))
+            if module and not find_spec(module):
+                raise UserError(f'{path}: imdecode_backend={backend!r} needs the package {package},'
+                                f' which is not installed: pip install {package}')
 
 
 def datasets_and_tta_pipeline(edits: Edits) -> None:

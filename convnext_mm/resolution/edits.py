@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..datasets import inherited_configs, without_completion
+from ..bases import PACKAGES, config_folder, inherited_configs, without_completion
 from ..utils import plain
 
 MISSING: Any = object()
@@ -30,7 +30,7 @@ class Edits:
 
     def __init__(self, cfg: Config, history: list[dict[str, Any]]) -> None:
         self.cfg, self.history, self.recipe = cfg, history, history[-1]
-        self.notes: list[str] = []
+        self._notes: dict[str, list[str]] = {}
 
     def get(self, path: str, default: Any = None) -> Any:
         """The value at a dotted path, such as 'model.backbone.dims.0'."""
@@ -43,6 +43,11 @@ class Edits:
     def is_set(self, path: str) -> bool:
         """Whether the user has set a value that differs from the recipe's."""
         value = self.get(path, MISSING)
+        return value is not MISSING and not same(value, self.inherited(path, MISSING))
+
+    def was_set(self, path: str) -> bool:
+        """As :meth:`is_set`, before any rule has changed the config."""
+        value = lookup(self.history[0], path, MISSING)
         return value is not MISSING and not same(value, self.inherited(path, MISSING))
 
     def set_in(self, path: str) -> int:
@@ -63,10 +68,16 @@ class Edits:
         else:
             node[key] = value
 
-    def note(self, line: str) -> None:
-        """Keep a line for the user, once."""
-        if line not in self.notes:
-            self.notes.append(line)
+    def note(self, text: str, at: str = '') -> None:
+        """Keep a line for the user; one line for all places, ``at``, of which it is true."""
+        places = self._notes.setdefault(text, [])
+        if at and at not in places:
+            places.append(at)
+
+    @property
+    def notes(self) -> list[str]:
+        """What followed from the user's changes, a line each."""
+        return [', '.join(places) + text for text, places in self._notes.items()]
 
 
 def lookup(node: Any, path: str, default: Any = None) -> Any:
@@ -84,16 +95,26 @@ def lookup(node: Any, path: str, default: Any = None) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal; tuples and lists are, as a config's text may change them."""
-    return plain(a) == plain(b)
+    """Whether two values are equal; tuples and lists are, as a config's text may change them.
+
+    So are objects of the same type with and without ``_scope_``, which mmengine adds to bases of
+    other packages.
+    """
+    return _without_scope(plain(a)) == _without_scope(plain(b))
+
+
+def _without_scope(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_scope(item) for key, item in value.items() if key != '_scope_'}
+    return [_without_scope(item) for item in value] if isinstance(value, list) else value
 
 
 def history_of(cfg: Config) -> list[dict[str, Any]]:
     """The states that ``cfg`` has been through, newest first.
 
     ``cfg`` itself, its file as read (without the options of the command line), the user's files
-    that it inherits, and last the package's recipe as shipped, or the fragments of one merged;
-    {} where nothing of the package is inherited.
+    that it inherits, and last the recipe: a config as a package ships it, otherwise the farthest
+    that is inherited, or the fragments of one (in ``_base_`` folders) merged; {} without any.
     """
     states = [plain_copy(cfg)]
     if not cfg.filename or not os.path.isfile(cfg.filename):
@@ -102,22 +123,26 @@ def history_of(cfg: Config) -> list[dict[str, Any]]:
         states.append(plain_copy(Config.fromfile(cfg.filename, import_custom_modules=False)))
     if is_shipped(Path(cfg.filename)):
         return states
+    own: list[dict[str, Any]] = []
     fragments: dict[str, Any] = {}
     for inherited in inherited_configs(cfg.filename):
         file = Path(inherited.filename).resolve()
-        if not is_shipped(file):
-            states.append(plain_copy(inherited))
-        elif '_base_' not in file.parts:
-            return [*states, plain_copy(inherited)]
-        else:
+        if '_base_' in file.parts:
             for key, value in plain_copy(inherited).items():
                 fragments.setdefault(key, value)
-    return [*states, fragments]
+            continue
+        own.append(plain_copy(inherited))
+        if is_shipped(file):
+            return [*states, *own]
+    return [*states, *own] if own else [*states, fragments]
 
 
 def is_shipped(file: Path) -> bool:
-    """Whether a file is one of the package's recipes or fragments; users' may stand beside them."""
+    """Whether a package ships this config; users' may stand beside those of ours."""
     file = file.resolve()
+    if any(folder.resolve() in file.parents for package in PACKAGES
+           if package != 'convnext_mm' and (folder := config_folder(package))):
+        return True
     folder = next((one for one in RECIPE_FOLDERS if one in file.parents), None)
     if folder is None:
         return False

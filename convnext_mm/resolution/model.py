@@ -1,9 +1,14 @@
 """The backbone, and the parts of a model that follow it."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from ..datasets import dataset_metainfo, datasets_of_split
+from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
 from .edits import Edits, same
@@ -95,10 +100,10 @@ def backbone_maps_and_heads(edits: Edits) -> None:
 
 
 def in_chans_and_data_preprocessor(edits: Edits) -> None:
-    """Images of other than three bands have one mean and std for all, and no RGB order.
+    """Mean and std have a value for each band of the images, or one for all.
 
     Raises:
-        UserError: ``mean`` or ``std`` has a number of values that does not fit the bands.
+        UserError: They have another number of values, or bands would be swapped.
     """
     bands = edits.get('model.backbone.in_chans', 3)
     path = 'model.data_preprocessor'
@@ -107,16 +112,16 @@ def in_chans_and_data_preprocessor(edits: Edits) -> None:
         return
     for key in ('mean', 'std'):
         values = preprocessor.get(key)
-        if not isinstance(values, (list, tuple)) or len(values) == 1:
+        if not isinstance(values, (list, tuple)) or len(values) in (1, bands):
             continue
-        if len(values) != bands:
-            raise UserError(
-                f'{path}.{key} has {len(values)} values, but model.backbone.in_chans={bands}: set '
-                + (f'{key} with 3 values' if bands == 3 else f'{key} with one value for all bands'))
-        if bands != 3:  # mmengine asserts 1 or 3
-            raise UserError(
-                f'{path}.{key} has {len(values)} values, but OpenMMLab takes 1 or 3: set {key} '
-                'with one value for all bands, and bring them to one range in the pipeline')
+        if bands == 1 and not edits.is_set(f'{path}.{key}'):
+            preprocessor[key] = [round(sum(values) / len(values), 3)]
+            edits.note(f'={preprocessor[key]}: the mean of the recipe\'s, for one band',
+                       f'{path}.{key}')
+            continue
+        raise UserError(
+            f'{path}.{key} has {len(values)} values, but model.backbone.in_chans={bands}: give '
+            f'{key} {bands} values, in the units of the images, or one for all bands')
     if bands == 3:
         return
     for key in ('bgr_to_rgb', 'rgb_to_bgr'):
@@ -126,6 +131,9 @@ def in_chans_and_data_preprocessor(edits: Edits) -> None:
         if preprocessor.get(key):
             edits.put(f'{path}.{key}', False)
             edits.note(f'{path}.{key}=False: images have {bands} bands')
+    sizes = {len(preprocessor[key]) for key in ('mean', 'std') if preprocessor.get(key)}
+    if sizes - {1} and preprocessor.get('type') != 'MultiBandPreprocessor':
+        preprocessor.update(base=preprocessor['type'], type='MultiBandPreprocessor')
 
 
 def num_classes_and_out_channels(edits: Edits) -> None:
@@ -147,20 +155,151 @@ def num_classes_and_out_channels(edits: Edits) -> None:
                     'remove out_channels')
 
 
-def num_classes_and_class_weight(edits: Edits) -> None:
-    """A loss has a weight for each class.
+def classes_and_num_things_classes(edits: Edits) -> None:
+    """Heads for panoptic and instance masks count the classes of the data.
+
+    Without ``thing_classes`` in the data's metainfo, all classes are things.
 
     Raises:
-        UserError: It has more or fewer.
+        UserError: The user has set other counts.
     """
+    if edits.get('default_scope') != 'mmdet':
+        return
+    dataset = next(iter(datasets_of_split(edits.cfg, 'train')), None)
+    meta = dataset_metainfo(dataset, 'mmdet') if dataset else {}
+    if not meta.get('classes'):
+        return
+    things = meta.get('thing_classes')
+    counts = dict(
+        num_things_classes=len(meta['classes'] if things is None else things),
+        num_stuff_classes=0 if things is None else len(meta.get('stuff_classes') or ()))
+    for path, node in _nodes(edits.get('model'), 'model'):
+        if 'num_things_classes' not in node or (
+                things is None and 'Mask' not in str(node.get('type'))):
+            continue
+        for key, count in counts.items():
+            if key in node and node[key] != count:
+                if edits.was_set(f'{path}.{key}'):
+                    raise UserError(f'{path}.{key}={node[key]}, but the training data has {count}: '
+                                    f'remove {key}, it follows')
+                node[key] = count
+                edits.note(f'={count} follows the classes', f'{path}.{key}')
+
+
+def num_classes_and_losses(edits: Edits) -> None:
+    """Losses count the classes of their head, and have a weight for each of them.
+
+    A softmax over boxes or masks has one class more: background, or no object.
+
+    Raises:
+        UserError: The user's ``class_weight`` or ``num_classes`` of a loss does not fit.
+    """
+    for path, head in _nodes(edits.get('model'), 'model'):
+        count = head.get('num_classes')
+        if count is None and 'num_things_classes' in head:
+            count = head['num_things_classes'] + head.get('num_stuff_classes', 0)
+        if not isinstance(count, int):
+            continue
+        for key, losses in head.items():
+            for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
+                if not key.startswith('loss') or not isinstance(loss, dict):
+                    continue
+                own = f'{path}.{key}'
+                if 'num_classes' in loss and loss['num_classes'] != count:
+                    if edits.was_set(f'{own}.num_classes'):
+                        raise UserError(f'{own}.num_classes={loss["num_classes"]}, but the head '
+                                        f'has {count} classes: remove it, it follows')
+                    loss['num_classes'] = count
+                    edits.note(f'={count} follows the classes', f'{own}.num_classes')
+                weights = loss.get('class_weight')
+                extra = int(key == 'loss_cls' and not loss.get('use_sigmoid'))
+                if not isinstance(weights, (list, tuple)) or len(weights) == count + extra:
+                    continue
+                if not edits.was_set(f'{own}.class_weight') and len(set(weights[:-1])) == 1:
+                    loss['class_weight'] = [weights[0]] * (count + extra - 1) + [weights[-1]]
+                    edits.note(f' has {count + extra} weights, as there are classes',
+                               f'{own}.class_weight')
+                    continue
+                raise UserError(
+                    f'{own}.class_weight has {len(weights)} weights, but there are {count} classes'
+                    + (', and one of background or no object' if extra else '')
+                    + ': give one weight per class')
+
+
+def mask_head_and_metric(edits: Edits) -> None:
+    """Without a mask head, masks are neither loaded nor evaluated.
+
+    Raises:
+        UserError: The user's metric or pipeline asks for masks.
+    """
+    if edits.get('default_scope') != 'mmdet' or makes_masks(edits.get('model')):
+        return
+    for path in ('val_evaluator', 'test_evaluator'):
+        metric = edits.get(f'{path}.metric')
+        kinds = [metric] if isinstance(metric, str) else list(metric or ())
+        if 'segm' not in kinds:
+            continue
+        if edits.was_set(f'{path}.metric'):
+            raise UserError(f'{path}.metric={metric!r}, but the model has no mask head: set '
+                            f"{path}.metric='bbox'")
+        edits.put(f'{path}.metric', [kind for kind in kinds if kind != 'segm'])
+        edits.note(f'={edits.get(f"{path}.metric")}: the model has no mask head', f'{path}.metric')
+    for split in ('train', 'val', 'test'):
+        path = f'{split}_dataloader.dataset.pipeline'
+        for dataset in datasets_of_split(edits.cfg, split):
+            for loader in find_transforms(dataset.get('pipeline'), 'LoadAnnotations'):
+                if loader.get('with_mask') and not edits.was_set(path):
+                    loader['with_mask'] = False
+                    edits.note(' loads no masks: the model has no mask head', path)
+
+
+def makes_masks(model: Any) -> bool:
+    """Whether a detector predicts masks, by the names of its parts."""
+    return any(value and (
+        'mask_head' in path or 'segm_head' in path or 'panoptic' in path
+        or any(word in str(value.get('type')) for word in ('Mask', 'Ins', 'SOLO')))
+        for path, value in _nodes(model, 'model')
+        if 'train_cfg' not in path and 'test_cfg' not in path and 'mask_roi_extractor' not in path)
+
+
+def batch_size_and_norm(edits: Edits) -> None:
+    """Batch norm has more than one value per channel.
+
+    Heads that pool the whole image to one pixel, as UPerNet's and PSPNet's do, have one value per
+    image there.
+
+    Raises:
+        UserError: The batch of a training step is one image.
+    """
+    if edits.get('default_scope') != 'mmseg' or edits.get('train_dataloader.batch_size') != 1:
+        return
+    processes = max(int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'SLURM_NTASKS'))
     for path in _heads(edits):
         head = edits.get(path)
-        losses = head.get('loss_decode')
-        for loss in losses if isinstance(losses, (list, tuple)) else [losses or {}]:
-            weights, count = loss.get('class_weight'), head.get('num_classes')
-            if isinstance(weights, (list, tuple)) and count and len(weights) != count:
-                raise UserError(f'{path}.loss_decode.class_weight has {len(weights)} weights, but '
-                                f'there are {count} classes: give one weight per class')
+        norm = (head.get('norm_cfg') or {}).get('type', '')
+        pools = 1 in (head.get('pool_scales') or (1,)) and (
+            'pool_scales' in head or any(name in head['type'] for name in ('PSP', 'UPer', 'ASPP')))
+        if pools and norm in ('BN', 'BN2d', 'SyncBN', 'MMSyncBN') and not (
+                'Sync' in norm and processes > 1 and torch.cuda.is_available()):
+            raise UserError(
+                f'train_dataloader.batch_size=1, but {path} ({head["type"]}) pools an image to one '
+                f'pixel, of which {norm} has nothing to normalize: set batch_size=2 or more, or '
+                "norm_cfg=dict(type='GN', num_groups=32)" + (
+                    ', or train with several GPUs' if 'Sync' in norm else ''))
+
+
+def batch_size_and_padding(edits: Edits) -> None:
+    """In validation and testing, images of different sizes are padded to share a batch."""
+    path = 'model.data_preprocessor'
+    preprocessor = edits.get(path)
+    if edits.get('default_scope') != 'mmseg' or not preprocessor or preprocessor.get('test_cfg'):
+        return
+    for split in ('val', 'test'):
+        if (edits.get(f'{split}_dataloader.batch_size') or 1) > 1:
+            preprocessor['test_cfg'] = dict(size_divisor=1)
+            edits.note(f'.test_cfg=dict(size_divisor=1): images of a batch ({split}_dataloader) '
+                       'are padded to one size', path)
+            return
 
 
 def _heads(edits: Edits) -> Iterator[str]:
@@ -171,6 +310,15 @@ def _heads(edits: Edits) -> Iterator[str]:
             yield from (f'model.{key}.{i}' for i in range(len(head)))
         elif isinstance(head, dict) and head:
             yield f'model.{key}'
+
+
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, config) of every dict in a config node."""
+    if isinstance(node, dict):
+        yield path, node
+    for key, value in (list(node.items()) if isinstance(node, dict) else
+                       enumerate(node) if isinstance(node, (list, tuple)) else ()):
+        yield from _nodes(value, f'{path}.{key}')
 
 
 def _at(channels: list[int], indices: Any, path: str) -> list[int]:
@@ -191,4 +339,4 @@ def _follow(edits: Edits, path: str, wanted: Any, source: str) -> None:
         raise UserError(f'{path}={value}, but {source} have {wanted} channels: remove '
                         f'{path.rpartition(".")[2]}, it follows')
     edits.put(path, wanted)
-    edits.note(f'{path}={wanted} follows model.backbone')
+    edits.note(f'={wanted} follows model.backbone', path)

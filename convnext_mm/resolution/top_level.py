@@ -101,7 +101,8 @@ def short_names_and_settings(edits: Edits) -> None:
                 raise UserError(f'{name}={value}, but this recipe trains by '
                                 f'{other.removeprefix("max_")}: set {other}')
             edits.put(path, deepcopy(value))
-            edits.note(f'{path}={_short(value)} follows {name}')
+            if path.rpartition('.')[2] != name:
+                edits.note(f'={_short(value)} follows {name}', path)
 
 
 def crop_size_and_pipeline(edits: Edits) -> None:
@@ -130,7 +131,7 @@ def crop_size_and_pipeline(edits: Edits) -> None:
                     raise UserError(f'crop_size={chosen} contradicts {path}.crop_size='
                                     f'{step.get("crop_size")}: remove one of them')
                 step['crop_size'] = chosen
-                edits.note(f'{path}.crop_size={chosen} follows crop_size')
+                edits.note(f'={chosen} follows crop_size', f'{path}.crop_size')
     size = chosen or (tuple(steps[-1][1]['crop_size']) if steps and isinstance(
         steps[-1][1].get('crop_size'), (list, tuple)) else None)
     if size is None:
@@ -152,7 +153,7 @@ def crop_size_and_pipeline(edits: Edits) -> None:
                     max(1, one * new // old) for one, new, old in zip(
                         stride, size, value, strict=True)))
         edits.put(path, size)
-        edits.note(f'{path}={size} follows the crop of training')
+        edits.note(f'={size} follows the crop of training', path)
 
 
 def scale_and_pipelines(edits: Edits) -> None:
@@ -171,7 +172,7 @@ def scale_and_pipelines(edits: Edits) -> None:
         for i, step in enumerate(edits.get(path) or ()):
             if step['type'] in ('Resize', 'RandomResize') and same(step.get('scale'), old):
                 step['scale'] = scale
-                edits.note(f'{path}.{i}.scale={scale} follows scale')
+                edits.note(f'={scale} follows scale', f'{path}.{i}.scale')
 
 
 def early_stopping_and_hooks(edits: Edits) -> None:

@@ -78,7 +78,7 @@ def test_models_are_built_with_the_number_of_classes(load):
 def test_recipes_stay_unchanged():
     from mmengine.config import Config
 
-    from convnext_mm.datasets import without_completion
+    from convnext_mm.bases import without_completion
     for config in (SEGMENTATION, DETECTION, SEGMENTATION.replace('.py', '_ms.py')):
         with without_completion():
             before = Config.fromfile(config)

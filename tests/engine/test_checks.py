@@ -123,9 +123,24 @@ def test_a_missing_package_is_named(absent, message, monkeypatch):
 
 
 def test_unknown_backbone_arguments_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"model.backbone has 'zzz', .*Its arguments: arch, "):
+    message = "model.backbone.zzz: ConvNeXt has no argument 'zzz'.*arch, "
+    with pytest.raises(UserError, match=message):
         checks.read_config(SEGMENTATION, {'model.backbone.zzz': 1})
     path = tmp_path / 'mine.py'
     path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\nmodel = dict(backbone=dict(drop_rate=0.1))\n")
-    with pytest.raises(UserError, match=r"model.backbone has 'drop_rate'.*mean drop_path_rate"):
+    with pytest.raises(UserError, match=r"no argument 'drop_rate'.*mean drop_path_rate"):
         checks.read_config(str(path))
+
+
+@pytest.mark.parametrize(('length', 'fails'), [(6, False), (5, False), (12, True)])
+def test_a_run_that_is_resumed_for_longer_than_its_schedule(length, fails):
+    cfg = Config(dict(train_cfg=dict(max_iters=length)))
+    states = [dict(by_epoch=False, begin=0, end=3, param_name='lr'),
+              dict(by_epoch=False, begin=3, end=7, param_name='lr'),
+              dict(by_epoch=False, begin=0, end=10**9, param_name='momentum')]
+    if not fails:
+        checks.check_resumed_schedule(cfg, 'iter_6.pth', dict(param_schedulers=states))
+        return
+    with pytest.raises(UserError, match='trains for 12 iterations, but iter_6.pth.* ends at 6.*'
+                                        'load_from=iter_6.pth'):
+        checks.check_resumed_schedule(cfg, 'iter_6.pth', dict(param_schedulers=states))

@@ -2,6 +2,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
 from convnext_mm.engine import hooks
 from tests.helpers import log_line, write_log
@@ -21,7 +23,8 @@ def test_a_failed_figure_does_not_stop_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize('batch_size', [1, 5])
 def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(hooks, 'draw_sample', lambda sample, meta, path: drawn.append(path.stem))
+    monkeypatch.setattr(hooks, 'draw_sample',
+                        lambda sample, meta, path, load: drawn.append(path.stem))
     samples = [SimpleNamespace(img_path=f'{i}.jpg') for i in range(20)]
     loader = SimpleNamespace(dataset=samples, batch_size=batch_size)
     runner = SimpleNamespace(work_dir=str(tmp_path), val_loop=SimpleNamespace(dataloader=loader),
@@ -31,3 +34,21 @@ def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeyp
         hook.after_val_iter(runner, batch,
                             outputs=samples[batch * batch_size:(batch + 1) * batch_size])
     assert drawn == ['0', '5', '10', '15']
+
+
+def test_classes_that_no_prediction_names(monkeypatch):
+    logged = []
+    monkeypatch.setattr(hooks, 'print_log', lambda text, **kwargs: logged.append(text))
+    dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c', 'd')))
+    runner = SimpleNamespace(val_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset)))
+    hook = hooks.AbsentClassesHook()
+    for labels in ([0, 0, 2], [2, 2, 2]):
+        mask = PixelData(data=torch.tensor(labels).view(1, 1, 3))
+        hook.after_val_iter(runner, 0, outputs=[BaseDataElement(pred_sem_seg=mask)])
+    assert logged == []
+    hook.after_val_epoch(runner)
+    assert logged == ['No prediction names 2 of 4 classes: b, d']
+    boxes = InstanceData(labels=torch.tensor([3, 1, 0, 2]))
+    hook.after_val_iter(runner, 0, outputs=[BaseDataElement(pred_instances=boxes)])
+    hook.after_val_epoch(runner)
+    assert len(logged) == 1

@@ -3,8 +3,8 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm import UserError
+from convnext_mm.bases import without_completion
 from convnext_mm.complexity import build_on_meta
-from convnext_mm.datasets import without_completion
 from convnext_mm.migration.writing import migrate
 
 SEG = '''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/ade20k.py',

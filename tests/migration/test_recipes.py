@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm.archs import ARCHS
-from convnext_mm.datasets import without_completion
+from convnext_mm.bases import without_completion
 from convnext_mm.migration.writing import migrate
 from tests.helpers import ROOT
 from tests.recipes import RECIPES

@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm import UserError
-from convnext_mm.datasets import without_completion
+from convnext_mm.bases import without_completion
 from convnext_mm.resolution import resolve
 from convnext_mm.resolution.edits import lookup, same
 from tests.helpers import DETECTION, ROOT, SEGMENTATION

@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm import UserError
-from convnext_mm.datasets import without_completion
+from convnext_mm.bases import without_completion
 from convnext_mm.resolution import RULES, edits, resolve, signatures
 from tests.helpers import DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
 
@@ -16,7 +16,7 @@ ALL = sorted(str(path) for path in (ROOT / 'configs').glob('*.py'))
 def resolved(tmp_path):
     """Resolves a recipe with some lines of a user's; the notes are kept in ``notes``."""
     def resolved(text: str, recipe: str = SEGMENTATION, name: str = 'mine.py') -> Config:
-        base = recipe if '/' in recipe[:1] else f'{ROOT}/{recipe}'
+        base = recipe if recipe[0] == '/' or '::' in recipe else f'{ROOT}/{recipe}'
         (tmp_path / name).write_text(f"_base_ = '{base}'\n{text}")
         with without_completion():
             cfg = Config.fromfile(tmp_path / name)
@@ -174,9 +174,9 @@ def test_heads_have_the_channels_of_the_backbone(text, dims, resolved):
     ('model = dict(data_preprocessor=dict(mean=[1.0, 2.0]))',
      'mean has 2 values, but .*in_chans=3'),
     ('model = dict(backbone=dict(in_chans=6))',
-     'mean has 3 values, but .*in_chans=6: set mean with one value for all bands'),
+     'mean has 3 values, but .*in_chans=6: give mean 6 values'),
     ('in_chans = 6\nmodel = dict(data_preprocessor=dict(mean=[0.0] * 6))',
-     'mean has 6 values, but OpenMMLab takes 1 or 3'),
+     'std has 3 values, but .*in_chans=6: give std 6 values'),
     ('model = dict(decode_head=dict(out_channels=1))', 'out_channels=1, but loss_decode is a soft'),
     (MINE + 'model = dict(decode_head=dict(loss_decode=dict(class_weight=[1.0, 2.0])))',
      'class_weight has 2 weights, but there are 3 classes'),
@@ -321,7 +321,7 @@ def test_hooks_and_backends_of_the_recipe_stay(resolved, monkeypatch):
     cfg = resolved("custom_hooks = [dict(type='EMAHook')]\n"
                    "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])")
     assert [hook.type for hook in cfg.custom_hooks] == [
-        'FitCheckpointHook', 'CurvesHook', 'PredictionsHook', 'EMAHook']
+        'FitCheckpointHook', 'CurvesHook', 'PredictionsHook', 'AbsentClassesHook', 'EMAHook']
     assert [one.type for one in cfg.visualizer.vis_backends] == [
         'LocalVisBackend', 'TensorboardVisBackend']
 
@@ -366,3 +366,154 @@ def test_the_config_that_a_run_writes_stays_as_it_is(recipe, resolved, tmp_path)
     before = dumped.to_dict()
     assert resolve(dumped) == []
     assert dumped.to_dict() == before
+
+
+# ---- bases by name
+
+
+@pytest.mark.parametrize('base', [
+    'convnext_mm::upernet_convnext_tiny_512_160k_ade20k.py',
+    'convnext_mm::upernet_convnext_tiny_512_160k_ade20k',
+    'mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py'])
+def test_a_recipe_by_its_name_is_completed_like_a_path(base, resolved):
+    cfg = resolved(MINE + 'train_cfg = dict(max_iters=8000)', base)
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 3
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == 'data/mine'
+    assert cfg.param_scheduler[-1].end == 8000 + base.startswith('convnext_mm')
+
+
+def test_a_recipe_that_no_package_has(resolved):
+    with pytest.raises(UserError, match=r'convnext_mm has no config upernet_convnext_tinny.*mean '
+                                        'upernet_convnext_tiny'):
+        resolved('', 'convnext_mm::upernet_convnext_tinny_512_160k_ade20k.py')
+
+
+# ---- bands
+
+
+SIX = 'in_chans = 6\nmodel = dict(data_preprocessor=dict(mean=[9.0] * 6, std=[{}]))\n'
+
+
+def test_six_bands_are_read_and_normalized(resolved):
+    cfg = resolved(SIX.format('1, 2, 3, 4, 5, 6'))
+    loader = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend='tifffile',
+                  to_float32=True)
+    pipelines = [cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'val', 'test')]
+    for pipeline in (*pipelines, cfg.tta_pipeline):
+        assert pipeline[0].to_dict() == loader
+        assert 'PhotoMetricDistortion' not in [step.type for step in pipeline]
+    assert cfg.model.data_preprocessor.type == 'MultiBandPreprocessor'
+    assert cfg.model.data_preprocessor.base == 'SegDataPreProcessor'
+    assert len(resolved.notes) == 3
+
+
+def test_gray_images_have_the_mean_of_the_recipe(resolved):
+    cfg = resolved('in_chans = 1')
+    assert cfg.model.data_preprocessor.mean == [pytest.approx((123.675 + 116.28 + 103.53) / 3,
+                                                              abs=1e-3)]
+    assert cfg.train_dataloader.dataset.pipeline[0].color_type == 'grayscale'
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ("train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile', "
+     "color_type='grayscale')]))", r'pipeline.0: LoadImageFromFile reads 1 bands .*in_chans=3'),
+    (SIX.format('1') + "train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFrom"
+     "File', color_type='unchanged'), dict(type='PhotoMetricDistortion')]))",
+     'pipeline.1: PhotoMetricDistortion needs 3 bands')])
+def test_pipelines_that_read_other_bands(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_a_package_that_reads_images_is_missing(resolved, monkeypatch):
+    monkeypatch.setattr('convnext_mm.resolution.data.find_spec', lambda name: None)
+    with pytest.raises(UserError, match="imdecode_backend='tifffile' needs .*pip install tifffile"):
+        resolved(SIX.format('1'))
+
+
+# ---- heads that count classes
+
+
+MASK2FORMER = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
+
+
+def test_heads_of_masks_count_the_classes(resolved):
+    cfg = resolved(MINE, MASK2FORMER)
+    for head in (cfg.model.panoptic_head, cfg.model.panoptic_fusion_head):
+        assert (head.num_things_classes, head.num_stuff_classes) == (3, 0)
+    assert cfg.model.panoptic_head.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
+
+
+def test_panoptic_heads_count_things_and_stuff(resolved):
+    meta = "metainfo=dict(classes=('a', 'b', 'c'), thing_classes=('a',), stuff_classes=('b', 'c'))"
+    loaders = '\n'.join(f'{split}_dataloader = dict(dataset=dict({meta}))'
+                        for split in ('train', 'val', 'test'))
+    cfg = resolved(loaders, 'mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
+    head = cfg.model.semantic_head
+    assert (head.num_things_classes, head.num_stuff_classes) == (1, 2)
+
+
+def test_a_segmentors_masks_count_the_classes(resolved):
+    cfg = resolved(MINE, 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py')
+    assert cfg.model.decode_head.num_classes == 3
+    assert cfg.model.decode_head.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
+
+
+def test_a_seesaw_loss_counts_the_classes(resolved):
+    cfg = resolved(MINE, 'mmdet::seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_sample1e-3-ms-2x_'
+                         'lvis-v1.py')
+    assert cfg.model.roi_head.bbox_head.loss_cls.num_classes == 3
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('model = dict(panoptic_head=dict(num_things_classes=5))',
+     'panoptic_head.num_things_classes=5, but the training data has 3'),
+    ('model = dict(panoptic_head=dict(loss_cls=dict(class_weight=[1.0, 2.0, 1.0])))',
+     'class_weight has 3 weights, but there are 3 classes, and one of')])
+def test_counts_that_contradict_the_classes(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(MINE + text, MASK2FORMER)
+
+
+def test_without_a_mask_head_there_are_no_masks(resolved):
+    cfg = resolved('model = dict(roi_head=dict(mask_head=None))', DETECTION)
+    assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == ['bbox']
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    for split in ('train', 'val', 'test'):
+        load, = [step for step in cfg[f'{split}_dataloader'].dataset.pipeline
+                 if step.type == 'LoadAnnotations']
+        assert (load.with_bbox, load.with_mask) == (True, False)
+    with pytest.raises(UserError, match='test_evaluator.metric=.*no mask head: set .*bbox'):
+        resolved("model = dict(roi_head=dict(mask_head=None))\n"
+                 "test_evaluator = dict(metric=['segm'])", DETECTION)
+
+
+def test_a_metric_of_another_kind(resolved):
+    cfg = resolved("val_evaluator = dict(type='VOCMetric')", DETECTION)
+    assert cfg.val_evaluator.to_dict().keys() == {'type'} | (
+        cfg.val_evaluator.to_dict().keys() & {'metric'})
+    assert cfg.default_hooks.checkpoint.save_best == 'pascal_voc/mAP'
+
+
+def test_datasets_that_are_joined_have_one_set_of_classes(resolved):
+    other = "metainfo=dict(classes=('a', 'b'))"
+    with pytest.raises(UserError, match='has the classes a, b, but train_dataloader has wall'):
+        resolved(f"train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', "
+                 f"datasets=[dict(type='BaseSegDataset', {other}), dict(type='ADE20KDataset')]))")
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize('norm', ['BN', 'SyncBN'])
+def test_batch_norm_of_one_value(norm, resolved):
+    with pytest.raises(UserError, match=f'batch_size=1, but model.decode_head .*{norm}.*GN'):
+        resolved(f"batch_size = 1\nnorm_cfg = dict(type='{norm}')")
+    resolved("batch_size = 1\nnorm_cfg = dict(type='GN', num_groups=32)")
+
+
+def test_images_of_a_batch_are_padded(resolved):
+    assert 'test_cfg' not in resolved('').model.data_preprocessor
+    cfg = resolved('val_dataloader = dict(batch_size=2)')
+    assert cfg.model.data_preprocessor.test_cfg == dict(size_divisor=1)

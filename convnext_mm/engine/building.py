@@ -1,0 +1,123 @@
+"""Builds what a config describes, without data, weights or memory, before anything starts."""
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from torch import nn
+
+from ..errors import UserError
+from ..utils import describe
+from . import fallbacks
+
+
+class Parts(NamedTuple):
+    """A model on the meta device, and the optimizer wrapper of a config that trains."""
+
+    model: nn.Module
+    optim_wrapper: OptimWrapper | None
+
+
+def build_on_meta(cfg: Config) -> nn.Module:
+    """Build the config's model on the meta device, without memory for its parameters.
+
+    ``cfg`` is adapted to the device (:func:`convnext_mm.engine.fallbacks.adapt_to_device`).
+    """
+    fallbacks.adapt_to_device(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    with torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # from mmseg's losses, which are not used here
+        return MODELS.build(cfg.model)
+
+
+def build_parts(cfg: Config) -> Parts:
+    """Build the model, and the optimizer wrapper with its parameter groups.
+
+    Args:
+        cfg: A resolved config; it stays as it is.
+
+    Raises:
+        UserError: One of them cannot be built; names its key of the config and the cause.
+    """
+    cfg = deepcopy(cfg)
+    fallbacks.adapt_to_device(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    with _silently():
+        model = _build('model', lambda: MODELS.build(deepcopy(cfg.model)))
+        wrapper = None
+        if cfg.get('optim_wrapper') and cfg.get('train_cfg'):
+            wrapper = _build('optim_wrapper',
+                             lambda: build_optim_wrapper(model, deepcopy(cfg.optim_wrapper)))
+    return Parts(model, wrapper)
+
+
+def learning_rates(cfg: Config) -> tuple[float, float]:
+    """The first and the last learning rate of a run, for a parameter group without decay.
+
+    Computed with mmengine's own schedulers. Those that count iterations beside a run of epochs,
+    such as a warm-up, run to their end.
+
+    Raises:
+        UserError: A scheduler cannot be built; names its key of the config and the cause.
+    """
+    base = float(cfg.optim_wrapper.optimizer.get('lr', 0.0))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
+    configs = cfg.get('param_scheduler') or []
+    schedulers: dict[bool, list[Any]] = {True: [], False: []}
+    for i, one in enumerate(configs if isinstance(configs, (list, tuple)) else [configs]):
+        settings = {k: v for k, v in one.items() if k != 'convert_to_iter_based'}
+        built = _build(f'param_scheduler.{i}', functools.partial(
+            PARAM_SCHEDULERS.build, settings, default_args=dict(optimizer=optimizer)))
+        if getattr(built, 'param_name', 'lr') == 'lr':
+            schedulers[bool(built.by_epoch)].append(built)
+    length = cfg.train_cfg.get('max_iters'), cfg.train_cfg.get('max_epochs')
+    ends = [s.end for s in schedulers[False] if s.end < 10**8]
+    iterations = length[0] or max(ends, default=0) + 1
+
+    def run() -> tuple[float, float]:
+        first = last = optimizer.param_groups[0]['lr']
+        for by_epoch, steps in ((False, iterations), (True, length[1] or 0)):
+            for _ in range(steps):
+                last = optimizer.param_groups[0]['lr']
+                for scheduler in schedulers[by_epoch]:
+                    scheduler.step()
+        return first, last
+    with _silently():
+        return _build('param_scheduler', run)
+
+
+def _build(path: str, build: Callable[[], Any]) -> Any:
+    """Build on the meta device; where a part cannot be, on the CPU."""
+    failure: Exception | None = None
+    for device in (torch.device('meta'), nullcontext()):
+        try:
+            with device:
+                return build()
+        except UserError:
+            raise
+        except Exception as error:  # a part of a toolbox or of a user can raise anything
+            failure = failure or error
+    assert failure is not None
+    raise UserError(f'{path} cannot be built: {describe(failure)}') from failure
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Without log messages and warnings: those of the run itself follow."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(previous)
