@@ -1,4 +1,4 @@
-"""Convert a config for mmcv 0.x or 1.x, and report what became of each key."""
+"""Convert a config for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, and report each key."""
 import argparse
 from pathlib import Path
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import find_latest_checkpoint
+from mmengine.utils import import_modules_from_strings
 
 from .. import checkpoints, datasets, migration
 from ..bases import without_completion
@@ -16,6 +17,7 @@ from ..datasets import inspection
 from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
 from ..resolution import resolve
+from ..resolution.mmpretrain import needed_imports
 from ..resolution.schedule import run_length
 from ..resolution.signatures import arguments_at
 from ..resolution.top_level import SHORT
@@ -92,7 +94,11 @@ def load_config(path: str) -> Config:
             'or train with --migrate, which writes the new file to the work dir')
     try:
         with without_completion():
-            return Config.fromfile(file)
+            cfg = Config.fromfile(file, import_custom_modules=False)
+        # mmpretrain is not imported for its ConvNeXt, which resolve() replaces by ours.
+        import_modules_from_strings(needed_imports(cfg), (cfg.get('custom_imports') or {}).get(
+            'allow_failed_imports', False))
+        return cfg
     except UserError:
         raise
     except Exception as error:  # a config is Python code and can raise anything

@@ -14,6 +14,7 @@ from mmengine.registry import OPTIMIZERS
 from ..archs import ARCHS, Arch
 from ..bases import without_completion
 from ..errors import UserError
+from ..resolution.mmpretrain import map_backbone
 from .data import DataConverter
 from .parsing import CONFIGS, REGISTER_HINT, OldConfig, merge
 from .schedule import convert_lr_config
@@ -244,38 +245,16 @@ class Conversion:
         kind = old.get('type', '')
         if kind.rsplit('.', 1)[-1] != 'ConvNeXt':
             return old
-        new = {key: value for key, value in old.items() if key not in (
-            'gap_before_final_norm', 'linear_pw_conv', 'norm_cfg', 'act_cfg', 'stem_patch_size')}
-        new['type'] = 'ConvNeXt'
-        if kind.startswith(('mmcls.', 'mmpretrain.')):
+        foreign = kind.startswith(('mmcls.', 'mmpretrain.'))
+        mapped = map_backbone(old, f'{self.old.path}: model.backbone', complete=foreign)
+        new = mapped.values
+        if foreign:
             self.add_row(f'model.backbone.type {kind}', 'ConvNeXt of this package')
             new['_delete_'] = True
-            new.setdefault('layer_scale_init_value', 0.0 if old.get('use_grn') else 1e-6)
-            if old.get('frozen_stages', 0) == 0:
-                new.pop('frozen_stages', None)  # 0 freezes nothing there, but the stem in ours
-            new.setdefault('out_indices', [-1])
-        for key, default in (('stem_patch_size', 4), ('norm_cfg', None), ('act_cfg', 'GELU')):
-            value = old.get(key, default)
-            if key in old and value not in (default, dict(type='LN2d', eps=1e-6),
-                                            dict(type='GELU')):
-                raise UserError(f'{self.old.path}: model.backbone.{key}={value!r} is not '
-                                "supported: ConvNeXt of this package follows the authors' code, "
-                                'which has no such setting')
-        for key in ('gap_before_final_norm', 'linear_pw_conv', 'norm_cfg', 'act_cfg',
-                    'stem_patch_size'):
-            if key in old:
-                self.add_row(f'model.backbone.{key}', 'removed: ' + (
-                    'only for classification' if key == 'gap_before_final_norm' else
-                    'the same in our ConvNeXt'))
-        if 'in_channels' in new:
-            new['in_chans'] = new.pop('in_channels')
-            self.add_row('model.backbone.in_channels', 'model.backbone.in_chans')
-        if isinstance(new.get('arch'), dict):
-            arch = new.pop('arch')
-            new.update(depths=list(arch['depths']), dims=list(arch['channels']))
-            self.add_row('model.backbone.arch', 'model.backbone.depths and dims')
-        elif new.get('use_grn') and isinstance(new.get('arch'), str):
-            new['arch'] = f'v2_{new["arch"]}'
+        for theirs, ours in mapped.renamed:
+            self.add_row(f'model.backbone.{theirs}', f'model.backbone.{ours}')
+        for key in mapped.dropped:
+            self.add_row(f'model.backbone.{key}', 'removed: the same in our ConvNeXt')
         if isinstance(new.get('init_cfg'), dict) and new['init_cfg'].pop('prefix', None):
             self.add_row('model.backbone.init_cfg.prefix', 'removed: names are recognized')
         return new

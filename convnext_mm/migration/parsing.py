@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -19,6 +21,11 @@ OLD_KEYS = ('optimizer', 'optimizer_config', 'lr_config', 'momentum_config', 'ru
             'evaluation', 'checkpoint_config', 'log_config', 'total_epochs', 'total_iters',
             'workflow', 'dist_params', 'resume_from', 'fp16', 'paramwise_cfg')
 """Top-level keys that have other names in mmengine."""
+
+NEW_KEYS = ('optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader',
+            'test_dataloader', 'val_evaluator', 'test_evaluator', 'default_hooks', 'env_cfg',
+            'default_scope', 'visualizer', 'log_processor')
+"""Top-level keys that only mmengine reads."""
 
 BASE_ALIASES = {
     'ade20k_640x640.py': 'ade20k_640.py', 'coco_detection.py': 'coco_instance.py',
@@ -55,17 +62,103 @@ class OldConfig(NamedTuple):
     own_bases: list[tuple[str, Path]]
 
 
+class Styles(NamedTuple):
+    """Which files of an inheritance chain are in which style, with the keys that show it.
+
+    Args:
+        old: Files for mmcv 0.x or 1.x.
+        new: Files for mmengine; a base such as ``mmseg::…`` always is.
+        inherits_ours: Whether a base is one of this package's files.
+    """
+
+    old: dict[str, list[str]]
+    new: dict[str, list[str]]
+    inherits_ours: bool
+
+    @property
+    def is_current(self) -> bool:
+        """Whether mmengine reads the config as it is."""
+        return not self.old and (bool(self.new) or self.inherits_ours)
+
+
+def find_styles(path: str | Path) -> Styles:
+    """The styles of a config file and of the bases that exist; none of what cannot be parsed."""
+    old: dict[str, list[str]] = {}
+    new: dict[str, list[str]] = {}
+    inherits_ours = False
+    for file, tree in _chain(str(path)):
+        if tree is None:
+            inherits_ours |= '::' not in file
+            new.update({file: []} if '::' in file else {})
+            continue
+        names = [target.id for node in tree.body if isinstance(node, ast.Assign)
+                 for target in node.targets if isinstance(target, ast.Name)]
+        # In mmengine's style, the names of old keys are variables.
+        found, keys = (new, NEW_KEYS) if set(NEW_KEYS) & set(names) else (old, OLD_KEYS)
+        shown = [name for name in names if name in keys]
+        found.update({file: shown} if shown else {})
+    return Styles(old, new, inherits_ours)
+
+
 def old_keys(path: str | Path) -> list[str]:
-    """The old-style keys that a config file itself assigns; empty if it cannot be parsed."""
+    """The old-style keys that a config or its bases assign; empty if it is no old config.
+
+    Raises:
+        UserError: Some files of its inheritance chain are old, others are not.
+    """
+    styles = find_styles(path)
+    if styles.old and styles.new:
+        (old, old_names), (new, new_names) = (
+            next(iter(found.items())) for found in (styles.old, styles.new))
+        sets = f' (it sets {", ".join(new_names[:3])})' if new_names else ''
+        raise UserError(
+            f'{path} mixes two styles, and no version reads both: {old} is for mmcv 0.x or 1.x '
+            f"(it sets {', '.join(old_names[:3])}), {new} for mmengine{sets}. Write the old "
+            "settings as mmengine's (optimizer → optim_wrapper.optimizer, data → "
+            'train_dataloader, lr_config → param_scheduler), or inherit old files only')
+    return next(iter(styles.old.values()), [])
+
+
+def check_is_data(path: str | Path) -> None:
+    """Check that a config in mmengine's style, which mmengine executes, only assigns values.
+
+    Raises:
+        UserError: It or a base does more, named with its line.
+    """
+    statements = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)
+    for file, tree in _chain(str(path)):
+        nodes = list(ast.walk(tree)) if tree else []
+        stored = {node.id for node in nodes if isinstance(node, ast.Name)
+                  and isinstance(node.ctx, ast.Store)} - set(dir(builtins))
+        for node in nodes:
+            if (isinstance(node, ast.stmt) and not isinstance(node, statements)
+                    or isinstance(node, ast.Call) and not (
+                        isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS)
+                    or isinstance(node, ast.Name) and node.id not in {
+                        *stored, '_base_', *(FUNCTIONS if isinstance(node.ctx, ast.Load) else ())}
+                    or isinstance(node, ast.Attribute) and node.attr.startswith('__')):
+                _refuse(Path(file), node)
+
+
+def _chain(path: str, seen: tuple[str, ...] = ()) -> Iterator[tuple[str, ast.Module | None]]:
+    """A config file and its bases with their code; None for ours and those of other packages."""
+    if '::' in path:
+        yield path, None
+        return
+    file = Path(path).resolve()
+    if str(file) in seen:
+        return
+    if seen and file.is_file() and file.is_relative_to(CONFIGS):
+        yield str(file), None
+        return
     try:
-        tree = ast.parse(_expand_templates(Path(path).read_text(encoding='utf-8')))
-    except (OSError, SyntaxError, ValueError):
-        return []
-    names = [target.id for node in tree.body if isinstance(node, ast.Assign)
-             for target in node.targets if isinstance(target, ast.Name)]
-    if 'optim_wrapper' in names or 'train_dataloader' in names:
-        return []  # mmengine's style, whatever its helper variables are called
-    return [name for name in names if name in OLD_KEYS]
+        tree = ast.parse(_expand_templates(file.read_text(encoding='utf-8')))
+        names = _base_names(tree, file)
+    except (OSError, SyntaxError, ValueError, UserError):
+        return
+    yield str(file), tree
+    for name in names:
+        yield from _chain(name if '::' in name else str(file.parent / name), (*seen, str(file)))
 
 
 def parse_config(path: str | Path, trust: bool = False, chain: tuple[Path, ...] = ()) -> OldConfig:
@@ -337,8 +430,12 @@ class ConfigEvaluator:
         return OPERATORS[type(node.op)](left, right)
 
     def _refuse(self, node: ast.AST, reason: str | None = None) -> NoReturn:
-        line = getattr(node, 'lineno', '?')
-        code = ast.unparse(node).splitlines()[0][:80]
-        raise UserError(f'{self.path}, line {line}: {code}\n' + (
-            reason or 'Configs are read as data, and this does more than assign values. To execute '
-            'a file that you trust, use --trust of tools/migrate_config.py'))
+        _refuse(self.path, node, reason)
+
+
+def _refuse(path: Path, node: ast.AST, reason: str | None = None) -> NoReturn:
+    line = getattr(node, 'lineno', '?')
+    code = ast.unparse(node).splitlines()[0][:80]
+    raise UserError(f'{path}, line {line}: {code}\n' + (
+        reason or 'Configs are read as data, and this does more than assign values. To execute '
+        'a file that you trust, use --trust of tools/migrate_config.py'))

@@ -8,15 +8,17 @@ from mmengine.config import Config, ConfigDict
 
 from ..bases import without_completion
 from ..errors import UserError
+from ..resolution import resolve
+from ..resolution.mmpretrain import PACKAGES, imports_of, uses
 from ..utils import atomic_path, plain
 from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
-from .parsing import parse_config
+from .parsing import check_is_data, find_styles, old_keys, parse_config
 
 PIPELINES = ('train_pipeline', 'test_pipeline')
 
 
 def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
-    """Convert an old config file to a new one.
+    """Convert a config file for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, to a new one.
 
     Args:
         source: The old file.
@@ -27,25 +29,69 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
         The report as text.
 
     Raises:
-        UserError: The old config cannot be converted, or ``target`` is the same file.
+        UserError: The old config cannot be converted as a whole, needs no conversion, or
+            ``target`` is the same file.
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
         raise UserError(f'{target} is the old config, which would be overwritten: choose another '
                         'name for the new one')
+    old_keys(source)  # refuses a mix of styles
+    if find_styles(source).is_current:
+        return _migrate_current(source, target, trust)
     converted = convert_config(parse_config(source, trust))
-    text = format_config(converted, source, target)
+    _write(target, format_config(converted, source, target), converted.target)
+    return format_report(converted.rows, source, target)
+
+
+def _migrate_current(source: Path, target: Path, trust: bool) -> str:
+    """Write a config in mmengine's style with our ConvNeXt for mmpretrain's.
+
+    Nothing is inherited any more: the file has all values, those of the bases included, as they are
+    when the tools of this package run it.
+    """
+    if not trust:
+        check_is_data(source)
+    cfg = read_file(source)
+    if not list(uses(cfg)) and not any(
+            name.partition('.')[0] in PACKAGES for name in imports_of(cfg)):
+        raise UserError(f"{source} is in mmengine's style and runs as it is, without conversion: "
+                        f'python tools/train.py {source}')
+    if cfg.get('default_scope') not in ('mmseg', 'mmdet'):
+        raise UserError(f'{source}: default_scope={cfg.get("default_scope")!r} is not supported: '
+                        "expected 'mmseg' or 'mmdet'")
+    rows = [ReportRow('(all keys)', 'written with all that they inherit')]
+    rows += [ReportRow('(resolved)', line) for line in resolve(cfg)]
+    values = cfg.to_dict()
+    _write(target, f'# Converted from {source.name} and all that it inherits.\n'
+           + _format_values(values) + '\n', values)
+    return format_report(rows, source, target)
+
+
+def _write(target: Path, text: str, values: dict[str, Any]) -> None:
+    """Write a config and check that it has these values when it is read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as part:
         part.write_text(text, encoding='utf-8')
-        with without_completion():
-            written = Config.fromfile(part, import_custom_modules=False).to_dict()
+        written = read_file(part).to_dict()
         different = sorted(
-            key for key in converted.target.keys() | written.keys() if key not in PIPELINES
-            and plain(written.get(key)) != plain(converted.target.get(key)))
+            key for key in values.keys() | written.keys() if key not in PIPELINES
+            and plain(written.get(key)) != plain(values.get(key)))
         if different:  # a bug in this module: the new file would train differently
             raise RuntimeError(f'The written config differs in {", ".join(different)}')
-    return format_report(converted.rows, source, target)
+
+
+def read_file(path: Path) -> Config:
+    """Read a file in mmengine's style, without completing it or importing what it names.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        with without_completion():
+            return Config.fromfile(path, import_custom_modules=False)
+    except Exception as error:  # a config is Python code and can raise anything
+        raise UserError(f'Config {path} cannot be read: {type(error).__name__}: {error}') from error
 
 
 def format_config(converted: ConvertedConfig, source: Path, target: Path) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 from mmengine.config import Config
 
-from . import data, model, runtime, schedule, signatures, top_level
+from . import data, mmpretrain, model, runtime, schedule, signatures, top_level
 from .edits import Edits, history_of
 
 RULES: tuple[Callable[[Edits], None], ...] = (
+    mmpretrain.mmpretrain_and_backbone,
     top_level.misspelt_keys,
     top_level.short_names_and_settings,
     signatures.type_and_inherited_keys,

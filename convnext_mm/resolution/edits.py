@@ -26,7 +26,12 @@ class Edits:
     Args:
         cfg: The user's config, with all that it inherits; rules change it in place.
         history: See :func:`history_of`; the last state is the recipe.
+
+    Attributes:
+        for_mmpretrain: Whether the config was written for mmpretrain's ConvNeXt.
     """
+
+    for_mmpretrain = False
 
     def __init__(self, cfg: Config, history: list[dict[str, Any]]) -> None:
         self.cfg, self.history, self.recipe = cfg, history, history[-1]

@@ -143,6 +143,9 @@ def train_loop_and_sampler(edits: Edits) -> None:
 def param_scheduler_and_layer_decay(edits: Edits) -> None:
     """A scheduler keeps the ratio between the layers' learning rates.
 
+    A cosine with ``eta_min`` in a config that was written for mmpretrain, such as mmdet's RTMDet,
+    gets the same ratio to the learning rate in every layer.
+
     Raises:
         UserError: It gives all groups one absolute rate, which undoes layer-wise decay.
     """
@@ -156,6 +159,14 @@ def param_scheduler_and_layer_decay(edits: Edits) -> None:
             value = one.get(key)
             per_group = isinstance(value, (list, tuple))
             if value and not per_group and not (key == 'eta_min' and 'eta_max' in one):
+                lr = edits.get('optim_wrapper.optimizer.lr')
+                if key == 'eta_min' and one['type'].startswith('Cosine') and lr and (
+                        edits.for_mmpretrain):
+                    one['eta_min_ratio'] = one.pop('eta_min') / lr
+                    edits.note(f'param_scheduler: {one["type"]} has eta_min_ratio='
+                               f'{one["eta_min_ratio"]:g} instead of eta_min={value}, which would '
+                               'undo the layer-wise decay')
+                    continue
                 raise UserError(
                     f'param_scheduler: {one["type"]} has {key}={value}, one rate for all parameter '
                     'groups, which undoes the layer-wise decay of optim_wrapper.paramwise_cfg: '
