@@ -4,7 +4,6 @@ from __future__ import annotations
 import ast
 import builtins
 import operator
-import os
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -125,18 +124,26 @@ def check_is_data(path: str | Path) -> None:
     Raises:
         UserError: It or a base does more, named with its line.
     """
-    statements = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr)
     for file, tree in _chain(str(path)):
         nodes = list(ast.walk(tree)) if tree else []
         stored = {node.id for node in nodes if isinstance(node, ast.Name)
                   and isinstance(node.ctx, ast.Store)} - set(dir(builtins))
+        known = {*stored, *FUNCTIONS, '_base_'}
         for node in nodes:
-            if (isinstance(node, ast.stmt) and not isinstance(node, statements)
-                    or isinstance(node, ast.Call) and not (
-                        isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS)
-                    or isinstance(node, ast.Name) and node.id not in {
-                        *stored, '_base_', *(FUNCTIONS if isinstance(node.ctx, ast.Load) else ())}
-                    or isinstance(node, ast.Attribute) and node.attr.startswith('__')):
+            match node:
+                case ast.Assign() | ast.AnnAssign() | ast.AugAssign() | ast.Expr():
+                    plain = True
+                case ast.Call():
+                    plain = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
+                case ast.Name(ctx=ast.Store()):  # no other meaning for dict
+                    plain = node.id in stored or node.id == '_base_'
+                case ast.Name():
+                    plain = node.id in known
+                case ast.Attribute():
+                    plain = not node.attr.startswith('__')
+                case _:
+                    plain = not isinstance(node, ast.stmt)
+            if not plain:
                 _refuse(Path(file), node)
 
 

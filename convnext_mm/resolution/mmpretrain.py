@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -80,10 +81,8 @@ def mmpretrain_and_backbone(edits: Edits) -> None:
     mapped = map_config(edits.cfg)
     edits.for_mmpretrain = bool(mapped)
     for state in edits.history:  # so that what was not edited is not seen as edited
-        try:
+        with suppress(UserError):  # of a value that the user has replaced since
             map_config(state)
-        except UserError:
-            pass  # a value that the user has replaced since
     for line in mapped:
         edits.note(line)
 
@@ -103,7 +102,7 @@ def map_config(cfg: Config | dict[str, Any]) -> list[str]:
             if not find_spec(use.package):
                 raise UserError(
                     f'{use.path}.type={use.node["type"]!r} needs {use.package}, which is not '
-                    "installed: install it, or use another type" + (
+                    'installed: install it, or use another type' + (
                         ", such as this package's 'ConvNeXt'" * use.path.endswith('backbone')))
             continue
         theirs, mapped = use.node['type'], map_backbone(use.node, use.path)
@@ -117,7 +116,7 @@ def map_config(cfg: Config | dict[str, Any]) -> list[str]:
         if kept:
             cfg['custom_imports'] = dict(cfg.get('custom_imports') or {}, imports=kept)
         else:
-            del cfg['custom_imports']
+            cfg.pop('custom_imports')
         gone = ', '.join(name for name in given if name not in kept)
         if lines:
             lines[-1] += f'; {gone} not imported' if gone else ''
@@ -234,7 +233,7 @@ def _map_init_cfg(new: dict[str, Any], path: str, dropped: list[str]) -> None:
     given = new['init_cfg']
     items = given if isinstance(given, (list, tuple)) else [given] if given else []
     own = [item for item in items if plain(item) not in RANDOM_INIT]
-    if len(own) > 1 or own and own[0].get('type') != 'Pretrained':
+    if len(own) > 1 or (own and own[0].get('type') != 'Pretrained'):
         raise UserError(f'{path}.init_cfg={plain(given)!r} is not supported: expected '
                         "dict(type='Pretrained', checkpoint='PATH or URL')")
     if own:
