@@ -6,7 +6,7 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm import UserError
-from convnext_mm.datasets import without_completion
+from convnext_mm.bases import without_completion
 from convnext_mm.engine.checks import read_config
 from convnext_mm.migration import migrate, old_keys
 from convnext_mm.migration.parsing import find_styles
@@ -65,8 +65,7 @@ def test_what_needs_no_conversion_is_refused(text, tmp_path):
     old.write_text(text.replace('configs/', f'{Path(SEGMENTATION).resolve().parent}/'))
     done = call_tool('tools/migrate_config.py', old)
     assert done.returncode == 2
-    if 'mmdet::' not in text or 'cannot be read' not in done.stderr:
-        assert f'runs as it is, without conversion: python tools/train.py {old}' in done.stderr
+    assert f'runs as it is, without conversion: python tools/train.py {old}' in done.stderr
     assert not (tmp_path / 'old_new.py').exists()
 
 
@@ -112,7 +111,8 @@ def test_a_file_on_old_bases_is_old(tmp_path):
 def test_the_toolboxes_own_configs_are_in_mmengines_style(toolbox):
     paths = list(CONFIGS[toolbox].rglob('*.py'))
     assert len(paths) > 300
-    assert [path for path in paths if find_styles(path).old] == []
+    mixed = {path.name for path in paths if find_styles(path).old}
+    assert mixed <= {'ga-fast-rcnn_r50-caffe_fpn_1x_coco.py'}  # sets data and optimizer_config
 
 
 @pytest.mark.parametrize('code', [

