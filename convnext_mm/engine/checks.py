@@ -293,8 +293,8 @@ def check_resumed_schedule(cfg: Config, path: str, content: dict[str, Any]) -> N
     if end < length[0]:
         raise UserError(
             f'train_cfg trains for {length[0]} {unit}, but {path}, which is resumed, brings its '
-            f'own schedule, which ends at {end if length[1] else end - 1}: from then on the learning '
-            'rate would stay at its last value. To train for longer, start a new run from its '
+            f'own schedule, which ends at {end if length[1] else end - 1}: from then on the '
+            'learning rate would stay at its last value. To train for longer, start a new run from its '
             f'weights, with a schedule of its own: --cfg-options load_from={path}')
 
 

@@ -46,7 +46,9 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     schedule.train_cfg_and_param_scheduler,
     schedule.train_cfg_and_warm_up,
     schedule.param_scheduler_and_layer_decay,
+    signatures.types_and_registries,
     signatures.keys_and_signatures,
+    runtime.counts_and_whole_numbers,
 )
 
 

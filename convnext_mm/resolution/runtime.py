@@ -152,6 +152,32 @@ def pretrained_and_init_cfg(edits: Edits) -> None:
     edits.note(f'model.backbone.init_cfg loads model.pretrained={pretrained}')
 
 
+LEAST = {
+    **{f'{split}_dataloader.{key}': least for split in ('train', 'val', 'test')
+       for key, least in (('batch_size', 1), ('num_workers', 0))},
+    **{f'train_cfg.{key}': 1 for key in ('max_iters', 'max_epochs', 'val_interval')},
+    **{f'default_hooks.{hook}.interval': 1 for hook in ('logger', 'visualization')},
+    'optim_wrapper.accumulative_counts': 1, 'randomness.seed': 0}
+"""Settings that count, and the least that they can be."""
+
+
+def counts_and_whole_numbers(edits: Edits) -> None:
+    """What counts is a whole number, and the log level one of Python's.
+
+    Raises:
+        UserError: It is another value, or too small.
+    """
+    for path, least in LEAST.items():
+        value = edits.get(path)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)
+                                  or value < least):
+            raise UserError(f'{path}={value!r} must be a whole number from {least} up')
+    level = edits.get('log_level', 'INFO')
+    levels = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')
+    if level not in levels:
+        raise UserError(f'log_level={level!r} must be one of {", ".join(levels)}')
+
+
 def num_workers_and_persistent_workers(edits: Edits) -> None:
     """A loader without workers cannot keep them."""
     for split in ('train', 'val', 'test'):

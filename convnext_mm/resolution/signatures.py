@@ -63,16 +63,20 @@ class Registered(NamedTuple):
 def registered(edits: Edits) -> Iterator[Registered]:
     """Every object of the config whose class is known."""
     scope = edits.get('default_scope', 'mmengine')
+    for path, one, registries in _places(edits):
+        kind = _class_of(one, path, scope, registries)
+        if kind is not None:
+            yield Registered(path, one, kind, accepted_arguments(kind))
+
+
+def _places(edits: Edits) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
+    """(path, config, registries) of every object of the config."""
     done: set[str] = set()
     for place, registries in PLACES:
-        node = edits.get(place)
-        for path, one in _objects(node, place):
-            if path in done:
-                continue
-            done.add(path)
-            kind = _class_of(one, path, scope, registries)
-            if kind is not None:
-                yield Registered(path, one, kind, accepted_arguments(kind))
+        for path, one in _objects(edits.get(place), place):
+            if path not in done:
+                done.add(path)
+                yield path, one, registries
 
 
 def arguments_at(cfg: Config, path: str, node: Any) -> set[str]:
@@ -83,6 +87,45 @@ def arguments_at(cfg: Config, path: str, node: Any) -> set[str]:
             kind = _class_of(node, path, scope, registries)
             return set() if kind is None else (accepted_arguments(kind) or set()) | _beside(path)
     return set()
+
+
+def types_and_registries(edits: Edits) -> None:
+    """A type names a class that is registered.
+
+    Parts of models are left to the building of the model, since some have types that no registry
+    knows, such as the operations of RoI heads.
+
+    Raises:
+        UserError: Names the object and the closest types.
+    """
+    scope = edits.get('default_scope', 'mmengine')
+    for path, one, registries in _places(edits):
+        name = one.get('type', DEFAULT_TYPES.get(path))
+        if path.startswith('model') or not isinstance(name, str) or _class_of(
+                one, path, scope, registries) is not None:
+            continue
+        known = [names for registry in registries
+                 if (names := registered_names(scope, registry)) is not None]
+        if known and not any(name.rpartition('.')[2] in names for names in known):
+            raise UserError(
+                f'{path}.type={name!r} is no registered class.'
+                + (suggest(name, set().union(*known), count=2) or
+                   ' If it is your own, register it, and add its module to '
+                   'custom_imports=dict(imports=[...])'))
+
+
+def registered_names(scope: str, registry: str) -> set[str] | None:
+    """The names in a toolbox's registry and in mmengine's; None: the toolbox cannot be imported."""
+    names: set[str] = set()
+    for module in (f'{scope}.registry', 'mmengine.registry'):
+        try:
+            found = getattr(import_module(module), registry, None)
+            if isinstance(found, Registry):
+                found.import_from_location()
+                names |= set(found.module_dict)
+        except Exception:  # such as a toolbox's assertion on the version of mmcv
+            return None
+    return names
 
 
 def _class_of(node: dict[str, Any], path: str, scope: str, registries: tuple[str, ...]
