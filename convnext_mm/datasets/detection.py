@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from ..utils import suggest
+from ..utils import describe, suggest
 from .completion import dataset_registry, find_transforms, metrics_of_split
 from .findings import (
     CHECK_COMMAND,
@@ -53,6 +53,13 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     findings.unit = 'boxes'
     dataset_class = dataset_registry('mmdet').get(config['type'])
     if not any(c.__name__ == 'CocoDataset' for c in dataset_class.__mro__):
+        try:
+            findings.total = len(dataset_registry('mmdet').build(dict(
+                config, pipeline=[], serialize_data=False, _scope_='mmdet')))
+        except Exception as error:  # a dataset can raise anything
+            findings.add(f'{config["type"]} cannot load its data: {describe(error)}',
+                         'Check type, ann_file and data_prefix of the dataset')
+            return
         findings.add(f'{config["type"]} is not checked: only datasets in COCO format are',
                      'Nothing to do', 'note')
         return

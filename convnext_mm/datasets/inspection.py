@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mmengine.config import Config
+from PIL import ExifTags, Image
 
 from . import detection, segmentation
-from .completion import dataset_classes, datasets_of_split
+from .completion import dataset_classes, dataset_registry, datasets_of_split
 from .findings import Findings
 
 
@@ -50,6 +51,19 @@ def format_report(results: Sequence[Findings], frequencies: bool = True) -> str:
     levels = Counter(problem.level for findings in results for problem in findings.problems)
     lines.append(f'{levels["error"]} errors (✗), {levels["warning"]} warnings (!)')
     return '\n'.join(lines)
+
+
+def image_sizes(dataset: dict) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(path, (width, height)) of every image of a segmentation dataset that Pillow can open."""
+    built = dataset_registry('mmseg').build(dict(dataset, pipeline=[], _scope_='mmseg'))
+    for i in range(len(built)):
+        path = built.get_data_info(i)['img_path']
+        try:
+            with Image.open(path) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                yield path, image.size[::-1] if turned else image.size
+        except OSError:  # the inspection reports it
+            continue
 
 
 def _location(dataset: dict) -> str:

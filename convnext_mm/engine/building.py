@@ -15,6 +15,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
 
+from ..backbone import ConvNeXt
 from ..errors import UserError
 from ..utils import describe
 from . import fallbacks
@@ -53,11 +54,40 @@ def build_parts(cfg: Config) -> Parts:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with _silently():
         model = _build('model', lambda: MODELS.build(deepcopy(cfg.model)))
+        _build('model', lambda: _run_once(cfg, MODELS.build(deepcopy(cfg.model)).eval()))
         wrapper = None
         if cfg.get('optim_wrapper') and cfg.get('train_cfg'):
             wrapper = _build('optim_wrapper',
                              lambda: build_optim_wrapper(model, deepcopy(cfg.optim_wrapper)))
     return Parts(model, wrapper)
+
+
+@torch.no_grad()
+def _run_once(cfg: Config, model: Any) -> None:
+    """Run the parts of a model that need no data samples, so that their sizes must agree."""
+    device = next(model.parameters()).device
+    size = cfg.model.get('data_preprocessor', {}).get('size') or (64, 64)
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, ConvNeXt) or not hasattr(model, 'extract_feat'):
+        return
+    bands = backbone.downsample_layers[0][0].in_channels  # type: ignore[index, union-attr]
+    features = model.extract_feat(torch.zeros(2, bands, *size, device=device))
+    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head'):
+        head = getattr(model, name, None)
+        for one in head if isinstance(head, nn.ModuleList) else [head]:
+            if one is not None and name.startswith(('decode', 'auxiliary', 'rpn')):
+                one(features)
+    roi_head = getattr(model, 'roi_head', None)
+    for kind in ('bbox', 'mask'):
+        heads = getattr(roi_head, f'{kind}_head', None)
+        extractors = getattr(roi_head, f'{kind}_roi_extractor', None)
+        if isinstance(heads, nn.Module) and isinstance(extractors, nn.Module):
+            for one, extractor in zip(
+                    heads if isinstance(heads, nn.ModuleList) else [heads],
+                    extractors if isinstance(extractors, nn.ModuleList) else [extractors],
+                    strict=True):
+                one(torch.zeros(2, extractor.out_channels, *extractor.roi_layers[0].output_size,
+                                device=device))
 
 
 def learning_rates(cfg: Config) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mmcv.image import rescale_size
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
@@ -14,6 +15,7 @@ from mmengine.utils import import_modules_from_strings
 from .. import checkpoints, datasets, migration
 from ..bases import without_completion
 from ..datasets import inspection
+from ..datasets.completion import find_transforms
 from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
 from ..resolution import resolve
@@ -182,10 +184,12 @@ def check_input(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check the files of a run before it starts.
 
     Raises:
-        UserError: See :func:`check_data_exists`, :func:`check_data_sample`, :func:`check_weights`.
+        UserError: See :func:`check_data_exists`, :func:`check_data_sample`,
+            :func:`check_batches` and :func:`check_weights`.
     """
     check_data_exists(cfg, splits)
     check_data_sample(cfg, splits)
+    check_batches(cfg, splits)
     check_weights(cfg, training='train' in splits)
 
 
@@ -240,6 +244,30 @@ def check_data_sample(cfg: Config, splits: tuple[str, ...], sample: int = 16) ->
     else:
         counts = ', '.join(f'{one.split} {one.total} images' for one in found)
         print(f'Data: {counts}; no problems in a sample of {sample} each. {full_check}')
+
+
+def check_batches(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Check that images which share a batch in validation or testing have one size (mmseg).
+
+    Raises:
+        UserError: They do not; names two of them.
+    """
+    for split in splits:
+        batch = (cfg.get(f'{split}_dataloader') or {}).get('batch_size', 1)
+        if cfg.get('default_scope') != 'mmseg' or split == 'train' or batch == 1:
+            continue
+        sizes: dict[tuple[int, int], str] = {}
+        for dataset in datasets.datasets_of_split(cfg, split):
+            resize = next(find_transforms(dataset.get('pipeline'), 'Resize'), {})
+            scale = resize.get('scale')
+            if scale and not resize.get('keep_ratio'):
+                continue
+            for path, size in inspection.image_sizes(dataset):
+                sizes.setdefault(rescale_size(size, tuple(scale)) if scale else size, path)
+        if len(sizes) > 1:
+            named = ', '.join(f'{path} ({w}×{h})' for (w, h), path in list(sizes.items())[:2])
+            raise UserError(f'{split}_dataloader.batch_size={batch}, but images have different '
+                            f'sizes: {named}. Set {split}_dataloader.batch_size=1')
 
 
 def check_weights(cfg: Config, training: bool) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,37 @@ def backbone_and_in_channels(edits: Edits) -> None:
         else:
             continue
         _follow(edits, f'{path}.in_channels', wanted, f'map {index} of model.backbone')
+
+
+READ_THE_NECK = r'(rpn_head|bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?$'
+
+
+def neck_and_in_channels(edits: Edits) -> None:
+    """Heads and RoI extractors have the channels of the neck's maps.
+
+    Raises:
+        UserError: The user has set others.
+    """
+    neck = edits.get('model.neck')
+    last = neck[-1] if isinstance(neck, (list, tuple)) and neck else neck
+    channels = last.get('out_channels') if isinstance(last, dict) else None
+    if not isinstance(channels, int):
+        return
+    for path, node in _nodes(edits.get('model'), 'model'):
+        key = 'out_channels' if path.endswith('_roi_extractor') else 'in_channels'
+        if key not in node or not (path.endswith('_roi_extractor')
+                                   or re.search(READ_THE_NECK, path)):
+            continue
+        value = node[key]
+        several = isinstance(value, (list, tuple))
+        wanted = [channels] * len(value) if several else channels
+        if same(value, wanted):
+            continue
+        if edits.was_set(f'{path}.{key}'):
+            raise UserError(f'{path}.{key}={value}, but the maps of model.neck have {channels} '
+                            f'channels: remove {key}, it follows')
+        node[key] = wanted
+        edits.note(f'={wanted} follows model.neck', f'{path}.{key}')
 
 
 def backbone_maps_and_heads(edits: Edits) -> None:
@@ -288,18 +320,22 @@ def batch_size_and_norm(edits: Edits) -> None:
                     ', or train with several GPUs' if 'Sync' in norm else ''))
 
 
-def batch_size_and_padding(edits: Edits) -> None:
-    """In validation and testing, images of different sizes are padded to share a batch."""
-    path = 'model.data_preprocessor'
-    preprocessor = edits.get(path)
-    if edits.get('default_scope') != 'mmseg' or not preprocessor or preprocessor.get('test_cfg'):
+def test_cfg_and_mode(edits: Edits) -> None:
+    """A segmentor is tested on whole images or in windows of a size.
+
+    Raises:
+        UserError: Another mode, or windows without size and stride.
+    """
+    test_cfg = edits.get('model.test_cfg')
+    if edits.get('default_scope') != 'mmseg' or not isinstance(test_cfg, dict):
         return
-    for split in ('val', 'test'):
-        if (edits.get(f'{split}_dataloader.batch_size') or 1) > 1:
-            preprocessor['test_cfg'] = dict(size_divisor=1)
-            edits.note(f'.test_cfg=dict(size_divisor=1): images of a batch ({split}_dataloader) '
-                       'are padded to one size', path)
-            return
+    mode = test_cfg.get('mode', 'whole')
+    if mode not in ('whole', 'slide'):
+        raise UserError(f"model.test_cfg.mode={mode!r} must be 'whole' or 'slide'")
+    missing = [key for key in ('crop_size', 'stride') if not test_cfg.get(key)]
+    if mode == 'slide' and missing:
+        raise UserError(f"model.test_cfg.mode='slide' needs {' and '.join(missing)} of its windows, "
+                        'such as crop_size=(512, 512), stride=(341, 341)')
 
 
 def _heads(edits: Edits) -> Iterator[str]:

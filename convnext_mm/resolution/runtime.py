@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import UserError
-from ..utils import plain
+from ..utils import plain, suggest
 from .edits import Edits
 
 
@@ -90,6 +90,45 @@ def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
     edits.cfg.tta_pipeline = [*deepcopy(pipeline[:split]),
                               dict(type='TestTimeAug', transforms=groups)]
     edits.note('tta_pipeline follows the test pipeline')
+
+
+def dataloader_and_evaluator(edits: Edits) -> None:
+    """Without data there is no loop and no evaluator: one that is None takes the others away."""
+    for split in ('val', 'test'):
+        paths = [f'{split}_{part}' for part in ('dataloader', 'cfg', 'evaluator')]
+        unset = [path for path in paths if path in edits.cfg and edits.get(path) is None]
+        if unset and len(unset) < 3:
+            for path in paths:
+                edits.cfg[path] = None
+            edits.note(f': none, as {unset[0]}=None', ', '.join(paths))
+
+
+METRICS = dict(IoUMetric=('iou_metrics', ('mIoU', 'mDice', 'mFscore')),
+               CocoMetric=('metric', ('bbox', 'segm', 'proposal', 'proposal_fast')))
+
+
+def evaluator_and_metrics(edits: Edits) -> None:
+    """An evaluator knows the metrics that are asked of it.
+
+    Raises:
+        UserError: It does not.
+    """
+    for path in ('val_evaluator', 'test_evaluator'):
+        evaluators = edits.get(path) or []
+        for one in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+            key, known = METRICS.get(str(one.get('type')), ('', ()))
+            asked = one.get(key) or ()
+            for name in [asked] if isinstance(asked, str) else asked:
+                if name not in known:
+                    raise UserError(f'{path}.{key}={asked!r}: {one["type"]} has no {name!r}.'
+                                    f'{suggest(str(name), known)} It has {", ".join(known)}')
+
+
+def randomness_and_seed(edits: Edits) -> None:
+    """Other settings of ``randomness`` need no seed; mmengine's function does."""
+    randomness = edits.get('randomness')
+    if isinstance(randomness, dict):
+        randomness.setdefault('seed', None)
 
 
 def evaluator_and_save_best(edits: Edits) -> None:

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import Registry
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..utils import suggest
@@ -89,6 +90,25 @@ def arguments_at(cfg: Config, path: str, node: Any) -> set[str]:
     return set()
 
 
+LOADER_KEYS = {'dataset', 'num_batch_per_epoch', 'collate_fn', 'sampler', 'batch_sampler'}
+"""Keys of a data loader's config that mmengine reads itself."""
+
+
+def dataloaders_and_signature(edits: Edits) -> None:
+    """Every setting of a data loader is an argument of PyTorch's.
+
+    Raises:
+        UserError: Names the closest that there is.
+    """
+    known = LOADER_KEYS | set(inspect.signature(DataLoader).parameters)
+    for split in ('train', 'val', 'test'):
+        loader = edits.get(f'{split}_dataloader')
+        for key in loader if isinstance(loader, dict) else ():
+            if key not in known | ALWAYS:
+                raise UserError(f'{split}_dataloader.{key}: DataLoader has no argument {key!r}.'
+                                + (suggest(key, known) or f' It has {", ".join(sorted(known))}'))
+
+
 def types_and_registries(edits: Edits) -> None:
     """A type names a class that is registered.
 
@@ -104,7 +124,9 @@ def types_and_registries(edits: Edits) -> None:
         if path.startswith('model') or not isinstance(name, str) or _class_of(
                 one, path, scope, registries) is not None:
             continue
-        known = [names for registry in registries
+        # Hooks and metrics may hold pipelines, models and their helpers.
+        inside = ('TRANSFORMS', 'MODELS', 'TASK_UTILS')
+        known = [names for registry in (*registries, *inside)
                  if (names := registered_names(scope, registry)) is not None]
         if known and not any(name.rpartition('.')[2] in names for names in known):
             raise UserError(

@@ -513,7 +513,40 @@ def test_batch_norm_of_one_value(norm, resolved):
     resolved("batch_size = 1\nnorm_cfg = dict(type='GN', num_groups=32)")
 
 
-def test_images_of_a_batch_are_padded(resolved):
-    assert 'test_cfg' not in resolved('').model.data_preprocessor
-    cfg = resolved('val_dataloader = dict(batch_size=2)')
-    assert cfg.model.data_preprocessor.test_cfg == dict(size_divisor=1)
+@pytest.mark.parametrize(('text', 'message'), [
+    ("model = dict(test_cfg=dict(mode='all'))", "mode='all' must be 'whole' or 'slide'"),
+    ("model = dict(test_cfg=dict(_delete_=True, mode='slide', stride=(9, 9)))",
+     "mode='slide' needs crop_size"),
+    ("val_evaluator = dict(iou_metrics=['mIou'])", "IoUMetric has no 'mIou'. Did you mean mIoU"),
+    ('train_dataloader = dict(batch_sise=4)', "no argument 'batch_sise'. Did you mean batch_size"),
+    ("custom_hooks = [dict(type='EMAHok')]", "type='EMAHok' is no registered class. Did.*EMAHook"),
+    ("dataset_type = 'CityscapeDataset'", 'Did you mean CityscapesDataset'),
+    ('batch_size = 0', 'train_dataloader.batch_size=0 must be a whole number from 1 up'),
+    ("log_level = 'LOUD'", "log_level='LOUD' must be one of DEBUG, INFO")])
+def test_values_that_nothing_takes(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_a_loop_without_data_is_none(resolved):
+    cfg = resolved('val_dataloader = None\ntest_evaluator = None')
+    for split in ('val', 'test'):
+        assert cfg[f'{split}_dataloader'] is cfg[f'{split}_cfg'] is cfg[
+            f'{split}_evaluator'] is None
+
+
+def test_determinism_needs_no_seed(resolved):
+    cfg = resolved('randomness = dict(deterministic=True)')
+    assert cfg.randomness == dict(deterministic=True, seed=None)
+
+
+def test_heads_have_the_channels_of_the_neck(resolved):
+    cfg = resolved('model = dict(neck=dict(out_channels=64))', DETECTION)
+    model = cfg.model
+    assert model.rpn_head.in_channels == model.roi_head.mask_head.in_channels == 64
+    assert [head.in_channels for head in model.roi_head.bbox_head] == [64, 64, 64]
+    assert (model.roi_head.bbox_roi_extractor.out_channels
+            == model.roi_head.mask_roi_extractor.out_channels == 64)
+    with pytest.raises(UserError, match='rpn_head.in_channels=8, but .*model.neck have 64 channels'):
+        resolved('model = dict(neck=dict(out_channels=64), rpn_head=dict(in_channels=8))',
+                 DETECTION)
