@@ -67,27 +67,25 @@ def _run_once(cfg: Config, model: Any) -> None:
     """Run the parts of a model that need no data samples, so that their sizes must agree."""
     device = next(model.parameters()).device
     size = cfg.model.get('data_preprocessor', {}).get('size') or (64, 64)
-    backbone = getattr(model, 'backbone', None)
+    backbone: Any = getattr(model, 'backbone', None)
     if not isinstance(backbone, ConvNeXt) or not hasattr(model, 'extract_feat'):
         return
-    bands = backbone.downsample_layers[0][0].in_channels  # type: ignore[index, union-attr]
+    bands = cfg.model.backbone.get('in_chans', 3)
     features = model.extract_feat(torch.zeros(2, bands, *size, device=device))
-    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head'):
-        head = getattr(model, name, None)
-        for one in head if isinstance(head, nn.ModuleList) else [head]:
-            if one is not None and name.startswith(('decode', 'auxiliary', 'rpn')):
-                one(features)
+    for name in ('decode_head', 'auxiliary_head', 'rpn_head'):
+        for head in _as_list(getattr(model, name, None)):
+            head(features)
     roi_head = getattr(model, 'roi_head', None)
     for kind in ('bbox', 'mask'):
-        heads = getattr(roi_head, f'{kind}_head', None)
-        extractors = getattr(roi_head, f'{kind}_roi_extractor', None)
-        if isinstance(heads, nn.Module) and isinstance(extractors, nn.Module):
-            for one, extractor in zip(
-                    heads if isinstance(heads, nn.ModuleList) else [heads],
-                    extractors if isinstance(extractors, nn.ModuleList) else [extractors],
-                    strict=True):
-                one(torch.zeros(2, extractor.out_channels, *extractor.roi_layers[0].output_size,
-                                device=device))
+        heads, extractors = (_as_list(getattr(roi_head, f'{kind}_{part}', None))
+                             for part in ('head', 'roi_extractor'))
+        for one, extractor in zip(heads, extractors, strict=False):
+            one(torch.zeros(2, extractor.out_channels, *extractor.roi_layers[0].output_size,
+                            device=device))
+
+
+def _as_list(part: Any) -> list[Any]:
+    return list(part) if isinstance(part, nn.ModuleList) else [] if part is None else [part]
 
 
 def learning_rates(cfg: Config) -> tuple[float, float]:

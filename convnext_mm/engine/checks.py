@@ -263,7 +263,8 @@ def check_batches(cfg: Config, splits: tuple[str, ...]) -> None:
             if scale and not resize.get('keep_ratio'):
                 continue
             for path, size in inspection.image_sizes(dataset):
-                sizes.setdefault(rescale_size(size, tuple(scale)) if scale else size, path)
+                resized = rescale_size(size, tuple(scale)) if scale else size
+                sizes.setdefault(resized, path)
         if len(sizes) > 1:
             named = ', '.join(f'{path} ({w}×{h})' for (w, h), path in list(sizes.items())[:2])
             raise UserError(f'{split}_dataloader.batch_size={batch}, but images have different '
@@ -322,8 +323,8 @@ def check_resumed_schedule(cfg: Config, path: str, content: dict[str, Any]) -> N
         raise UserError(
             f'train_cfg trains for {length[0]} {unit}, but {path}, which is resumed, brings its '
             f'own schedule, which ends at {end if length[1] else end - 1}: from then on the '
-            'learning rate would stay at its last value. To train for longer, start a new run from its '
-            f'weights, with a schedule of its own: --cfg-options load_from={path}')
+            'learning rate would stay at its last value. To train for longer, start a new run from '
+            f'its weights, with a schedule of its own: --cfg-options load_from={path}')
 
 
 def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from ..datasets import complete_config, dataset_classes, dataset_registry, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
-from .edits import Edits
+from .edits import PIPELINES, Edits
 
 SPLITS = ('train', 'val', 'test')
 
@@ -33,7 +33,6 @@ def dataset_type_and_reduce_zero_label(edits: Edits) -> None:
                 edits.note(f': reduce_zero_label={default}, as {kind} has it', split)
 
 
-PIPELINES = (*(f'{split}_dataloader.dataset.pipeline' for split in SPLITS), 'tta_pipeline')
 NEED_COLORS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'RGB2Gray', 'CLAHE')
 """Transforms that work on three bands only."""
 

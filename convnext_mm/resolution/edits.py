@@ -19,6 +19,9 @@ RECIPE_FOLDERS = [
     folder.resolve() for folder in (HERE.parent / 'configs', HERE / '.mim' / 'configs')
     if folder.is_dir()]
 
+PIPELINES = (*(f'{split}_dataloader.dataset.pipeline' for split in ('train', 'val', 'test')),
+             'tta_pipeline')
+
 
 class Edits:
     """A config, what it was before the user's edits, and the notes of what followed.

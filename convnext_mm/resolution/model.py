@@ -334,8 +334,8 @@ def test_cfg_and_mode(edits: Edits) -> None:
         raise UserError(f"model.test_cfg.mode={mode!r} must be 'whole' or 'slide'")
     missing = [key for key in ('crop_size', 'stride') if not test_cfg.get(key)]
     if mode == 'slide' and missing:
-        raise UserError(f"model.test_cfg.mode='slide' needs {' and '.join(missing)} of its windows, "
-                        'such as crop_size=(512, 512), stride=(341, 341)')
+        raise UserError(f"model.test_cfg.mode='slide' needs {' and '.join(missing)} of its "
+                        'windows, such as crop_size=(512, 512), stride=(341, 341)')
 
 
 def _heads(edits: Edits) -> Iterator[str]:

@@ -5,9 +5,10 @@ from copy import deepcopy
 from typing import Any
 
 from ..datasets import DATA_KEYS
+from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..utils import plain, suggest
-from .edits import Edits, same
+from .edits import PIPELINES, Edits, same
 
 RUNNER_KEYS = (
     'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg',
@@ -159,20 +160,45 @@ def crop_size_and_pipeline(edits: Edits) -> None:
 def scale_and_pipelines(edits: Edits) -> None:
     """``scale``, (width, height), reaches every resize of images that had the recipe's.
 
+    For a detector, the sizes and crops of its training keep their share of the test's size.
+
     Raises:
-        UserError: It is no pair of numbers.
+        UserError: It is no pair of numbers, or ``crop_size`` is set for a detector.
     """
+    detector = edits.get('default_scope') == 'mmdet'
+    if detector and edits.recipe and edits.is_set('crop_size') and not _is_used(
+            edits, 'crop_size', edits.get('crop_size')):
+        raise UserError(f'crop_size={edits.get("crop_size")!r} is a setting of segmentation: a '
+                        'detector sees whole images, whose size is scale=(width, height)')
     if edits.get('scale') is None or not edits.is_set('scale') or not edits.recipe:
         return
     scale, old = _pair('scale', edits.get('scale')), edits.inherited('scale')
     if old is None:
+        old = next((step.get('scale') for step in find_transforms(
+            edits.inherited('test_dataloader.dataset.pipeline'), 'Resize')), None)
+    if old is None:
         return
-    for split in ('train', 'val', 'test'):
-        path = f'{split}_dataloader.dataset.pipeline'
-        for i, step in enumerate(edits.get(path) or ()):
-            if step['type'] in ('Resize', 'RandomResize') and same(step.get('scale'), old):
-                step['scale'] = scale
-                edits.note(f'={scale} follows scale', f'{path}.{i}.scale')
+
+    def scaled(pair: Any) -> tuple[int, int]:
+        return tuple(max(1, round(one * end(scale) / end(old))) for one, end in zip(
+            pair, (min, max) if pair[0] <= pair[1] else (max, min), strict=True))
+    # A segmentor's tta_pipeline is derived from its test pipeline.
+    for path in PIPELINES if detector else PIPELINES[:-1]:
+        for kind in ('Resize', 'RandomResize'):
+            for step in find_transforms(edits.get(path), kind):
+                if same(step.get('scale'), old):
+                    step['scale'] = scale
+                    edits.note(f' scale images to {scale}', path)
+        if not detector or edits.was_set(path):
+            continue
+        for kind, key in (('RandomChoiceResize', 'scales'), ('RandomCrop', 'crop_size')):
+            for i, step in enumerate(find_transforms(edits.get(path), kind)):
+                before = list(find_transforms(edits.inherited(path), kind))
+                if i < len(before) and same(step.get(key), before[i].get(key)):
+                    values = step[key]
+                    step[key] = ([scaled(one) for one in values] if key == 'scales'
+                                 else scaled(values))
+                    edits.note(f' {kind} in the same share', path)
 
 
 def early_stopping_and_hooks(edits: Edits) -> None:

@@ -14,15 +14,16 @@ from mmengine.registry import RUNNERS
 
 from convnext_mm import UserError
 from convnext_mm.engine import checks, fallbacks
-from convnext_mm.engine.building import learning_rates
 from convnext_mm.engine.summary import summarize
 from convnext_mm.resolution.edits import lookup, same
-from tests.helpers import DETECTION, ROOT, SEGMENTATION
+from tests.helpers import ROOT, SEGMENTATION
+from tests.recipes import MASK
 
 EXAMPLES = int(os.environ.get('CONVNEXT_MM_EXAMPLES', 8))
 V2_SEGMENTATION = 'configs/upernet_convnextv2_tiny_512_160k_ade20k.py'
-V2_DETECTION = ('configs/cascade_mask_rcnn_convnextv2_tiny_mstrain_480-800_giou_4conv1f_adamw_3x_coco_'
-                'in22k.py')
+V2_DETECTION = ('configs/cascade_mask_rcnn_convnextv2_tiny_mstrain_480-800_giou_4conv1f_adamw_'
+                '3x_coco_in22k.py')
+MASK_RCNN = f'configs/{MASK}.py'
 
 BOTH: dict[str, list[Any]] = {
     'model.backbone.arch': ['small', 'v2_nano', 'v9'],
@@ -59,7 +60,8 @@ BOTH: dict[str, list[Any]] = {
         'InfiniteSampler', 'DefaultSampler'],
     'val_dataloader.batch_size': [2], 'val_dataloader.persistent_workers': [True],
     'train_dataloader.dataset.ann_file': ['a.json', ''], 'val_dataloader': [None],
-    'train_cfg.val_interval': [1, 7], 'train_cfg.type': ['IterBasedTrainLoop', 'EpochBasedTrainLoop'],
+    'train_cfg.val_interval': [1, 7],
+    'train_cfg.type': ['IterBasedTrainLoop', 'EpochBasedTrainLoop'],
     'default_hooks.checkpoint.interval': [7], 'default_hooks.checkpoint.intervall': [7],
     'default_hooks.checkpoint.save_best': ['auto', None, 'mDice', 'coco/bbox_mAP'],
     'default_hooks.logger.interval': [1], 'default_hooks.logger.type': ['Logger'],
@@ -94,7 +96,7 @@ TASKS: dict[str, dict[str, list[Any]]] = {
         'model.test_cfg.mode': ['slide', 'whole', 'all'],
         'val_evaluator.iou_metrics': [['mDice'], ['mIoU', 'mFscore'], ['IoU']],
         'val_evaluator.type': ['CocoMetric'], 'norm_cfg': [{'type': 'BN'}, {'type': 'LN2'}]},
-    DETECTION: {
+    MASK_RCNN: {
         'max_epochs': [1, 12, 50], 'train_cfg.max_epochs': [3, 0], 'max_iters': [3],
         'val_evaluator.metric': ['bbox', ['segm'], 'proposal', 'box'],
         'val_evaluator.type': ['VOCMetric', 'IoUMetric'],
@@ -107,7 +109,7 @@ TASKS: dict[str, dict[str, list[Any]]] = {
         'dataset_type': ['CocoDataset', 'VOCDataset'], 'crop_size': [(64, 64)],
         'train_dataloader.dataset.filter_cfg.min_size': [1000],
         'train_dataloader.batch_sampler': [None]}}
-TASKS[V2_SEGMENTATION], TASKS[V2_DETECTION] = TASKS[SEGMENTATION], TASKS[DETECTION]
+TASKS[V2_SEGMENTATION], TASKS[V2_DETECTION] = TASKS[SEGMENTATION], TASKS[MASK_RCNN]
 SMALL = dict.fromkeys((SEGMENTATION, V2_SEGMENTATION), '''
 data_root = '{data}/ADEChallengeData2016'
 classes = ('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf')
@@ -118,21 +120,16 @@ max_iters = 20
 num_workers = 0
 model = dict(backbone=dict(depths=[1, 1, 1, 1], init_cfg=None), decode_head=dict(channels=8),
              auxiliary_head=dict(channels=8))
-''') | dict.fromkeys((DETECTION, V2_DETECTION), '''
+''') | dict.fromkeys((MASK_RCNN, V2_DETECTION), '''
 data_root = '{data}/coco/'
 classes = ('ball', 'crate', 'star', 'leaf')
 dims = [8, 16, 24, 32]
+scale = (96, 96)
 max_epochs = 2
 num_workers = 0
-model = dict(backbone=dict(depths=[1, 1, 1, 1], init_cfg=None))
-test_pipeline = [
-    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(96, 96), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                                          'scale_factor'))]
-train_pipeline = [
-    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='Resize', scale=(96, 96), keep_ratio=True), dict(type='PackDetInputs')]
+model = dict(backbone=dict(depths=[1, 1, 1, 1], init_cfg=None), neck=dict(out_channels=16),
+             train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50)),
+             test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)))
 ''')
 
 
@@ -199,14 +196,14 @@ def test_edits(recipe, as_options, demo_data, tmp_path_factory):
         try:
             cfg = checks.read_config(str(folder / 'mine.py'), changes if as_options else {}, [])
             for path, value in changes.items():
-                if path not in ('custom_hooks', 'visualizer.vis_backends', 'palette') and (
-                        '.'.join(path.split('.')[:2]) != 'model.pretrained'):
+                # Lists of hooks get the recipe's; a recipe's own value is not seen as the user's.
+                if path not in ('custom_hooks', 'visualizer.vis_backends', 'model.pretrained',
+                                'val_dataloader.persistent_workers'):
                     found = lookup(cfg, path)
                     assert same(found, value) or contains(found, value), (path, found)
             cfg.work_dir = str(folder / 'work_dir')
             run_one_step(cfg)
-        except UserError as error:
-            assert str(error).count('\n') < 12
+        except UserError:
             event('refused')
         else:
             event('trained')

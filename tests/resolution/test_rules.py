@@ -547,6 +547,22 @@ def test_heads_have_the_channels_of_the_neck(resolved):
     assert [head.in_channels for head in model.roi_head.bbox_head] == [64, 64, 64]
     assert (model.roi_head.bbox_roi_extractor.out_channels
             == model.roi_head.mask_roi_extractor.out_channels == 64)
-    with pytest.raises(UserError, match='rpn_head.in_channels=8, but .*model.neck have 64 channels'):
+    with pytest.raises(UserError, match='in_channels=8, but .*model.neck have 64 channels'):
         resolved('model = dict(neck=dict(out_channels=64), rpn_head=dict(in_channels=8))',
                  DETECTION)
+
+
+def test_a_detectors_sizes_follow_its_scale(resolved):
+    cfg = resolved('scale = (667, 400)', DETECTION)
+    for split in ('val', 'test'):
+        resize, = [step for step in cfg[f'{split}_dataloader'].dataset.pipeline
+                   if step.type == 'Resize']
+        assert resize.scale == (667, 400)
+    first, second = cfg.train_dataloader.dataset.pipeline[3].transforms
+    assert first[0].scales[0] == (240, 667)
+    assert first[0].scales[-1] == (400, 667)
+    assert [step.get('scales', step.get('crop_size')) for step in second][1] == (192, 300)
+    assert second[0].scales == [(200, 667), (250, 667), (300, 667)]
+    assert second[2].scales == first[0].scales
+    with pytest.raises(UserError, match='crop_size=.* is a setting of segmentation'):
+        resolved('crop_size = (64, 64)', DETECTION)
