@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..utils import plain
-from .edits import Edits
+from .edits import Edits, lookup, same
 
 LENGTHS = ('begin', 'end', 'milestones', 'step_size', 'T_max', 'total_iters', 'total_steps')
 """Settings of mmengine's schedulers that count iterations or epochs."""
@@ -37,7 +37,9 @@ def train_cfg_and_param_scheduler(edits: Edits) -> None:
     before = ''
     for path in ('param_scheduler', 'train_cfg.val_interval', 'default_hooks.checkpoint.interval'):
         value = edits.get(path)
-        old = _length_in(edits, edits.history[edits.set_in(path)])
+        by_short_name = not same(value, lookup(edits.history[0], path))
+        state = edits.set_in(path.rpartition('.')[2] if by_short_name else path)
+        old = _length_in(edits, edits.history[state])
         if not value or old is None or old == new:
             continue
         if old[1] != new[1]:

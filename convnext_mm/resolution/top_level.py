@@ -196,8 +196,9 @@ def scale_and_pipelines(edits: Edits) -> None:
                 before = list(find_transforms(edits.inherited(path), kind))
                 if i < len(before) and same(step.get(key), before[i].get(key)):
                     values = step[key]
-                    step[key] = ([scaled(one) for one in values] if key == 'scales'
-                                 else scaled(values))
+                    # The crop is a range of heights and widths.
+                    step[key] = [scaled(one) for one in values] if key == 'scales' else tuple(
+                        max(1, round(one * min(scale) / min(old))) for one in values)
                     edits.note(f' {kind} in the same share', path)
 
 

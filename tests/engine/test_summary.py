@@ -46,9 +46,8 @@ def test_a_detector():
 
 def test_what_followed_is_listed_once_for_all_places():
     lines = lines_of(SEGMENTATION, {'num_workers': 0, 'scale': (64, 64), 'max_iters': 80})
-    assert '\n  train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.' \
-           'scale, test_dataloader.dataset.pipeline.1.scale=(64, 64) follows scale' in (
-               lines['followed'])
+    assert ('\n  train_dataloader.dataset.pipeline, val_dataloader.dataset.pipeline, test_dataloader'
+            '.dataset.pipeline scale images to (64, 64)') in lines['followed']
     assert '80 iterations instead of 160000' in lines['followed']
     assert 'num_workers' not in lines['followed']  # as asked
     assert lines['Schedule'].startswith('80 iterations')

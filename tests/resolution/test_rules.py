@@ -260,6 +260,12 @@ def test_smaller_images_and_a_shorter_run_in_five_lines(resolved):
         type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=3)
 
 
+def test_intervals_that_are_set_stay(resolved):
+    cfg = resolved('max_iters = 900\nval_interval = 300')
+    assert cfg.train_cfg.val_interval == 300
+    assert cfg.default_hooks.checkpoint.interval == 90
+
+
 def test_a_variable_that_is_used_is_one(resolved):
     cfg = resolved('iters = 4000\ntrain_cfg = dict(max_iters=iters)\n'
                    'num_class = 3\nn = [num_class]')
@@ -564,5 +570,7 @@ def test_a_detectors_sizes_follow_its_scale(resolved):
     assert [step.get('scales', step.get('crop_size')) for step in second][1] == (192, 300)
     assert second[0].scales == [(200, 667), (250, 667), (300, 667)]
     assert second[2].scales == first[0].scales
+    square = resolved('scale = (96, 96)', DETECTION).train_dataloader.dataset.pipeline[3]
+    assert square.transforms[1][1].crop_size == (46, 72)
     with pytest.raises(UserError, match='crop_size=.* is a setting of segmentation'):
         resolved('crop_size = (64, 64)', DETECTION)
