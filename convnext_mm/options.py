@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 from .archs import ARCHS, Arch
@@ -45,8 +46,9 @@ def check_options(arch: str, depths: Sequence[int] | None, dims: Sequence[int] |
     if size.use_grn and layer_scale_init_value > 0:
         raise UserError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} contradicts '
                         'use_grn=True: V2 has no layer scale. Remove it or set it to 0')
-    if not 0 <= drop_path_rate <= 1:
-        raise UserError(f'ConvNeXt: drop_path_rate={drop_path_rate} must be from 0 to 1')
+    if not isinstance(drop_path_rate, Real) or not 0 <= drop_path_rate <= 1:
+        raise UserError(f'ConvNeXt: drop_path_rate={drop_path_rate!r} must be a number '
+                        'from 0 to 1')
     if output_stride not in (None, 8, 16, 32):
         raise UserError(f'ConvNeXt: output_stride={output_stride} must be 8, 16 or 32')
     if memory not in MEMORY:

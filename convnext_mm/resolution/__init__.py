@@ -16,6 +16,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     mmpretrain.mmpretrain_and_backbone,
     top_level.misspelt_keys,
     top_level.short_names_and_settings,
+    runtime.counts_and_whole_numbers,
     signatures.type_and_inherited_keys,
     runtime.pretrained_and_init_cfg,
     top_level.scale_and_pipelines,
@@ -28,7 +29,11 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     data.datasets_and_tta_pipeline,
     data.classes_and_background,
     model.in_chans_and_data_preprocessor,
+    model.arch_and_layer_scale,
+    model.head_type_and_in_channels,
+    model.out_indices_and_in_index,
     model.backbone_and_in_channels,
+    model.backbone_strides_and_anchors,
     model.neck_and_in_channels,
     model.backbone_maps_and_heads,
     model.num_classes_and_out_channels,
@@ -53,7 +58,6 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     signatures.dataloaders_and_signature,
     signatures.types_and_registries,
     signatures.keys_and_signatures,
-    runtime.counts_and_whole_numbers,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,15 @@ class Edits:
     def notes(self) -> list[str]:
         """What followed from the user's changes, a line each."""
         return [', '.join(places) + text for text, places in self._notes.items()]
+
+
+def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, config) of every dict in a config node."""
+    if isinstance(node, dict):
+        yield path, node
+    for key, value in (list(node.items()) if isinstance(node, dict) else
+                       enumerate(node) if isinstance(node, (list, tuple)) else ()):
+        yield from nodes(value, f'{path}.{key}')
 
 
 def lookup(node: Any, path: str, default: Any = None) -> Any:

@@ -1,6 +1,7 @@
 """The backbone, and the parts of a model that follow it."""
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import Edits, same
+from .edits import Edits, nodes, same
+from .signatures import find_class
 
 
 def backbone_channels(backbone: dict[str, Any] | None) -> list[int] | None:
@@ -26,6 +28,100 @@ def backbone_channels(backbone: dict[str, Any] | None) -> list[int] | None:
     indices = range(stages) if indices is None else sorted({i % stages for i in indices
                                                             if -stages <= i < stages})
     return [size.dims[i] for i in indices]
+
+
+def arch_and_layer_scale(edits: Edits) -> None:
+    """A V2 size that replaces a V1 size takes away the recipe's layer scale, and the reverse."""
+    path = 'model.backbone.layer_scale_init_value'
+    backbone = edits.get('model.backbone') or {}
+    if backbone.get('type') != 'ConvNeXt' or edits.was_set(path) or not edits.recipe:
+        return
+    size = check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'), backbone.get('dims'),
+                      backbone.get('use_grn'))
+    if size.use_grn and (backbone.get('layer_scale_init_value') or 0) > 0:
+        edits.put(path, 0.0)
+        edits.note('=0.0: ConvNeXt V2 has no layer scale', path)
+
+
+def head_type_and_in_channels(edits: Edits) -> None:
+    """A head of one map that replaces a head of several reads the last of them."""
+    for path in _heads(edits):
+        head, before = edits.get(path), edits.inherited(path) or {}
+        if head.get('type') == before.get('type') or head.get('input_transform') or edits.was_set(
+                f'{path}.in_channels') or edits.was_set(f'{path}.in_index'):
+            continue
+        kind = find_class('mmseg', 'MODELS', head.get('type'))
+        if kind is None or not isinstance(head.get('in_channels'), (list, tuple)) or (
+                reads_several_maps(kind)):
+            continue
+        index = head.get('in_index') or range(len(head['in_channels']))
+        head.update(in_channels=head['in_channels'][-1], in_index=list(index)[-1])
+        edits.note(f' reads map {head["in_index"]}: {head["type"]} takes one', path)
+
+
+def reads_several_maps(kind: type) -> bool:
+    """Whether a segmentation head asks for several maps when it is built (``input_transform``)."""
+    sources = [inspect.getsource(vars(base)['__init__']) for base in kind.__mro__
+               if inspect.isfunction(vars(base).get('__init__'))
+               and base.__name__ != 'BaseDecodeHead']
+    return any(re.search(r'input_transform\s*=\s*["\']', source) for source in sources)
+
+
+def out_indices_and_in_index(edits: Edits) -> None:
+    """Heads of the recipe read the maps that are left: all of them, or that of the same stage."""
+    backbone = edits.get('model.backbone') or {}
+    channels = backbone_channels(backbone)
+    indices = backbone.get('out_indices')
+    if channels is None or edits.get('model.neck') or not isinstance(indices, (list, tuple)) or (
+            not edits.was_set('model.backbone.out_indices')):
+        return
+    before = edits.inherited('model.backbone.out_indices') or range(4)
+    for path in _heads(edits):
+        index = edits.get(f'{path}.in_index')
+        if edits.was_set(f'{path}.in_index') or edits.was_set(f'{path}.in_channels'):
+            continue
+        if isinstance(index, (list, tuple)) and any(i >= len(channels) for i in index):
+            edits.put(f'{path}.in_index', list(range(len(channels))))
+            edits.put(f'{path}.in_channels', channels)
+        elif isinstance(index, int) and 0 <= index < len(before) and not same(before, indices):
+            stage = before[index]
+            edits.put(f'{path}.in_index', list(indices).index(stage) if stage in indices
+                      else len(channels) - 1)
+
+
+def backbone_strides_and_anchors(edits: Edits) -> None:
+    """Anchors and RoI extractors have the strides of the neck's maps (FPN).
+
+    Raises:
+        UserError: The user has set others.
+    """
+    backbone, neck = edits.get('model.backbone') or {}, edits.get('model.neck')
+    if backbone_channels(backbone) is None or not isinstance(neck, dict) or (
+            neck.get('type') != 'FPN' or neck.get('start_level')
+            or not isinstance(neck.get('num_outs'), int)):
+        return
+    stages = len(check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'),
+                            backbone.get('dims'), backbone.get('use_grn')).dims)
+    most = backbone.get('output_stride') or 4 * 2 ** (stages - 1)
+    indices = backbone.get('out_indices')
+    indices = range(stages) if indices is None else sorted(i % stages for i in indices)
+    strides = [min(4 * 2 ** i, most) for i in indices]
+    while len(strides) < neck['num_outs']:
+        strides.append(2 * strides[-1])
+    for path, node in nodes(edits.get('model'), 'model'):
+        key = 'featmap_strides' if path.endswith('roi_extractor') else 'strides'
+        value = node.get(key)
+        if not isinstance(value, (list, tuple)) or not path.endswith(
+                ('roi_extractor', 'anchor_generator', 'prior_generator')):
+            continue
+        wanted = strides[:min(len(value), len(strides))] if key == 'featmap_strides' else strides
+        if same(value, wanted):
+            continue
+        if edits.was_set(f'{path}.{key}'):
+            raise UserError(f'{path}.{key}={list(value)}, but the maps of model.neck have strides '
+                            f'{strides}: remove {key}, it follows')
+        node[key] = wanted
+        edits.note(f'={wanted} follows the maps of backbone and neck', f'{path}.{key}')
 
 
 def backbone_and_in_channels(edits: Edits) -> None:
@@ -72,7 +168,7 @@ def neck_and_in_channels(edits: Edits) -> None:
     channels = last.get('out_channels') if isinstance(last, dict) else None
     if not isinstance(channels, int):
         return
-    for path, node in _nodes(edits.get('model'), 'model'):
+    for path, node in nodes(edits.get('model'), 'model'):
         key = 'out_channels' if path.endswith('_roi_extractor') else 'in_channels'
         if key not in node or not (path.endswith('_roi_extractor')
                                    or re.search(READ_THE_NECK, path)):
@@ -205,7 +301,7 @@ def classes_and_num_things_classes(edits: Edits) -> None:
     counts = dict(
         num_things_classes=len(meta['classes'] if things is None else things),
         num_stuff_classes=0 if things is None else len(meta.get('stuff_classes') or ()))
-    for path, node in _nodes(edits.get('model'), 'model'):
+    for path, node in nodes(edits.get('model'), 'model'):
         if 'num_things_classes' not in node or (
                 things is None and 'Mask' not in str(node.get('type'))):
             continue
@@ -226,7 +322,7 @@ def num_classes_and_losses(edits: Edits) -> None:
     Raises:
         UserError: The user's ``class_weight`` or ``num_classes`` of a loss does not fit.
     """
-    for path, head in _nodes(edits.get('model'), 'model'):
+    for path, head in nodes(edits.get('model'), 'model'):
         count = head.get('num_classes')
         if count is None and 'num_things_classes' in head:
             count = head['num_things_classes'] + head.get('num_stuff_classes', 0)
@@ -287,10 +383,12 @@ def mask_head_and_metric(edits: Edits) -> None:
 
 def makes_masks(model: Any) -> bool:
     """Whether a detector predicts masks, by the names of its parts."""
+    if isinstance(model, dict) and isinstance(model.get('roi_head'), dict):
+        return bool(model['roi_head'].get('mask_head')) or 'panoptic_fusion_head' in model
     return any(value and (
         'mask_head' in path or 'segm_head' in path or 'panoptic' in path
         or any(word in str(value.get('type')) for word in ('Mask', 'Ins', 'SOLO')))
-        for path, value in _nodes(model, 'model')
+        for path, value in nodes(model, 'model')
         if 'train_cfg' not in path and 'test_cfg' not in path and 'mask_roi_extractor' not in path)
 
 
@@ -346,15 +444,6 @@ def _heads(edits: Edits) -> Iterator[str]:
             yield from (f'model.{key}.{i}' for i in range(len(head)))
         elif isinstance(head, dict) and head:
             yield f'model.{key}'
-
-
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, config) of every dict in a config node."""
-    if isinstance(node, dict):
-        yield path, node
-    for key, value in (list(node.items()) if isinstance(node, dict) else
-                       enumerate(node) if isinstance(node, (list, tuple)) else ()):
-        yield from _nodes(value, f'{path}.{key}')
 
 
 def _at(channels: list[int], indices: Any, path: str) -> list[int]:

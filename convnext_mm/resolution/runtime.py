@@ -196,7 +196,8 @@ LEAST = {
        for key, least in (('batch_size', 1), ('num_workers', 0))},
     **{f'train_cfg.{key}': 1 for key in ('max_iters', 'max_epochs', 'val_interval')},
     **{f'default_hooks.{hook}.interval': 1 for hook in ('logger', 'visualization')},
-    'optim_wrapper.accumulative_counts': 1, 'randomness.seed': 0}
+    'model.decode_head.channels': 1, 'model.auxiliary_head.channels': 1,
+    'model.neck.out_channels': 1, 'optim_wrapper.accumulative_counts': 1, 'randomness.seed': 0}
 """Settings that count, and the least that they can be."""
 
 

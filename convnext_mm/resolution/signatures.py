@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from ..utils import suggest
-from .edits import MISSING, Edits, same
+from .edits import MISSING, Edits, nodes, same
 
 PLACES = (
     ('optim_wrapper.optimizer', ('OPTIMIZERS',)), ('optim_wrapper', ('OPTIM_WRAPPERS',)),
@@ -94,6 +95,9 @@ LOADER_KEYS = {'dataset', 'num_batch_per_epoch', 'collate_fn', 'sampler', 'batch
 """Keys of a data loader's config that mmengine reads itself."""
 
 
+MODEL_PARTS = r'(backbone|neck|_head|loss\w*|data_preprocessor|norm_cfg)(\.\d+)?$'
+
+
 def dataloaders_and_signature(edits: Edits) -> None:
     """Every setting of a data loader is an argument of PyTorch's.
 
@@ -112,16 +116,19 @@ def dataloaders_and_signature(edits: Edits) -> None:
 def types_and_registries(edits: Edits) -> None:
     """A type names a class that is registered.
 
-    Parts of models are left to the building of the model, since some have types that no registry
-    knows, such as the operations of RoI heads.
+    In models: backbones, necks, heads, losses and norms. Others may have types that no registry
+    knows, such as the operations of RoI extractors.
 
     Raises:
         UserError: Names the object and the closest types.
     """
     scope = edits.get('default_scope', 'mmengine')
-    for path, one, registries in _places(edits):
+    norms = ((path, node, ('MODELS',)) for path, node in nodes(edits.get('model'), 'model')
+             if path.endswith('norm_cfg') and 'type' in node)
+    for path, one, registries in (*_places(edits), *norms):
         name = one.get('type', DEFAULT_TYPES.get(path))
-        if path.startswith('model') or not isinstance(name, str) or _class_of(
+        inner = path.startswith('model.') and not re.search(MODEL_PARTS, path)
+        if inner or not isinstance(name, str) or _class_of(
                 one, path, scope, registries) is not None:
             continue
         # Hooks and metrics may hold pipelines, models and their helpers.

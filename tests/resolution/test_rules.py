@@ -8,6 +8,7 @@ from convnext_mm import UserError
 from convnext_mm.bases import without_completion
 from convnext_mm.resolution import RULES, edits, resolve, signatures
 from tests.helpers import DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
+from tests.recipes import MASK
 
 ALL = sorted(str(path) for path in (ROOT / 'configs').glob('*.py'))
 
@@ -574,3 +575,54 @@ def test_a_detectors_sizes_follow_its_scale(resolved):
     assert square.transforms[1][1].crop_size == (46, 72)
     with pytest.raises(UserError, match='crop_size=.* is a setting of segmentation'):
         resolved('crop_size = (64, 64)', DETECTION)
+
+
+# ---- parts that follow each other
+
+
+@pytest.mark.parametrize('text', ["arch = 'v2_nano'", 'model = dict(backbone=dict(use_grn=True))'])
+def test_v2_takes_the_layer_scale_away(text, resolved):
+    assert resolved(text).model.backbone.layer_scale_init_value == 0.0
+
+
+def test_a_head_of_one_map_reads_the_last(resolved):
+    head = resolved("model = dict(decode_head=dict(type='FCNHead'))").model.decode_head
+    assert (head.in_channels, head.in_index) == (768, 1)  # of the maps 2 and 3, which are left
+    assert resolved.notes[-1].startswith('model.backbone.out_indices=[2, 3]')
+    head = resolved("model = dict(decode_head=dict(type='SegformerHead'))").model.decode_head
+    assert head.in_channels == [96, 192, 384, 768]
+
+
+def test_heads_read_the_maps_that_are_left(resolved):
+    model = resolved('model = dict(backbone=dict(out_indices=[1, 3]))').model
+    assert (model.decode_head.in_index, model.decode_head.in_channels) == ([0, 1], [192, 768])
+    assert (model.auxiliary_head.in_index, model.auxiliary_head.in_channels) == (1, 768)
+    model = resolved('model = dict(backbone=dict(out_indices=[1, 2]))').model
+    assert (model.auxiliary_head.in_index, model.auxiliary_head.in_channels) == (1, 384)
+
+
+def test_a_mask_rcnn_without_masks_is_a_faster_rcnn(resolved):
+    cfg = resolved('model = dict(roi_head=dict(mask_head=None))', f'configs/{MASK}.py')
+    assert cfg.val_evaluator.metric == ['bbox']
+
+
+@pytest.mark.parametrize(('text', 'strides', 'featmaps'), [
+    ('model = dict(backbone=dict(out_indices=[1, 2, 3]))', [8, 16, 32, 64, 128], [8, 16, 32, 64]),
+    ('model = dict(backbone=dict(output_stride=16))', [4, 8, 16, 16, 32], [4, 8, 16, 16]),
+    ('model = dict(neck=dict(num_outs=4))', [4, 8, 16, 32], [4, 8, 16, 32])])
+def test_anchors_have_the_strides_of_the_maps(text, strides, featmaps, resolved):
+    model = resolved(text, DETECTION).model
+    assert model.rpn_head.anchor_generator.strides == strides
+    for kind in ('bbox', 'mask'):
+        assert model.roi_head[f'{kind}_roi_extractor'].featmap_strides == featmaps
+    with pytest.raises(UserError, match=r'strides=\[4, 8\], but the maps of model.neck have'):
+        resolved('model = dict(rpn_head=dict(anchor_generator=dict(strides=[4, 8])))', DETECTION)
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ("model = dict(backbone=dict(type='ConvNeXtt'))", 'model.backbone.type=.*mean ConvNeXt'),
+    ("norm_cfg = dict(type='SyncBNN')", 'norm_cfg.type=.SyncBNN.*mean SyncBN'),
+    ('model = dict(decode_head=dict(channels=0))', 'decode_head.channels=0 must be a whole')])
+def test_parts_that_do_not_exist(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
