@@ -21,7 +21,7 @@ class Packable(nn.Module):
     """A layer that packs its weights for inference on a CPU (``packed=True``)."""
 
     packed = False
-    _packed: tuple[list[Any], Callable[[Tensor], Tensor], list[Any]] | None = None
+    _packed: tuple[list[Any], Callable[..., Tensor], list[Any]] | None = None
 
     def uses_packed(self, x: Tensor, weight: Tensor) -> bool:
         """Whether to compute with packed weights on ``x``."""
@@ -30,13 +30,14 @@ class Packable(nn.Module):
                 and not torch.is_autocast_enabled('cpu'))
 
     def current_packed(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
-                       *settings: float) -> Callable[[Tensor], Tensor]:
+                       *settings: Any) -> Callable[..., Tensor]:
         """``pack(weights, *settings)``, renewed when a weight was replaced or written to.
 
         Writes through ``.data`` are not noticed.
         """
-        state = [None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
-                 for w in weights]
+        state = [pack, settings, *(
+            None if w is None else (w.data_ptr(), 0 if w.is_inference() else w._version)
+            for w in weights)]
         if self._packed is None or self._packed[0] != state:
             # A reference, so that no other weight is allocated at one of these addresses.
             alive = [None if w is None else w.detach() for w in weights]
@@ -53,16 +54,18 @@ class PackedConvolution:
 
     Args:
         weight: (C', C / groups, k, k).
-        bias: (C',).
+        bias: (C',) or None.
         stride: Stride.
         padding: Padding on each side.
         dilation: Dilation.
         groups: Groups of channels.
+        relu: Whether a ReLU follows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 0,
-                 dilation: int = 1, groups: int = 1) -> None:
-        self.weight, self.bias = weight.detach(), bias.detach()
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0,
+                 dilation: int = 1, groups: int = 1, relu: bool = False) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self.activation = 'relu' if relu else 'none'
         self.settings = [padding] * 2, [stride] * 2, [dilation] * 2, groups
         self.size: torch.Size | None = None
 
@@ -72,7 +75,7 @@ class PackedConvolution:
                 self.weight.to_mkldnn(), *self.settings, x.shape)
             self.size = x.shape
         return torch.ops.mkldnn._convolution_pointwise.default(
-            x, self.packed, self.bias, *self.settings, 'none', [], '')
+            x, self.packed, self.bias, *self.settings, self.activation, [], '')
 
 
 class PackedDownsample:

@@ -1,0 +1,156 @@
+"""mmcv's ConvModule on the fast path: as a convolution of upsampled maps, folded, or by Winograd.
+
+Not imported with :mod:`convnext_mm.fused`, since importing mmcv takes long.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import ConvModule
+from torch import Tensor, nn
+
+from . import pyramid, winograd
+from .functions import compute_dtype, without_autocast
+from .layers import has_hooks, is_exporting
+from .packed import Packable
+
+FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class FusedConvModule(ConvModule, Packable):
+    """A ConvModule that computes the same faster, with the same parameters.
+
+    In inference with ``packed``, norms are folded into convolutions and ReLUs work in place.
+    Otherwise 3x3 convolutions in fp32 on a CPU use :mod:`convnext_mm.fused.winograd`. Where others
+    need to see the layers (hooks, tracing), or they have another type, it is a plain ConvModule.
+    """
+
+    def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+        """(N, C, H, W) → (N, C', H', W')."""
+        if not (activate and norm and self.fusible(x)) or self.conv.stride != (1, 1):
+            return super().forward(x, activate, norm)
+        if self._folds(x):
+            x = x.to(compute_dtype(x))
+            with without_autocast(x):
+                return self._current(x, pyramid.PackedConv)(x)
+        if (self.conv.kernel_size == (3, 3) and self.conv.dilation == (1, 1)
+                and compute_dtype(x) == torch.float32
+                and winograd.suits(x, self.conv.out_channels)):
+            return self._finish(winograd.Convolution.apply(x, self.conv.weight))
+        return super().forward(x, activate, norm)
+
+    def accepts_pyramid(self, x: Tensor) -> bool:
+        """Whether :meth:`of_pyramid` may replace the module, called on one map like ``x``."""
+        return self.conv.stride == (1, 1) and not has_hooks(self) and self.fusible(x)
+
+    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: bool
+                   ) -> Tensor:
+        """The module on ``maps``, upsampled to ``size`` bilinearly and concatenated.
+
+        Call it only where :meth:`accepts_pyramid` is true.
+        """
+        if self._folds(maps[0]):
+            maps = [x.to(compute_dtype(x), memory_format=torch.channels_last) for x in maps]
+            with without_autocast(maps[0]):
+                channels = tuple(x.shape[1] for x in maps)
+                return self._current(maps[0], pyramid.PackedPyramid, channels, align_corners)(
+                    maps, size)
+        layout = pyramid.Layout(size, align_corners, self.conv.dilation[0])
+        return self._finish(pyramid.convolution(maps, self.conv.weight, layout))
+
+    def fusible(self, x: Tensor) -> bool:
+        """Whether one function may replace the layers, which keep the size of the map."""
+        conv = self.conv
+        size = conv.kernel_size[0]
+        return (type(conv) is nn.Conv2d and self.order == ('conv', 'norm', 'act')
+                and not (self.with_explicit_padding or self.with_spectral_norm)
+                and conv.groups == 1 and conv.padding_mode == 'zeros' and size % 2 == 1
+                and conv.kernel_size == (size, size) and conv.dilation[0] == conv.dilation[1]
+                and conv.padding == (conv.dilation[0] * (size // 2),) * 2
+                and not (x.is_meta or torch.compiler.is_compiling() or is_exporting()
+                         or torch.jit.is_tracing() or not x.is_floating_point())
+                and (conv.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+                and not any(has_hooks(layer) for layer in self.children()))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """What follows the convolution, which is without its bias."""
+        if self.conv.bias is not None:
+            y = y + self.conv.bias.to(y.dtype)[:, None, None]
+        if self.with_norm:
+            y = self.norm(y)
+        if not self.with_activation:
+            return y
+        if type(self.activate) is nn.ReLU and self.with_norm:  # a norm does not need its output
+            return F.relu_(y)
+        return self.activate(y)
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether to compute with constant weights, into which the norm is folded."""
+        return (self.packed and not (self.training or torch.is_grad_enabled())
+                and (not self.with_norm or (
+                    type(self.norm) in FOLDABLE and not self.norm.training
+                    and self.norm.running_mean is not None))
+                and (not self.with_activation or type(self.activate) is nn.ReLU))
+
+    def _current(self, x: Tensor, pack: type, *settings: Any) -> Callable[..., Tensor]:
+        """The folded layers, renewed when a parameter or a statistic has changed."""
+        norm = self.norm if self.with_norm else None
+        tensors = [self.conv.weight, self.conv.bias, *(() if norm is None else (
+            norm.weight, norm.bias, norm.running_mean, norm.running_var))]
+        return self.current_packed(
+            tensors, fold_and_pack, pack, x.dtype, None if norm is None else norm.eps,
+            self.conv.dilation[0], self.with_activation, *settings)
+
+
+def fold_and_pack(tensors: Sequence[Tensor | None], pack: Callable[..., Callable[..., Tensor]],
+                  dtype: torch.dtype, eps: float | None, dilation: int, relu: bool,
+                  *settings: Any) -> Callable[..., Tensor]:
+    """A convolution, its norm and a ReLU for constant weights.
+
+    Args:
+        tensors: Weight and bias of the convolution; weight, bias, mean and variance of the norm.
+        pack: The class of the result: :class:`pyramid.PackedConv` or
+            :class:`pyramid.PackedPyramid`.
+        dtype: Dtype of the computation.
+        eps: Epsilon of the norm.
+        dilation: Dilation of the convolution.
+        relu: Whether a ReLU follows.
+        settings: Further arguments of ``pack``.
+    """
+    weight, bias = (t.to(dtype) for t in folded(*tensors, eps=eps))
+    return pack(weight, bias, dilation, relu, *settings)
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None = None,
+           norm_bias: Tensor | None = None, mean: Tensor | None = None,
+           variance: Tensor | None = None, eps: float | None = None) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias with a batch norm in eval mode multiplied into them."""
+    weight = weight.detach()
+    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    if mean is None or variance is None:
+        return weight, bias
+    scale = (variance + eps).rsqrt()
+    if norm_weight is not None:
+        scale = scale * norm_weight.detach()
+    bias = (bias - mean) * scale
+    if norm_bias is not None:
+        bias = bias + norm_bias.detach()
+    return weight * scale[:, None, None, None], bias
+
+
+def accepts_pyramid(module: nn.Module, x: Tensor) -> TypeGuard[FusedConvModule]:
+    """Whether a module is a :class:`FusedConvModule` that accepts several maps like ``x``."""
+    return isinstance(module, FusedConvModule) and module.accepts_pyramid(x)
+
+
+def fuse_conv_modules(model: nn.Module) -> None:
+    """Let every plain ConvModule inside a model compute as :class:`FusedConvModule`.
+
+    Parameters, hooks and attributes stay: only the class changes, as PyTorch's parametrizations do.
+    """
+    for module in model.modules():
+        if type(module) is ConvModule:
+            module.__class__ = FusedConvModule

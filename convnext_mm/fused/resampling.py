@@ -1,0 +1,75 @@
+"""Bilinear upsampling as products with narrow banded matrices, one per direction.
+
+Interpolation is linear and separable: a map (H, W, C) is resampled by a matrix of its rows, (H',
+H), and one of its columns. A block of output rows depends on few input rows, so the products skip
+the zeros outside of the band. What follows linearly, such as the shift of a convolution's tap, the
+mean over overlapping windows, a crop or a flip, is part of the matrices.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 32
+"""Rows of a block on a CPU."""
+
+
+class Block(NamedTuple):
+    """A part of a matrix.
+
+    Args:
+        rows: Its rows.
+        columns: The columns outside of which these rows are zero.
+        values: (taps, rows, columns).
+    """
+
+    rows: slice
+    columns: slice
+    values: Tensor
+
+
+class Banded:
+    """Matrices (taps, out, in) with the nonzeros near the diagonal, cut into blocks of rows.
+
+    Args:
+        matrices: (taps, out, in), all with the same band.
+        block: Rows of a block.
+    """
+
+    def __init__(self, matrices: Tensor, block: int = BLOCK) -> None:
+        self.taps, self.size = matrices.shape[:2]
+        self.blocks = []
+        used = (matrices != 0).any(0)
+        for start in range(0, self.size, block):
+            rows = slice(start, min(start + block, self.size))
+            columns = used[rows].any(0).nonzero().flatten()
+            low, high = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
+            self.blocks.append(Block(rows, slice(low, high),
+                                     matrices[:, rows, low:high].contiguous()))
+
+    def stacked(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and (rows, taps · columns) of each block."""
+        for rows, columns, values in self.blocks:
+            yield rows, columns, values.transpose(0, 1).flatten(1)
+
+    def interleaved(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and (rows, columns · taps) of each block."""
+        for rows, columns, values in self.blocks:
+            yield rows, columns, values.permute(1, 2, 0).flatten(1)
+
+
+def interpolation(size: int, out: int, align_corners: bool) -> Tensor:
+    """(out, size): the matrix of F.interpolate's linear mode, in fp32 on the CPU."""
+    eye = torch.eye(size, device='cpu')[None]
+    return F.interpolate(eye, size=out, mode='linear', align_corners=align_corners)[0].t()
+
+
+def shifted(matrix: Tensor, taps: int, dilation: int = 1) -> Tensor:
+    """(taps, out, in): the rows that a convolution's taps read, with zeros as its padding."""
+    reach = dilation * (taps // 2)
+    padded = F.pad(matrix, (0, 0, reach, reach))
+    return torch.stack([padded[dilation * i:dilation * i + len(matrix)] for i in range(taps)])

@@ -1,0 +1,8 @@
+"""mmseg's segmentor and heads, computed with less arithmetic and memory.
+
+Parameters, numbers, losses and arguments are mmseg's. Importing this imports mmseg, so it is
+imported only when a config names one of the classes (:mod:`convnext_mm.registry`).
+"""
+from .heads import FCNHead, FPNHead, SegformerHead, UPerHead
+
+__all__ = ['FCNHead', 'FPNHead', 'SegformerHead', 'UPerHead']

@@ -1,0 +1,137 @@
+"""mmseg's heads that upsample and concatenate maps, with convolutions at the maps' own size.
+
+Where others need to see the layers (hooks, tracing, a replaced module), mmseg's code runs.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmseg.models import decode_heads
+from mmseg.models.decode_heads.psp_head import PPM
+from mmseg.models.utils import Upsample, resize
+from torch import Tensor, nn
+
+from ..fused.conv_module import accepts_pyramid, fuse_conv_modules
+from ..fused.layers import has_hooks
+from ..fused.packed import Packable
+from ..registry import MODELS
+
+
+class FusedHead(nn.Module):
+    """A head whose ConvModules are :class:`convnext_mm.fused.conv_module.FusedConvModule`.
+
+    Args:
+        packed: Whether inference keeps weights with folded norms, in the layout that is fastest.
+        args: As for mmseg's head.
+        kwargs: As for mmseg's head.
+    """
+
+    def __init__(self, *args: Any, packed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse_conv_modules(self)
+        for module in self.modules():
+            if isinstance(module, Packable):
+                module.packed = packed
+
+
+@MODELS.register_module()
+class UPerHead(FusedHead, decode_heads.UPerHead):
+    """mmseg's UPerHead (Xiao et al., "Unified Perceptual Parsing", 2018).
+
+    Two thirds of UPerNet's multiplications are those of ``fpn_bottleneck`` on three upsampled maps.
+    """
+
+    def psp_forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The last map with its averages over regions of several sizes."""
+        x = inputs[-1]
+        pools = self.psp_modules
+        if type(pools) is not PPM or has_hooks(pools) or not accepts_pyramid(self.bottleneck, x):
+            return super().psp_forward(inputs)
+        return self.bottleneck.of_pyramid([x, *(pool(x) for pool in pools)], tuple(x.shape[2:]),
+                                          self.align_corners)
+
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        maps = self._transform_inputs(inputs)
+        if not accepts_pyramid(self.fpn_bottleneck, maps[0]):
+            return super()._forward_feature(inputs)
+        maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
+        laterals.append(self.psp_forward(maps))
+        for i in range(len(laterals) - 1, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + resize(
+                laterals[i], size=laterals[i - 1].shape[2:], mode='bilinear',
+                align_corners=self.align_corners)
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
+        return self.fpn_bottleneck.of_pyramid(
+            [*outs, laterals[-1]], tuple(outs[0].shape[2:]), self.align_corners)
+
+
+@MODELS.register_module()
+class SegformerHead(FusedHead, decode_heads.SegformerHead):
+    """mmseg's SegformerHead (Xie et al., "SegFormer", 2021)."""
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's maps → logits (N, classes, H, W)."""
+        maps = self._transform_inputs(inputs)
+        if self.interpolate_mode != 'bilinear' or not accepts_pyramid(self.fusion_conv, maps[0]):
+            return super().forward(inputs)
+        outs = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        return self.cls_seg(self.fusion_conv.of_pyramid(
+            outs, tuple(maps[0].shape[2:]), self.align_corners))
+
+
+@MODELS.register_module()
+class FPNHead(FusedHead, decode_heads.FPNHead):
+    """mmseg's FPNHead (Kirillov et al., "Panoptic Feature Pyramid Networks", 2019)."""
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's maps → logits (N, classes, H, W)."""
+        maps = self._transform_inputs(inputs)
+        if any(has_hooks(head) for head in self.scale_heads):
+            return super().forward(inputs)
+        output = self.scale_heads[0](maps[0])
+        for head, x in zip(self.scale_heads[1:], maps[1:], strict=True):
+            output = output + resize(_upsample_and_convolve(head, x), size=output.shape[2:],
+                                     mode='bilinear', align_corners=self.align_corners)
+        return self.cls_seg(output)
+
+
+def _upsample_and_convolve(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """``layers(x)``, with each upsampling and the convolution after it as one function."""
+    remaining = list(layers)
+    while remaining:
+        layer = remaining.pop(0)
+        if (type(layer) is Upsample and layer.mode == 'bilinear' and not layer.size
+                and not has_hooks(layer) and remaining and accepts_pyramid(remaining[0], x)):
+            size = tuple(int(length * layer.scale_factor) for length in x.shape[2:])
+            x = remaining.pop(0).of_pyramid([x], size, bool(layer.align_corners))
+        else:
+            x = layer(x)
+    return x
+
+
+@MODELS.register_module()
+class FCNHead(FusedHead, decode_heads.FCNHead):
+    """mmseg's FCNHead (Long et al., "Fully Convolutional Networks", 2015).
+
+    With ``input_transform='resize_concat'``, the first convolution is computed at each map's size.
+    """
+
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        if (self.input_transform != 'resize_concat' or self.num_convs == 0
+                or type(self.convs) is not nn.Sequential or has_hooks(self.convs)):
+            return super()._forward_feature(inputs)
+        maps = [inputs[i] for i in self.in_index]
+        first, *others = self.convs
+        ends = [first, self.conv_cat] if self.concat_input else [first]
+        if not all(accepts_pyramid(conv, maps[0]) for conv in ends):
+            return super()._forward_feature(inputs)
+        size = tuple(maps[0].shape[2:])
+        x = first.of_pyramid(maps, size, self.align_corners)
+        for conv in others:
+            x = conv(x)
+        if self.concat_input:
+            x = self.conv_cat.of_pyramid([*maps, x], size, self.align_corners)
+        return x
