@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,10 +63,33 @@ class Banded:
             yield rows, columns, values.permute(1, 2, 0).flatten(1)
 
 
+def neighbors(size: int, out: int, align_corners: bool, rows: slice = slice(None)
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What F.interpolate's linear mode reads for output rows: index, next index, its weight.
+
+    Computed in fp32 as PyTorch does, so that the weights have the same rounding errors.
+    """
+    index = np.arange(*rows.indices(out), dtype=np.float32)
+    one, half = np.float32(1), np.float32(0.5)
+    if align_corners:
+        scale = np.float32(size - 1) / np.float32(out - 1) if out > 1 else np.float32(0)
+        source = scale * index
+    else:
+        scale = np.float32(size) / np.float32(out)
+        source = np.maximum(scale * (index + half) - half, np.float32(0))
+    low = np.minimum(source.astype(np.int64), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    return low, high, np.clip(source - low.astype(np.float32), np.float32(0), one)
+
+
 def interpolation(size: int, out: int, align_corners: bool) -> Tensor:
     """(out, size): the matrix of F.interpolate's linear mode, in fp32 on the CPU."""
-    eye = torch.eye(size, device='cpu')[None]
-    return F.interpolate(eye, size=out, mode='linear', align_corners=align_corners)[0].t()
+    low, high, weight = neighbors(size, out, align_corners)
+    matrix = np.zeros((out, size), np.float32)
+    rows = np.arange(out)
+    np.add.at(matrix, (rows, low), 1 - weight)
+    np.add.at(matrix, (rows, high), weight)
+    return torch.from_numpy(matrix)
 
 
 def shifted(matrix: Tensor, taps: int, dilation: int = 1) -> Tensor:

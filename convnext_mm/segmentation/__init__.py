@@ -4,5 +4,6 @@ Parameters, numbers, losses and arguments are mmseg's. Importing this imports mm
 imported only when a config names one of the classes (:mod:`convnext_mm.registry`).
 """
 from .heads import FCNHead, FPNHead, SegformerHead, UPerHead
+from .segmentor import EncoderDecoder
 
-__all__ = ['FCNHead', 'FPNHead', 'SegformerHead', 'UPerHead']
+__all__ = ['EncoderDecoder', 'FCNHead', 'FPNHead', 'SegformerHead', 'UPerHead']
