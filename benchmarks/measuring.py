@@ -46,11 +46,30 @@ def time_once(step: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def time_interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def processor_time_once(step: Callable[[], object]) -> float:
+    """Return the processor's seconds for a step on a CPU, in all threads together.
+
+    Other jobs on the machine affect them less than the time on the clock.
+    """
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin
+
+
+def time_interleaved(steps: dict[str, Callable[[], object]], repeats: int,
+                     clock: Callable[[Callable[[], object]], float] = time_once,
+                     summary: Callable[[list[float]], float] = statistics.median
+                     ) -> dict[str, float]:
     """Return the median seconds of each step.
 
     Each round runs every step once, so that a slow phase of the machine affects all of them. A step
     that fails in the warm-up round is reported and skipped.
+
+    Args:
+        steps: What is measured, by name.
+        repeats: Rounds.
+        clock: Measures one call.
+        summary: Of the times of a step, such as ``min`` on a machine with other jobs.
     """
     for name in list(steps):
         try:
@@ -61,10 +80,10 @@ def time_interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> di
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(repeats):
         for name, step in steps.items():
-            times[name].append(time_once(step))
+            times[name].append(clock(step))
         print(f'\r    round {round_ + 1} of {repeats}', end='', file=sys.stderr, flush=True)
     print('\r' + ' ' * 30, end='\r', file=sys.stderr)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    return {name: summary(spent) for name, spent in times.items()}
 
 
 def peak_memory(step: Callable[[], object]) -> float | None:

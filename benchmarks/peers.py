@@ -5,6 +5,7 @@ Those defined here use the parameters of a given ConvNeXt; transformers and timm
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,46 @@ class MatmulsAndConvolutionsAlone(nn.Module):
                                   groups=b.dwconv.groups),
                 *((pack_linear(linear.weight.detach()), linear.bias.detach())
                   for linear in (b.pwconv1, b.pwconv2)))
+
+
+def use_stock_classes(node: Any) -> None:
+    """Replace this package's variants of a toolbox's classes in a config by the toolbox's own."""
+    if isinstance(node, dict) and isinstance(node.get('type'), str):
+        node['type'] = node['type'].removeprefix('convnext_mm.')
+    for value in (node.values() if isinstance(node, dict) else
+                  node if isinstance(node, (list, tuple)) else ()):
+        use_stock_classes(value)
+
+
+class ConvolutionsAndMatmulsOf(nn.Module):
+    """A reference: the convolutions and linear layers that a step of a model calls, alone.
+
+    Each runs on an input that was allocated beforehand, in the layout in which the model calls it.
+
+    Args:
+        model: The model; its own modules are run.
+        step: Calls the model once.
+    """
+
+    def __init__(self, model: nn.Module, step: Callable[[], object]) -> None:
+        super().__init__()
+        self.calls: list[tuple[nn.Module, Tensor]] = []
+
+        def record(layer: nn.Module, args: tuple[Tensor]) -> None:
+            self.calls.append((layer, torch.randn_like(args[0]).requires_grad_(
+                args[0].requires_grad)))
+        hooks = [layer.register_forward_pre_hook(record) for layer in model.modules()
+                 if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        step()
+        for hook in hooks:
+            hook.remove()
+
+    def forward(self) -> None:
+        """Run them, with their backward passes if gradients are enabled."""
+        for layer, x in self.calls:
+            y = layer(x)
+            if y.requires_grad:
+                y.backward(torch.ones_like(y))
 
 
 def transformers_backbone(model: ConvNeXt) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Time the training step of a recipe with OpenMMLab's backbone, and with ours and ``fast`` options.
+"""Time the training step of a recipe with OpenMMLab's model, and with ours and ``fast`` options.
 
     python benchmarks/train_step.py                             # UPerNet tiny with its own settings
     python benchmarks/train_step.py --config configs/RECIPE.py --size 1280x800       # a detector
@@ -28,7 +28,7 @@ from convnext_mm.engine import fallbacks, speed
 from convnext_mm.engine.checks import read_config
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-BASELINE = "OpenMMLab's backbone (baseline)"
+BASELINE = "OpenMMLab's model (baseline)"
 VARIANTS: dict[str, dict] = {
     BASELINE: {}, 'ours': {}, 'ours, minimal': dict(memory='minimal'),
     'ours, heads channels_last': dict(channels_last=True),
@@ -49,6 +49,8 @@ def build_variant(name: str, variant: dict, args: argparse.Namespace) -> tuple[n
     if args.drop_path is not None:
         options['model.backbone.drop_path_rate'] = args.drop_path
     cfg = read_config(str(args.config), options)
+    if name == BASELINE:
+        peers.use_stock_classes(cfg.model)
     if variant.get('fused_optimizer'):
         cfg.optim_wrapper.optimizer.fused = True
     fallbacks.adapt_to_device(cfg)

@@ -100,7 +100,8 @@ def test_recipe(name):
     if segmentation:
         heads = cfg.model.decode_head, cfg.model.auxiliary_head
         assert [(h.type, h.channels, h.num_classes, h.align_corners) for h in heads] == [
-            ('UPerHead', 512, 150, False), ('FCNHead', 256, 150, False)]
+            ('convnext_mm.UPerHead', 512, 150, False),
+            ('convnext_mm.FCNHead', 256, 150, False)]
         assert heads[0].pool_scales == (1, 2, 3, 6)
     dims = list(model.backbone.arch.dims)
     assert [dims, dims[2]] == ([cfg.model.decode_head.in_channels,
@@ -287,7 +288,8 @@ def test_demo_configs_inherit_the_recipes(demo, recipe):
 
 
 @pytest.mark.parametrize(('suffix', 'model'), [
-    ('', 'EncoderDecoder'), ('_ss', 'EncoderDecoder'), ('_ms', 'SegTTAModel')])
+    ('', 'convnext_mm.EncoderDecoder'), ('_ss', 'convnext_mm.EncoderDecoder'),
+    ('_ms', 'SegTTAModel')])
 def test_multi_scale_recipes_use_tta_without_an_option(suffix, model, monkeypatch):
     class Stop(Exception):
         pass

@@ -271,6 +271,7 @@ def _use_tta(cfg: Config) -> None:
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = ['bbox']
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
+    speed.request_logits(cfg)
 
 
 def _dump_predictions(cfg: Config, out: str) -> Callable | None:

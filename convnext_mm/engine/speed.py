@@ -23,9 +23,12 @@ DEFAULTS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16
 def apply_fast(cfg: Config) -> None:
     """Apply ``cfg.fast`` to the optimizer wrapper and backbones, and add a :class:`SpeedHook`.
 
+    Segmentors inside of a wrapper return their logits (:func:`request_logits`).
+
     Raises:
         UserError: A key is unknown, or contradicts or lacks another.
     """
+    request_logits(cfg)
     fast = cfg.get('fast')
     if not fast:
         return
@@ -52,6 +55,13 @@ def apply_fast(cfg: Config) -> None:
         'channels_last', 'compile', 'dynamic', 'cuda_graphs')})
     others = [h for h in cfg.get('custom_hooks') or [] if h['type'] != 'SpeedHook']
     cfg.custom_hooks = [*others, hook]
+
+
+def request_logits(cfg: Config) -> None:
+    """Let a segmentor inside of a wrapper, such as test-time augmentation, return its logits."""
+    wrapped = (cfg.get('model') or {}).get('module') or {}
+    if str(wrapped.get('type')) == 'convnext_mm.EncoderDecoder':
+        wrapped['test_cfg'] = dict(wrapped.get('test_cfg') or {}, seg_logits=True)
 
 
 def find_backbones(node: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
@@ -140,7 +150,14 @@ def use_channels_last(model: nn.Module) -> None:
 
 
 def enable_packed_inference(model: nn.Module) -> None:
-    """Let inference on a CPU use weights in oneDNN's layout (see ``packed`` of ConvNeXt)."""
+    """Let inference keep weights in the form that is fastest.
+
+    Of a ConvNeXt on a CPU, in oneDNN's layout (see its ``packed``); of the ConvModules of necks and
+    heads, with the norm folded into the convolution. Later changes of parameters are noticed.
+    """
+    if any(type(module).__module__.startswith('mmcv.') for module in model.modules()):
+        from ..fused.conv_module import fuse_conv_modules  # imports mmcv
+        fuse_conv_modules(model)
     for module in model.modules():
         if isinstance(module, Packable):
             module.packed = True

@@ -196,17 +196,18 @@ MAX_MATRICES = 64
 def _matrices(x: Tensor, layout: Layout, taps: int, transposed: bool = False
               ) -> tuple[Banded, Banded]:
     """The matrices of the rows and columns for a coarse map, made once for each size."""
-    key = (tuple(x.shape[2:]), layout, taps, transposed, x.dtype, x.device)
-    if key not in _MATRICES:
-        made = []
-        for size, out in zip(x.shape[2:], layout.size, strict=True):
-            matrices = shifted(interpolation(size, out, layout.align_corners), taps,
-                               layout.dilation)
-            made.append(Banded((matrices.transpose(1, 2) if transposed else matrices).to(x)))
+    key = tuple(x.shape[2:]), layout, taps, transposed, x.dtype, x.device
+    if key in _MATRICES:
+        return _MATRICES[key]
+    made = []
+    for size, out in zip(x.shape[2:], layout.size, strict=True):
+        matrices = shifted(interpolation(size, out, layout.align_corners), taps, layout.dilation)
+        made.append(Banded(matrices.transpose(0, 2, 1) if transposed else matrices, x))
+    if type(made[0].blocks[0].values) is Tensor:  # not a tensor without values
         if len(_MATRICES) >= MAX_MATRICES:
             _MATRICES.clear()
         _MATRICES[key] = made[0], made[1]
-    return _MATRICES[key]
+    return made[0], made[1]
 
 
 class PackedPyramid:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 32
@@ -38,19 +37,21 @@ class Banded:
 
     Args:
         matrices: (taps, out, in), all with the same band.
+        like: A tensor of the dtype and on the device of the products.
         block: Rows of a block.
     """
 
-    def __init__(self, matrices: Tensor, block: int = BLOCK) -> None:
+    def __init__(self, matrices: np.ndarray, like: Tensor, block: int = BLOCK) -> None:
         self.taps, self.size = matrices.shape[:2]
         self.blocks = []
         used = (matrices != 0).any(0)
         for start in range(0, self.size, block):
             rows = slice(start, min(start + block, self.size))
-            columns = used[rows].any(0).nonzero().flatten()
-            low, high = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 1)
-            self.blocks.append(Block(rows, slice(low, high),
-                                     matrices[:, rows, low:high].contiguous()))
+            columns = np.flatnonzero(used[rows].any(0))
+            low, high = (columns[0], columns[-1] + 1) if len(columns) else (0, 1)
+            values = np.ascontiguousarray(matrices[:, rows, low:high])
+            self.blocks.append(Block(rows, slice(int(low), int(high)),
+                                     torch.from_numpy(values).to(like)))
 
     def stacked(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns and (rows, taps · columns) of each block."""
@@ -82,18 +83,18 @@ def neighbors(size: int, out: int, align_corners: bool, rows: slice = slice(None
     return low, high, np.clip(source - low.astype(np.float32), np.float32(0), one)
 
 
-def interpolation(size: int, out: int, align_corners: bool) -> Tensor:
-    """(out, size): the matrix of F.interpolate's linear mode, in fp32 on the CPU."""
+def interpolation(size: int, out: int, align_corners: bool) -> np.ndarray:
+    """(out, size): the matrix of F.interpolate's linear mode, in fp32."""
     low, high, weight = neighbors(size, out, align_corners)
     matrix = np.zeros((out, size), np.float32)
     rows = np.arange(out)
     np.add.at(matrix, (rows, low), 1 - weight)
     np.add.at(matrix, (rows, high), weight)
-    return torch.from_numpy(matrix)
+    return matrix
 
 
-def shifted(matrix: Tensor, taps: int, dilation: int = 1) -> Tensor:
+def shifted(matrix: np.ndarray, taps: int, dilation: int = 1) -> np.ndarray:
     """(taps, out, in): the rows that a convolution's taps read, with zeros as its padding."""
     reach = dilation * (taps // 2)
-    padded = F.pad(matrix, (0, 0, reach, reach))
-    return torch.stack([padded[dilation * i:dilation * i + len(matrix)] for i in range(taps)])
+    padded = np.pad(matrix, ((reach, reach), (0, 0)))
+    return np.stack([padded[dilation * i:dilation * i + len(matrix)] for i in range(taps)])

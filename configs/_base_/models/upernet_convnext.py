@@ -1,11 +1,11 @@
 _base_ = './convnext.py'
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
-    type='EncoderDecoder',
+    type='convnext_mm.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor', pad_val=0, seg_pad_val=255, size=(512, 512)),
     decode_head=dict(
-        type='UPerHead',
+        type='convnext_mm.UPerHead',
         in_channels=[96, 192, 384, 768],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
@@ -16,7 +16,7 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     auxiliary_head=dict(
-        type='FCNHead',
+        type='convnext_mm.FCNHead',
         in_channels=384,
         in_index=2,
         channels=256,
