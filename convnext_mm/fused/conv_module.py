@@ -29,25 +29,24 @@ class FusedConvModule(ConvModule, Packable):
     """
 
     def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
-        """(N, C, H, W) → (N, C', H', W')."""
-        if not (activate and norm and self.fusible(x)) or self.conv.stride != (1, 1):
+        """(N, C, H, W) → (N, C', H, W); with a stride, as a plain ConvModule."""
+        if not (norm and self.conv.stride == (1, 1) and self.fusible(x)):
             return super().forward(x, activate, norm)
         if self._folds(x):
             x = x.to(compute_dtype(x))
             with without_autocast(x):
-                return self._current(x, pyramid.PackedConv)(x)
-        if (self.conv.kernel_size == (3, 3) and self.conv.dilation == (1, 1)
-                and compute_dtype(x) == torch.float32
-                and winograd.suits(x, self.conv.out_channels)):
-            return self._finish(winograd.Convolution.apply(x, self.conv.weight))
+                return self._current(x, activate, pyramid.PackedConv)(x)
+        if torch.is_grad_enabled() or winograd.suits(x.to(compute_dtype(x)),
+                                                     self.conv.out_channels):
+            return self.of_pyramid([x], tuple(x.shape[2:]), False, activate)
         return super().forward(x, activate, norm)
 
     def accepts_pyramid(self, x: Tensor) -> bool:
         """Whether :meth:`of_pyramid` may replace the module, called on one map like ``x``."""
         return self.conv.stride == (1, 1) and not has_hooks(self) and self.fusible(x)
 
-    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: bool
-                   ) -> Tensor:
+    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: bool,
+                   activate: bool = True) -> Tensor:
         """The module on ``maps``, upsampled to ``size`` bilinearly and concatenated.
 
         Call it only where :meth:`accepts_pyramid` is true.
@@ -56,10 +55,19 @@ class FusedConvModule(ConvModule, Packable):
             maps = [x.to(compute_dtype(x), memory_format=torch.channels_last) for x in maps]
             with without_autocast(maps[0]):
                 channels = tuple(x.shape[1] for x in maps)
-                return self._current(maps[0], pyramid.PackedPyramid, channels, align_corners)(
-                    maps, size)
+                return self._current(maps[0], activate, pyramid.PackedPyramid, channels,
+                                     align_corners)(maps, size)
         layout = pyramid.Layout(size, align_corners, self.conv.dilation[0])
-        return self._finish(pyramid.convolution(maps, self.conv.weight, layout))
+        y = pyramid.convolution(maps, self.conv.weight, layout)
+        if self.conv.bias is not None:
+            y = y + self.conv.bias.to(y.dtype)[:, None, None]
+        if self.with_norm:
+            y = self.norm(y)
+        if not (activate and self.with_activation):
+            return y
+        if type(self.activate) is nn.ReLU and self.with_norm:  # a norm does not need its output
+            return F.relu_(y)
+        return self.activate(y)
 
     def fusible(self, x: Tensor) -> bool:
         """Whether one function may replace the layers, which keep the size of the map."""
@@ -75,18 +83,6 @@ class FusedConvModule(ConvModule, Packable):
                 and (conv.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
                 and not any(has_hooks(layer) for layer in self.children()))
 
-    def _finish(self, y: Tensor) -> Tensor:
-        """What follows the convolution, which is without its bias."""
-        if self.conv.bias is not None:
-            y = y + self.conv.bias.to(y.dtype)[:, None, None]
-        if self.with_norm:
-            y = self.norm(y)
-        if not self.with_activation:
-            return y
-        if type(self.activate) is nn.ReLU and self.with_norm:  # a norm does not need its output
-            return F.relu_(y)
-        return self.activate(y)
-
     def _folds(self, x: Tensor) -> bool:
         """Whether to compute with constant weights, into which the norm is folded."""
         return (self.packed and not (self.training or torch.is_grad_enabled())
@@ -95,14 +91,15 @@ class FusedConvModule(ConvModule, Packable):
                     and self.norm.running_mean is not None))
                 and (not self.with_activation or type(self.activate) is nn.ReLU))
 
-    def _current(self, x: Tensor, pack: type, *settings: Any) -> Callable[..., Tensor]:
+    def _current(self, x: Tensor, activate: bool, pack: type, *settings: Any
+                 ) -> Callable[..., Tensor]:
         """The folded layers, renewed when a parameter or a statistic has changed."""
         norm = self.norm if self.with_norm else None
         tensors = [self.conv.weight, self.conv.bias, *(() if norm is None else (
             norm.weight, norm.bias, norm.running_mean, norm.running_var))]
         return self.current_packed(
             tensors, fold_and_pack, pack, x.dtype, None if norm is None else norm.eps,
-            self.conv.dilation[0], self.with_activation, *settings)
+            self.conv.dilation[0], self.with_activation and activate, *settings)
 
 
 def fold_and_pack(tensors: Sequence[Tensor | None], pack: Callable[..., Callable[..., Tensor]],

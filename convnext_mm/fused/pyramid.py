@@ -52,21 +52,24 @@ def convolution(maps: Sequence[Tensor], weight: Tensor, layout: Layout) -> Tenso
     """
     dtype = compute_dtype(maps[0])
     maps = [x.to(dtype, memory_format=torch.channels_last) for x in maps]
-    weight = weight.to(dtype)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *maps)):
+        return PyramidFunction.apply(layout, weight, *maps)
     with without_autocast(maps[0]):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *maps)):
-            return PyramidFunction.apply(layout, weight, *maps)
-        return _forward(maps, weight, layout)
+        return _forward(maps, weight.to(dtype), layout)
 
 
 class PyramidFunction(torch.autograd.Function):
-    """:func:`convolution`, which saves only its inputs; differentiable once."""
+    """:func:`convolution`, which saves only its inputs; differentiable once.
+
+    The weight is cast to the maps' dtype in both directions, so that no copy of it is saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, weight: Tensor, *maps: Tensor) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(weight, *maps)
-        return _forward(maps, weight, layout)
+        with without_autocast(maps[0]):
+            return _forward(maps, weight.to(maps[0].dtype), layout)
 
     @staticmethod
     @once_differentiable
@@ -74,18 +77,15 @@ class PyramidFunction(torch.autograd.Function):
         weight, *maps = ctx.saved_tensors
         _, needs_weight, *needs = ctx.needs_input_grad
         with without_autocast(g):
-            g = g.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-            grads, parts = [], []
-            for x, w, needed in zip(maps, weight.split([x.shape[1] for x in maps], 1), needs,
-                                    strict=True):
-                if x.shape[2:] == ctx.layout.size:
-                    dx, dw = _same_size_backward(g, x, w, (needed, needs_weight), ctx.layout)
-                else:
-                    dx, dw = _coarse_backward(g, x, w, (needed, needs_weight), ctx.layout)
-                grads.append(dx)
-                parts.append(dw)
-            dweight = torch.cat([dw for dw in parts if dw is not None], 1) if needs_weight else None
-        return None, dweight, *grads
+            dtype = maps[0].dtype
+            g = g.to(dtype).contiguous(memory_format=torch.channels_last)
+            parts = weight.to(dtype).split([x.shape[1] for x in maps], 1)
+            backward = [(_same_size_backward if x.shape[2:] == ctx.layout.size
+                         else _coarse_backward)(g, x, part, (needed, needs_weight), ctx.layout)
+                        for x, part, needed in zip(maps, parts, needs, strict=True)]
+            dweight = torch.cat([dw.to(weight.dtype) for _, dw in backward if dw is not None], 1
+                                ) if needs_weight else None
+        return None, dweight, *(dx for dx, _ in backward)
 
 
 def _forward(maps: Sequence[Tensor], weight: Tensor, layout: Layout) -> Tensor:

@@ -13,6 +13,7 @@ from mmseg.models.decode_heads.psp_head import PPM
 from mmseg.models.utils import Upsample, resize
 from torch import Tensor, nn
 
+from ..fused.activations import relu_add, relu_dropout
 from ..fused.conv_module import accepts_pyramid, fuse_conv_modules
 from ..fused.layers import has_hooks
 from ..fused.packed import Packable
@@ -52,20 +53,44 @@ class UPerHead(FusedHead, decode_heads.UPerHead):
         return self.bottleneck.of_pyramid([x, *(pool(x) for pool in pools)], tuple(x.shape[2:]),
                                           self.align_corners)
 
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's maps → logits (N, classes, H, W)."""
+        maps = self._transform_inputs(inputs)
+        drop = self.dropout
+        if not (self.training and torch.is_grad_enabled() and type(drop) is nn.Dropout2d
+                and drop.training and 0 < drop.p < 1 and not has_hooks(drop)
+                and _ends_with_relu(self.fpn_bottleneck, maps[0])):
+            return super().forward(inputs)
+        return self.conv_seg(relu_dropout(self._features(maps, activate=False), drop.p))
+
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
         maps = self._transform_inputs(inputs)
         if not accepts_pyramid(self.fpn_bottleneck, maps[0]):
             return super()._forward_feature(inputs)
+        return self._features(maps)
+
+    def _features(self, maps: Sequence[Tensor], activate: bool = True) -> Tensor:
+        """The output of ``fpn_bottleneck``, with or without its activation."""
         maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
-        laterals.append(self.psp_forward(maps))
-        for i in range(len(laterals) - 1, 0, -1):
-            laterals[i - 1] = laterals[i - 1] + resize(
-                laterals[i], size=laterals[i - 1].shape[2:], mode='bilinear',
-                align_corners=self.align_corners)
-        outs = [conv(x) for conv, x in zip(self.fpn_convs, laterals[:-1], strict=True)]
-        return self.fpn_bottleneck.of_pyramid(
-            [*outs, laterals[-1]], tuple(outs[0].shape[2:]), self.align_corners)
+        above = self.psp_forward(maps)
+        outs = [above]
+        for lateral, conv, x in zip(*(list(reversed(part)) for part in (
+                self.lateral_convs, self.fpn_convs, maps[:-1])), strict=True):
+            above = resize(above, size=x.shape[2:], mode='bilinear',
+                           align_corners=self.align_corners)
+            if _ends_with_relu(lateral, x):
+                above = relu_add(lateral(x, activate=False), above)
+            else:
+                above = lateral(x) + above
+            outs.insert(0, conv(above))
+        return self.fpn_bottleneck.of_pyramid(outs, tuple(outs[0].shape[2:]), self.align_corners,
+                                              activate)
+
+
+def _ends_with_relu(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module's ReLU may be left to a function."""
+    return (accepts_pyramid(module, x) and module.with_activation
+            and type(module.activate) is nn.ReLU)
 
 
 @MODELS.register_module()
