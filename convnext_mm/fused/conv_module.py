@@ -17,7 +17,8 @@ from .functions import compute_dtype, without_autocast
 from .layers import has_hooks, is_exporting
 from .packed import Packable
 
-FOLDABLE = (nn.BatchNorm2d, nn.SyncBatchNorm)
+FOLDABLE = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
+"""Of the norms, of which mmengine has subclasses."""
 
 
 class FusedConvModule(ConvModule, Packable):
@@ -30,7 +31,7 @@ class FusedConvModule(ConvModule, Packable):
 
     def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
         """(N, C, H, W) → (N, C', H, W); with a stride, as a plain ConvModule."""
-        if not (norm and self.conv.stride == (1, 1) and self.fusible(x)):
+        if not (norm and self.fusible(x)):
             return super().forward(x, activate, norm)
         if self._folds(x):
             x = x.to(compute_dtype(x))
@@ -43,7 +44,7 @@ class FusedConvModule(ConvModule, Packable):
 
     def accepts_pyramid(self, x: Tensor) -> bool:
         """Whether :meth:`of_pyramid` may replace the module, called on one map like ``x``."""
-        return self.conv.stride == (1, 1) and not has_hooks(self) and self.fusible(x)
+        return not has_hooks(self) and self.fusible(x)
 
     def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: bool,
                    activate: bool = True) -> Tensor:
@@ -72,8 +73,10 @@ class FusedConvModule(ConvModule, Packable):
     def fusible(self, x: Tensor) -> bool:
         """Whether one function may replace the layers, which keep the size of the map."""
         conv = self.conv
+        if type(conv) is not nn.Conv2d:
+            return False
         size = conv.kernel_size[0]
-        return (type(conv) is nn.Conv2d and self.order == ('conv', 'norm', 'act')
+        return (conv.stride == (1, 1) and self.order == ('conv', 'norm', 'act')
                 and not (self.with_explicit_padding or self.with_spectral_norm)
                 and conv.groups == 1 and conv.padding_mode == 'zeros' and size % 2 == 1
                 and conv.kernel_size == (size, size) and conv.dilation[0] == conv.dilation[1]
@@ -87,7 +90,7 @@ class FusedConvModule(ConvModule, Packable):
         """Whether to compute with constant weights, into which the norm is folded."""
         return (self.packed and not (self.training or torch.is_grad_enabled())
                 and (not self.with_norm or (
-                    type(self.norm) in FOLDABLE and not self.norm.training
+                    type(self.norm).forward in FOLDABLE and not self.norm.training
                     and self.norm.running_mean is not None))
                 and (not self.with_activation or type(self.activate) is nn.ReLU))
 

@@ -51,7 +51,7 @@ class UPerHead(FusedHead, decode_heads.UPerHead):
         if type(pools) is not PPM or has_hooks(pools) or not accepts_pyramid(self.bottleneck, x):
             return super().psp_forward(inputs)
         return self.bottleneck.of_pyramid([x, *(pool(x) for pool in pools)], tuple(x.shape[2:]),
-                                          self.align_corners)
+                                          pools.align_corners)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The backbone's maps → logits (N, classes, H, W)."""
