@@ -17,7 +17,7 @@ from .functions import compute_dtype, without_autocast
 from .layers import has_hooks, is_exporting
 from .packed import Packable
 
-FOLDABLE = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
+FOLDABLE: set[Any] = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
 """Of the norms, of which mmengine has subclasses."""
 
 
@@ -28,6 +28,10 @@ class FusedConvModule(ConvModule, Packable):
     Otherwise 3x3 convolutions in fp32 on a CPU use :mod:`convnext_mm.fused.winograd`. Where others
     need to see the layers (hooks, tracing), or they have another type, it is a plain ConvModule.
     """
+
+    conv: Any
+    norm: Any
+    activate: Any
 
     def forward(self, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
         """(N, C, H, W) → (N, C', H, W); with a stride, as a plain ConvModule."""
@@ -46,7 +50,7 @@ class FusedConvModule(ConvModule, Packable):
         """Whether :meth:`of_pyramid` may replace the module, called on one map like ``x``."""
         return not has_hooks(self) and self.fusible(x)
 
-    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, int], align_corners: bool,
+    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool,
                    activate: bool = True) -> Tensor:
         """The module on ``maps``, upsampled to ``size`` bilinearly and concatenated.
 
@@ -120,25 +124,31 @@ def fold_and_pack(tensors: Sequence[Tensor | None], pack: Callable[..., Callable
         relu: Whether a ReLU follows.
         settings: Further arguments of ``pack``.
     """
-    weight, bias = (t.to(dtype) for t in folded(*tensors, eps=eps))
+    weight, bias = (t.to(dtype) for t in folded(tensors, eps))
     return pack(weight, bias, dilation, relu, *settings)
 
 
-def folded(weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None = None,
-           norm_bias: Tensor | None = None, mean: Tensor | None = None,
-           variance: Tensor | None = None, eps: float | None = None) -> tuple[Tensor, Tensor]:
-    """A convolution's weight and bias with a batch norm in eval mode multiplied into them."""
-    weight = weight.detach()
-    bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-    if mean is None or variance is None:
+def folded(tensors: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias with a batch norm in eval mode multiplied into them.
+
+    Args:
+        tensors: As for :func:`fold_and_pack`; without a norm, only the first two.
+        eps: Epsilon of the norm; None: there is none.
+    """
+    weight, bias, *norm = (None if t is None else t.detach() for t in tensors)
+    assert weight is not None
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    if eps is None:
         return weight, bias
+    scale_by, shift_by, mean, variance = norm
+    assert mean is not None
+    assert variance is not None
     scale = (variance + eps).rsqrt()
-    if norm_weight is not None:
-        scale = scale * norm_weight.detach()
+    if scale_by is not None:
+        scale = scale * scale_by
     bias = (bias - mean) * scale
-    if norm_bias is not None:
-        bias = bias + norm_bias.detach()
-    return weight * scale[:, None, None, None], bias
+    return weight * scale[:, None, None, None], bias if shift_by is None else bias + shift_by
 
 
 def accepts_pyramid(module: nn.Module, x: Tensor) -> TypeGuard[FusedConvModule]:

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         dilation: Dilation of the convolution.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     align_corners: bool
     dilation: int = 1
 
@@ -162,7 +162,7 @@ def _coarse(x: Tensor, weights: Sequence[Tensor], layout: Layout, out: Tensor | 
 def _coarse_backward(g: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], layout: Layout
                      ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a coarse map and of its part of the weight."""
-    (n, c, h, w), (height, width), taps = x.shape, layout.size, weight.shape[-1]
+    (n, c, h, w), height, taps = x.shape, layout.size[0], weight.shape[-1]
     channels = weight.shape[0]
     rows, columns = _matrices(x, layout, taps, transposed=True)
     g = _nhwc(g).flatten(0, 1)
@@ -229,7 +229,7 @@ class PackedPyramid:
         self.coarse: dict[int, list[Tensor]] = {}
         self.fine: dict[int, PackedConv] = {}
 
-    def __call__(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    def __call__(self, maps: Sequence[Tensor], size: tuple[int, ...]) -> Tensor:
         """(N, C_i, H_i, W_i) each → (N, O, H, W), in channels_last."""
         layout, out = Layout(size, self.align_corners, self.dilation), None
         for i, x in enumerate(maps):

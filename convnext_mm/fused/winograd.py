@@ -48,7 +48,7 @@ def suits(x: Tensor, channels: int) -> bool:
     n, c, h, w = x.shape
     # A direct sum in bf16 is faster only with AMX, which multiplies sixteen times as fast.
     return (x.is_cpu and (x.dtype == torch.float32
-                          or x.dtype == torch.bfloat16 and not eager.has_amx())
+                          or (x.dtype == torch.bfloat16 and not eager.has_amx()))
             and min(c, channels) >= MIN_CHANNELS
             and n * _tiles(h) * _tiles(w) >= MIN_TILES and eager.uses_onednn(x))
 
@@ -59,7 +59,7 @@ def transform_weight(weight: Tensor) -> Tensor:
     return (KERNEL @ weight.float().permute(2, 3, 0, 1).reshape(9, o * c)).view(-1, o, c)
 
 
-def convolution(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def convolution(x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
     """The convolution with stride and padding 1 of a (N, H, W, C) map.
 
     Args:
@@ -164,7 +164,7 @@ def _input_transform(d: Sequence[Tensor], out: Tensor) -> None:
     torch.add(even, d[1], alpha=P * P * Q * Q, out=out[5])
 
 
-def _output_transform(m: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _output_transform(m: Sequence[Tensor], out: Tensor | Sequence[Tensor]) -> None:
     """Six points in one direction → four outputs of each tile."""
     p_sum, p_difference = m[1] + m[2], m[1] - m[2]
     q_sum, q_difference = m[3] + m[4], m[3] - m[4]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmseg.models import decode_heads
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.decode_heads.psp_head import PPM
 from mmseg.models.utils import Upsample, resize
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ..fused.packed import Packable
 from ..registry import MODELS
 
 
-class FusedHead(nn.Module):
+class FusedHead(BaseDecodeHead):
     """A head whose ConvModules are :class:`convnext_mm.fused.conv_module.FusedConvModule`.
 
     Args:
@@ -35,6 +36,14 @@ class FusedHead(nn.Module):
         for module in self.modules():
             if isinstance(module, Packable):
                 module.packed = packed
+
+    def cls_seg(self, feat: Tensor) -> Tensor:
+        """Features (N, C, H, W) → logits (N, classes, H, W)."""
+        return self._for_loss(super().cls_seg(feat))
+
+    def _for_loss(self, logits: Tensor) -> Tensor:
+        # Losses upsample the logits, and would copy the large map to this layout.
+        return logits.contiguous() if self.training else logits
 
 
 @MODELS.register_module()
@@ -61,7 +70,8 @@ class UPerHead(FusedHead, decode_heads.UPerHead):
                 and drop.training and 0 < drop.p < 1 and not has_hooks(drop)
                 and _ends_with_relu(self.fpn_bottleneck, maps[0])):
             return super().forward(inputs)
-        return self.conv_seg(relu_dropout(self._features(maps, activate=False), drop.p))
+        return self._for_loss(self.conv_seg(
+            relu_dropout(self._features(maps, activate=False), drop.p)))
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
         maps = self._transform_inputs(inputs)
@@ -87,9 +97,9 @@ class UPerHead(FusedHead, decode_heads.UPerHead):
                                               activate)
 
 
-def _ends_with_relu(module: nn.Module, x: Tensor) -> bool:
+def _ends_with_relu(module: Any, x: Tensor) -> bool:
     """Whether a module's ReLU may be left to a function."""
-    return (accepts_pyramid(module, x) and module.with_activation
+    return (accepts_pyramid(module, x) and bool(module.with_activation)
             and type(module.activate) is nn.ReLU)
 
 
@@ -125,7 +135,7 @@ class FPNHead(FusedHead, decode_heads.FPNHead):
 
 def _upsample_and_convolve(layers: nn.Sequential, x: Tensor) -> Tensor:
     """``layers(x)``, with each upsampling and the convolution after it as one function."""
-    remaining = list(layers)
+    remaining: list[Any] = list(layers)
     while remaining:
         layer = remaining.pop(0)
         if (type(layer) is Upsample and layer.mode == 'bilinear' and not layer.size
@@ -149,7 +159,7 @@ class FCNHead(FusedHead, decode_heads.FCNHead):
                 or type(self.convs) is not nn.Sequential or has_hooks(self.convs)):
             return super()._forward_feature(inputs)
         maps = [inputs[i] for i in self.in_index]
-        first, *others = self.convs
+        first, *others = list[Any](self.convs)
         ends = [first, self.conv_cat] if self.concat_input else [first]
         if not all(accepts_pyramid(conv, maps[0]) for conv in ends):
             return super()._forward_feature(inputs)

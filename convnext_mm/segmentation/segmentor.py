@@ -76,7 +76,7 @@ class EncoderDecoder(segmentors.EncoderDecoder):
             size = tuple((first['img_shape'] if isinstance(first['img_shape'], torch.Size) else
                           first.get('pad_shape', first['img_shape']))[:2])
         logits = self._logits(inputs)
-        return [self._classes(lambda _, one=one: one, [(0, size[0])], [(0, size[1])], size,
+        return [self._classes([one].__getitem__, [(0, size[0])], [(0, size[1])], size,
                               None if metas is None else metas[i])
                 for i, one in enumerate(logits)]
 
@@ -96,7 +96,7 @@ class EncoderDecoder(segmentors.EncoderDecoder):
         return self._classes(logits_of, rows, columns, size, meta)
 
     def _classes(self, logits_of: Callable[[int], Tensor], rows: list[tuple[int, int]],
-                 columns: list[tuple[int, int]], size: tuple[int, int],
+                 columns: list[tuple[int, int]], size: tuple[int, ...],
                  meta: dict[str, Any] | None) -> Tensor:
         """The class map of an image of a padded size, whose windows are in rows and columns."""
         if meta is None:

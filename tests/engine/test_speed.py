@@ -84,6 +84,8 @@ def test_wrong_keys_are_named(tmp_path, text, message):
 def build_model(config: str, seed: int = 0) -> nn.Module:
     """Build a demo model with random weights, in eval mode."""
     cfg = read_config(config, {'model.backbone.init_cfg': None})
+    if 'decode_head' in cfg.model:
+        cfg.model.test_cfg.seg_logits = True
     adapt_to_device(cfg)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(seed)

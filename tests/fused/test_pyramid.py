@@ -88,7 +88,7 @@ def test_under_autocast_it_computes_in_bf16_and_saves_no_copies():
     assert weight.grad.dtype == torch.float32
     inputs = sum(m.numel() for m in maps) * 2 / 2**20
     assert saved_by(forward, [weight], True) == pytest.approx(inputs, rel=0.01)
-    assert saved_by(lambda: forward(plain), [weight], True) > 3 * inputs
+    assert saved_by(lambda: forward(plain), [weight], True) > 1.5 * inputs
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])

@@ -98,7 +98,7 @@ def test_with_relu_and_packed_weights(kind, options):
 
 
 def test_the_weights_of_the_bottleneck_are_used_at_the_maps_own_size(monkeypatch):
-    stock, ours = pair('UPerHead', **ALL)
+    _, ours = pair('UPerHead', **ALL)
     sizes = []
     original = pyramid.convolution
 
