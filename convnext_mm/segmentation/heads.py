@@ -11,7 +11,9 @@ import torch
 from mmseg.models import decode_heads
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.decode_heads.psp_head import PPM
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.utils import Upsample, resize
+from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..fused.activations import relu_add, relu_dropout
@@ -19,6 +21,10 @@ from ..fused.conv_module import accepts_pyramid, fuse_conv_modules
 from ..fused.layers import has_hooks
 from ..fused.packed import Packable
 from ..registry import MODELS
+from .losses import Settings, upsampled_cross_entropy
+
+EPS = torch.finfo(torch.float32).eps
+"""What mmseg adds to the number of pixels, which may be 0."""
 
 
 class FusedHead(BaseDecodeHead):
@@ -37,13 +43,22 @@ class FusedHead(BaseDecodeHead):
             if isinstance(module, Packable):
                 module.packed = packed
 
-    def cls_seg(self, feat: Tensor) -> Tensor:
-        """Features (N, C, H, W) → logits (N, classes, H, W)."""
-        return self._for_loss(super().cls_seg(feat))
-
-    def _for_loss(self, logits: Tensor) -> Tensor:
-        # Losses upsample the logits, and would copy the large map to this layout.
-        return logits.contiguous() if self.training else logits
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list[SegDataSample]
+                     ) -> dict[str, Tensor]:
+        """Logits (N, classes, h, w) → losses and accuracy, as mmseg computes them."""
+        loss = self.loss_decode
+        if not (seg_logits.is_cpu and type(loss) is CrossEntropyLoss and not has_hooks(loss)
+                and not loss.use_sigmoid and not loss.use_mask and loss.reduction == 'mean'
+                and loss.class_weight is None and self.sampler is None
+                and isinstance(self.ignore_index, int) and not torch.compiler.is_compiling()):
+            return super().loss_by_feat(seg_logits, batch_data_samples)
+        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
+        total, correct = upsampled_cross_entropy(
+            seg_logits, labels, Settings(self.align_corners, self.ignore_index))
+        valid = int((labels != self.ignore_index).sum())
+        count = valid if loss.avg_non_ignore else labels.numel()
+        return {loss.loss_name: loss.loss_weight * total / (count + EPS),
+                'acc_seg': ((correct + EPS) * (100.0 / (valid + EPS))).reshape(1)}
 
 
 @MODELS.register_module()
@@ -70,8 +85,7 @@ class UPerHead(FusedHead, decode_heads.UPerHead):
                 and drop.training and 0 < drop.p < 1 and not has_hooks(drop)
                 and _ends_with_relu(self.fpn_bottleneck, maps[0])):
             return super().forward(inputs)
-        return self._for_loss(self.conv_seg(
-            relu_dropout(self._features(maps, activate=False), drop.p)))
+        return self.conv_seg(relu_dropout(self._features(maps, activate=False), drop.p))
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
         maps = self._transform_inputs(inputs)

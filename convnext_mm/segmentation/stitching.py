@@ -94,15 +94,8 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
     kept = dict(first)
     device = next(iter(kept.values())).device
     height, width = CPU_BLOCK if device.type == 'cpu' else GPU_BLOCK
-    blocks = []
-    for start in range(0, columns.out, width):
-        stop = min(start + width, columns.out)
-        used, weights = columns.block(start, stop)
-        blocks.append((slice(start, stop), used, torch.from_numpy(weights).to(device)))
-    for start in range(0, rows.out, height):
-        stop = min(start + height, rows.out)
-        used, weights = rows.block(start, stop)
-        matrix = torch.from_numpy(weights).to(device)
+    blocks = axis_blocks(columns, width, device)
+    for lines, used, matrix in axis_blocks(rows, height, device):
         needed = range(used.start // rows.length, (used.stop - 1) // rows.length + 1)
         for i in list(kept):
             if i not in needed:
@@ -116,13 +109,24 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
         out = None
         for block, logits, values in blocks:
             part = torch.matmul(values, source[:, logits])  # (logits' rows, block, classes)
-            pixels = (matrix @ part.flatten(1)).view(stop - start, *part.shape[1:])
+            pixels = (matrix @ part.flatten(1)).view(-1, *part.shape[1:])
             classes = classify(pixels)
             if out is None:
-                out = classes.new_empty(stop - start, columns.out)
+                out = classes.new_empty(len(classes), columns.out)
             out[:, block] = classes
         assert out is not None
-        yield slice(start, stop), out
+        yield lines, out
+
+
+def axis_blocks(axis: Axis, size: int, device: torch.device
+                ) -> list[tuple[slice, slice, Tensor]]:
+    """Blocks of an axis: pixels, the logits that they are computed from, and the weights."""
+    blocks = []
+    for start in range(0, axis.out, size):
+        stop = min(start + size, axis.out)
+        used, weights = axis.block(start, stop)
+        blocks.append((slice(start, stop), used, torch.from_numpy(weights).to(device)))
+    return blocks
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
