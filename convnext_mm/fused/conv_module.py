@@ -38,13 +38,16 @@ class FusedConvModule(ConvModule, Packable):
         if not (norm and self.fusible(x)):
             return super().forward(x, activate, norm)
         if self._folds(x):
-            x = x.to(compute_dtype(x))
-            with without_autocast(x):
-                return self._current(x, activate, pyramid.PackedConv)(x)
-        if torch.is_grad_enabled() or winograd.suits(x.to(compute_dtype(x)),
-                                                     self.conv.out_channels):
-            return self.of_pyramid([x], tuple(x.shape[2:]), False, activate)
-        return super().forward(x, activate, norm)
+            y = x.to(compute_dtype(x))
+            with without_autocast(y):
+                y = self._current(y, activate, pyramid.PackedConv)(y)
+        elif torch.is_grad_enabled() or winograd.suits(x.to(compute_dtype(x)),
+                                                       self.conv.out_channels):
+            y = self.of_pyramid([x], tuple(x.shape[2:]), False, activate)
+        else:
+            return super().forward(x, activate, norm)
+        # In the input's layout, as PyTorch's convolution: mmcv's RoIAlign ignores strides.
+        return y.contiguous() if x.is_contiguous() else y
 
     def accepts_pyramid(self, x: Tensor) -> bool:
         """Whether :meth:`of_pyramid` may replace the module, called on one map like ``x``."""

@@ -82,7 +82,7 @@ def convolution(x: Tensor, weights: Tensor | Sequence[Tensor]) -> Tensor:
             _output_transform(list(half[:, i]), [band[:, :, j, :, i] for j in range(TILE)])
         if band is not target:
             target.copy_(band)
-    return out.view(n, TILE * _tiles(h), TILE * _tiles(w), channels)[:, :h, :w]
+    return out.view(n, TILE * _tiles(h), TILE * _tiles(w), channels)[:, :h, :w].contiguous()
 
 
 def weight_gradient(g: Tensor, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -119,6 +120,26 @@ def test_segmentation_is_the_same_in_channels_last():
     after = predict(model, 'mmseg')
     assert is_channels_last == [True]
     assert torch.allclose(before.seg_logits.data, after.seg_logits.data, atol=1e-4)
+
+
+@pytest.mark.parametrize(('config', 'scope'), [
+    (DEMO_SEGMENTATION, 'mmseg'), (DEMO_DETECTION, 'mmdet')])
+def test_packed_inference_is_the_same(config, scope):
+    model = build_model(config)
+    names = list(model.state_dict())
+    before = predict(model, scope)
+    speed.enable_packed_inference(model)
+    after = predict(model, scope)
+    packed = [m for m in model.modules() if getattr(m, '_packed', None) is not None]
+    assert any(isinstance(m, ConvModule) for m in packed)
+    assert list(model.state_dict()) == names
+    if scope == 'mmseg':
+        assert torch.allclose(before.seg_logits.data, after.seg_logits.data, atol=1e-4)
+    else:
+        before, after = before.pred_instances, after.pred_instances
+        assert len(before) > 0
+        assert torch.allclose(before.scores, after.scores, atol=1e-4)
+        assert torch.allclose(before.bboxes, after.bboxes, atol=1e-2)
 
 
 def test_detection_is_the_same_in_channels_last():

@@ -127,6 +127,17 @@ def test_a_norm_is_folded_only_where_nobody_would_notice():
         assert fused._packed is not None
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_the_output_has_the_layout_of_the_input(packed):
+    _, fused = pair(norm=None)
+    fused.packed, x = packed, image()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert fused.train(grad)(x).is_contiguous()
+            assert fused(x.contiguous(memory_format=torch.channels_last)).is_contiguous(
+                memory_format=torch.channels_last)
+
+
 def test_large_convolutions_use_fewer_products(monkeypatch):
     calls = []
     original = winograd.convolution

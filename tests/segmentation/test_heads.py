@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
@@ -160,6 +161,32 @@ def test_frozen_and_synchronized_norms():
             if isinstance(module, Packable):
                 module.packed = True
         assert relative(synchronized(inputs), expected) < 1e-5
+
+
+def train_distributed(rank: int, folder: str) -> None:
+    """One of two processes, each with one image; the first saves the gradients."""
+    torch.set_num_threads(1)
+    init_default_scope('mmseg')
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    _, ours = pair('UPerHead', **ALL)
+    wrapped = nn.parallel.DistributedDataParallel(ours.eval())
+    torch.manual_seed(3)
+    wrapped([x[rank:rank + 1] for x in maps()]).square().sum().backward()
+    if rank == 0:
+        torch.save([p.grad for p in ours.parameters()], f'{folder}/gradients.pt')
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_mmsegs_head(tmp_path):
+    torch.multiprocessing.spawn(train_distributed, (str(tmp_path),), 2)
+    stock, _ = pair('UPerHead', **ALL)
+    torch.manual_seed(3)
+    stock.eval()(maps()).square().sum().div(2).backward()
+    found = torch.load(tmp_path / 'gradients.pt')
+    for a, b in zip(found, stock.parameters(), strict=True):
+        assert relative(a, b.grad) < 1e-5
 
 
 @pytest.mark.slow
