@@ -41,7 +41,7 @@ def _model_lines(cfg: Config, parts: Parts, training: bool) -> Iterator[tuple[st
     head = cfg.model.get('decode_head') or cfg.model.get('roi_head') or cfg.model.get('bbox_head')
     name = (head[0] if isinstance(head, (list, tuple)) and head else head or cfg.model).get('type')
     count = sum(p.numel() for p in parts.model.parameters())
-    yield 'Model', f'{name} on {", ".join(backbones)}, {count / 1e6:.1f} M parameters'
+    yield 'Model', f'{_name(name)} on {", ".join(backbones)}, {count / 1e6:.1f} M parameters'
     init = next((config.get('init_cfg') for _, config in find_backbones(cfg.model)), None)
     if cfg.get('load_from'):
         weights = f'all from {cfg.load_from}'
@@ -108,7 +108,7 @@ def _backbone(config: dict[str, Any]) -> str:
 
 
 def _name(kind: Any) -> str:
-    return getattr(kind, '__name__', str(kind))
+    return getattr(kind, '__name__', str(kind)).removeprefix('convnext_mm.')
 
 
 def _size(value: Any) -> str:
