@@ -87,12 +87,16 @@ class EncoderDecoder(segmentors.EncoderDecoder):
         batch = cfg.get('window_batch') or (1 if image.is_cpu else 4)
 
         def logits_of(row: int) -> Tensor:
-            (top, bottom), parts = rows[row], []
+            (top, bottom), out = rows[row], None
             for i in range(0, len(columns), batch):
-                windows = torch.cat([image[:, :, top:bottom, left:right]
-                                     for left, right in columns[i:i + batch]])
-                parts += list(self._logits(windows))
-            return torch.cat(parts, 1)
+                logits = self._logits(torch.cat([image[:, :, top:bottom, left:right]
+                                                 for left, right in columns[i:i + batch]]))
+                count, height, width, classes = logits.shape
+                if out is None:
+                    out = logits.new_empty(height, len(columns), width, classes)
+                out[:, i:i + count] = logits.transpose(0, 1)
+            assert out is not None
+            return out.flatten(1, 2)
         return self._classes(logits_of, rows, columns, size, meta)
 
     def _classes(self, logits_of: Callable[[int], Tensor], rows: list[tuple[int, int]],
