@@ -7,6 +7,7 @@
 - ``bases``: ``_base_ = 'convnext_mm::NAME'`` and 'mmseg::NAME' name a recipe.
 - ``config``: a config that imports this package is completed when mmengine reads it.
 - ``constructors``: in mmseg and mmdet, LearningRateDecayOptimizerConstructor is ours.
+- ``operators``: where mmcv has no compiled operators, it uses ours.
 """
 from __future__ import annotations
 
@@ -27,6 +28,7 @@ from .bases import PACKAGES, completion_enabled, find_base
 from .checkpoints.files import call_weights_only, read_checkpoint
 from .engine.speed import apply_fast
 from .errors import UserError
+from .ops import ExtensionFinder
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
 from .resolution import resolve
 from .utils import suggest
@@ -158,6 +160,18 @@ def _register_after_import(registry: Registry) -> None:
     registry.import_from_location = import_from_location
 
 
+def replace_missing_operators() -> None:
+    """Let Python find our operators under the name of mmcv's compiled extension, mmcv._ext.
+
+    Why: mmdet, and OpenMMLab's mmseg, cannot be imported without it, and it must be compiled for
+    each PyTorch, CUDA and Python. A compiled extension that can be loaded is used as without the
+    patch. Nothing is imported until mmcv asks for its operators; one log line then says which ones
+    it got. Without the patch, mmdet needs compiled operators.
+    """
+    if not any(isinstance(finder, ExtensionFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, ExtensionFinder())
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     'checkpoints': read_checkpoints_safely, 'bases': find_bases, 'config': complete_configs,
-    'constructors': override_constructors}
+    'constructors': override_constructors, 'operators': replace_missing_operators}

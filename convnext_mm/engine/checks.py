@@ -169,15 +169,17 @@ def check_toolbox(cfg: Config) -> None:
     """Check that the toolbox of the config is installed.
 
     Raises:
-        UserError: mmseg or mmdet is missing, or mmcv lacks the compiled ops that mmdet needs.
+        UserError: mmseg or mmdet is missing, or mmcv has no operators and the patch that gives it
+            ours is switched off.
     """
     toolbox = cfg.get('default_scope', 'mmengine')
     if not find_spec(toolbox):
         raise UserError(f'This config needs {toolbox}, which is not installed. Install it: '
                         'python3 tools/install.py')
     if toolbox == 'mmdet' and not find_spec('mmcv._ext'):
-        raise UserError("This config needs mmcv's compiled ops, which the installed mmcv was "
-                        'built without. Install them: python3 tools/install.py')
+        raise UserError("This config needs mmcv's operators, which the installed mmcv was built "
+                        'without, and CONVNEXT_MM_PATCHES switches off ours (operators). '
+                        'Unset it, or compile them: make OPS=compiled')
 
 
 def check_input(cfg: Config, splits: tuple[str, ...]) -> None:
