@@ -78,6 +78,7 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
             column[[i, best]] = column[[best, i]]
         rest = slice(i + 1, n)
         overlap = _overlaps(array[i, :, None], areas[i], array[rest].T, areas[rest], offset)
+        overlap[np.isnan(overlap)] = 0  # both boxes are empty
         if method == 2:
             weight = np.exp(-(overlap * overlap) / width)
         else:
