@@ -3,7 +3,9 @@ PYTHON ?= python3
 STACK ?= auto
 # A PyTorch version such as 2.6.0; empty: the installed one, otherwise the tested one
 TORCH ?=
-# Not empty: no mmdet and no compiled ops
+# compiled: compile mmcv's operators, which needs a compiler; empty: this package's in PyTorch
+OPS ?=
+# Not empty: no mmdet
 SEGMENTATION_ONLY ?=
 # pytest-xdist workers
 WORKERS ?= auto
@@ -11,7 +13,9 @@ WORKERS ?= auto
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup
 VENV := .venv
 # Written when the setup is complete; it runs again when the versions change.
-READY := $(VENV)/.ready-$(STACK)$(TORCH:%=-%)$(SEGMENTATION_ONLY:%=-seg)
+READY := $(VENV)/.ready-$(STACK)$(TORCH:%=-%)$(OPS:%=-%)$(SEGMENTATION_ONLY:%=-seg)
+# Written when what the tests need is there, too.
+TESTS := $(READY)-tests
 
 .PHONY: help demo test test-fast lint clean
 
@@ -27,7 +31,7 @@ test: $(VENV)/.triton  ## Run all tests.
 test-fast: $(VENV)/.triton  ## Run the tests that are not marked slow.
 	$(PYTEST) -m "not slow"
 
-lint: $(READY)  ## Check style and types.
+lint: $(TESTS)  ## Check style and types.
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy convnext_mm
 
@@ -36,13 +40,20 @@ clean:  ## Remove the environment, the builds, the demo's images and its results
 
 # 190 MB, for tests only: CPU builds of PyTorch come without Triton, whose interpreter runs the
 # kernels in tests.
-$(VENV)/.triton: $(READY)
+$(VENV)/.triton: $(TESTS)
 	$(VENV)/bin/python -c 'import triton' 2> /dev/null || \
 		$(VENV)/bin/python -m pip install -q --no-build-isolation -e '.[interpreter]'
 	@touch $@
 
+INSTALL = $(PYTHON) tools/install.py --stack $(STACK) $(TORCH:%=--torch %) $(OPS:%=--ops %) \
+	$(SEGMENTATION_ONLY:%=--segmentation-only)
+
 $(READY): setup.py tools/install.py
-	$(PYTHON) tools/install.py --stack $(STACK) $(TORCH:%=--torch %) \
-		$(SEGMENTATION_ONLY:%=--segmentation-only)
+	$(INSTALL)
 	@rm -f $(VENV)/.ready-*
 	@touch $@
+
+$(TESTS): setup.py tools/install.py
+	$(INSTALL) --tests
+	@rm -f $(VENV)/.ready-*
+	@touch $(READY) $@

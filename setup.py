@@ -7,20 +7,23 @@ HERE = Path(__file__).parent
 TORCH = 'torch>=2.6,<2.15'
 BUILD = 'setuptools>=77.0.3,<90'  # license expressions
 # The maintained forks and OpenMMLab's own packages share their import names: install one stack,
-# not both. Of the forks, only mmdet needs mmcv's compiled ops; OpenMMLab's mmseg needs them, too.
+# not both. pip installs mmcv without its compiled operators: onedl-mmcv compiles them only if its
+# build can import PyTorch, which an isolated build cannot, and mmcv-lite is mmcv without them.
 FORKS = dict(
     mmcv='onedl-mmcv>=2.3.6,<2.4',
     mmengine='onedl-mmengine>=0.10.12,<0.11',
     mmseg='onedl-mmsegmentation>=1.4.2,<1.5',
     mmdet='onedl-mmdetection>=3.5.1,<3.6')
 OPENMMLAB = dict(
-    mmcv='mmcv>=2.1,<2.2',
+    mmcv='mmcv-lite>=2.1,<2.2',
     mmengine='mmengine>=0.10.7,<0.11',
     mmseg='mmsegmentation>=1.2.2,<1.3',
     mmdet='mmdet>=3.3,<3.4',
     ftfy='ftfy>=6.3,<7',  # mmsegmentation imports ftfy and regex without requiring them
     regex='regex>=2024.11.6,<2027',
-    setuptools='setuptools>=77.0.3,<81')  # mmcv's build imports pkg_resources, removed in 82
+    setuptools='setuptools>=77.0.3,<81')  # mmengine and mmcv's build import pkg_resources
+# What to build for compiled operators.
+COMPILED = dict(forks=FORKS['mmcv'], openmmlab='mmcv>=2.1,<2.2')
 TIFF = 'tifffile>=2024.8.10,<2027'  # images with more than four bands
 EXTRAS = {
     'tiff': [TIFF],
@@ -91,6 +94,8 @@ if __name__ == '__main__':
             'Programming Language :: Python :: 3',
             'Programming Language :: Python :: 3.10',
             'Programming Language :: Python :: 3.11',
+            'Programming Language :: Python :: 3.12',
+            'Programming Language :: Python :: 3.13',
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
             'Topic :: Scientific/Engineering :: Image Recognition',
             'Typing :: Typed',

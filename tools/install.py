@@ -1,8 +1,8 @@
 """Set up .venv with PyTorch, an OpenMMLab stack and this package.
 
-Requires Python 3.10 or newer, and a C++ compiler unless --segmentation-only is given. Steps that
-are already complete are skipped: a working mmcv in .venv, or in the Python that runs this script,
-is not compiled again.
+Requires Python 3.10 or newer, and with --ops compiled a C++ compiler and Python's headers. Steps
+that are already complete are skipped: an mmcv with compiled operators in .venv, or in the Python
+that runs this script, is used, not compiled again.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 TORCH_TESTED = '2.13.0'
 
 sys.path.insert(0, str(ROOT))
-from setup import BUILD, FORKS, OPENMMLAB, TORCH  # noqa: E402
+from setup import BUILD, COMPILED, FORKS, OPENMMLAB, TORCH  # noqa: E402
 
 
 class Failed(Exception):
@@ -132,12 +132,18 @@ def installed(python: str | Path, distribution: str) -> bool:
 def stack_of(python: str | Path) -> str | None:
     """The stack whose mmcv a Python has: 'forks', 'openmmlab' or None."""
     return next((name for name, stack in (('forks', FORKS), ('openmmlab', OPENMMLAB))
-                 if installed(python, distributions(stack)[0])), None)
+                 for requirement in (stack['mmcv'], COMPILED[name])
+                 if installed(python, distribution(requirement))), None)
+
+
+def distribution(requirement: str) -> str:
+    """The name in a requirement, such as 'mmcv' of 'mmcv>=2'."""
+    return re.split('[<>=]', requirement)[0]
 
 
 def distributions(stack: dict[str, str]) -> list[str]:
     """Distribution names of a stack's mmcv, mmengine, mmseg and mmdet."""
-    return [re.split('[<>=]', stack[key])[0] for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
+    return [distribution(stack[key]) for key in ('mmcv', 'mmengine', 'mmseg', 'mmdet')]
 
 
 def torch_requirement(version: str) -> str:
@@ -156,7 +162,7 @@ def torch_requirement(version: str) -> str:
     return f'torch=={version}'
 
 
-def check_machine(need_ops: bool) -> None:
+def check_machine(compiles: bool) -> None:
     """Check for everything that pip cannot install.
 
     Raises:
@@ -167,27 +173,15 @@ def check_machine(need_ops: bool) -> None:
                      'Choose another one, such as: make PYTHON=python3.11 demo')
     if not works(sys.executable, 'import ensurepip, venv'):
         raise Failed("Python's venv is missing: apt install python3-venv (Debian, Ubuntu)")
-    if not need_ops:
+    if not compiles:
         return
     if not shutil.which('g++'):
-        raise Failed("mmcv's ops need a C++ compiler: apt install g++ (Debian, Ubuntu) or dnf "
-                     'install gcc-c++ (Fedora). Segmentation works without one: '
-                     'python3 tools/install.py --segmentation-only')
+        raise Failed("mmcv's compiled operators need a C++ compiler: apt install g++ (Debian, "
+                     'Ubuntu) or dnf install gcc-c++ (Fedora). The operators in PyTorch need none: '
+                     'python3 tools/install.py')
     if not Path(sysconfig.get_paths()['include'], 'Python.h').is_file():
-        raise Failed("mmcv's ops need Python's headers: apt install python3-dev (Debian, Ubuntu) "
-                     'or dnf install python3-devel (Fedora)')
-
-
-def check_stack(name: str, segmentation_only: bool, has_ops: bool) -> None:
-    """Check that the stack works without mmcv's compiled ops, if they are not to be compiled.
-
-    Raises:
-        Failed: It does not.
-    """
-    if name == 'openmmlab' and segmentation_only and not has_ops:
-        raise Failed("OpenMMLab's mmsegmentation imports mmcv's compiled ops. For segmentation "
-                     'without a compiler use the forks: '
-                     'python3 tools/install.py --stack forks --segmentation-only')
+        raise Failed("mmcv's compiled operators need Python's headers: apt install python3-dev "
+                     '(Debian, Ubuntu) or dnf install python3-devel (Fedora)')
 
 
 def torch_source() -> list[str]:
@@ -225,6 +219,12 @@ def precompile(folder: Path) -> str | None:
     return f'{flags} -include {header}'
 
 
+def uninstall_mmcv(progress: Progress) -> None:
+    """Uninstall mmcv, under whichever name it is installed."""
+    pip(progress, 'uninstall', '-y', *sorted({distribution(requirement) for requirement in (
+        FORKS['mmcv'], OPENMMLAB['mmcv'], *COMPILED.values())}))
+
+
 def build_ops(requirement: str, progress: Progress) -> None:
     """Build and install mmcv with its compiled ops.
 
@@ -241,7 +241,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
     with tempfile.TemporaryDirectory() as folder:
         progress.show('precompiling the header', force=True)
         flags = None if cuda else precompile(Path(folder))
-        pip(progress, 'uninstall', '-y', re.split('[<>=]', requirement)[0])
+        uninstall_mmcv(progress)
         # No cache: pip's may have an mmcv that was built without ops or for another PyTorch.
         command = [PYTHON, '-m', 'pip', 'install', '-v', '--no-build-isolation', '--no-cache-dir',
                    requirement]
@@ -276,14 +276,13 @@ def install(args: argparse.Namespace) -> None:
     # A working stack of the Python that runs this script is shared with .venv, not built again.
     shared = (not args.torch and outside == name
               and works(sys.executable, 'import torch, mmcv.ops'))
-    check_stack(name, args.segmentation_only, shared or works(PYTHON, 'import mmcv.ops'))
-    need_ops = not (args.segmentation_only or shared)
-    check_machine(need_ops)
+    compiles = args.ops == 'compiled' and not shared
+    check_machine(compiles)
 
-    steps = {'Environment .venv': 5, 'PyTorch': 30, 'Packages': 45}
-    if need_ops:
-        steps["mmcv's ops"] = 150
-    steps['convnext-mm'] = 10
+    steps = {'Environment .venv': 5, 'PyTorch': 30, 'Packages': 35}
+    if compiles:
+        steps["mmcv's operators"] = 150
+    steps['convnext-mm'] = 5
     progress = Progress(steps)
 
     progress.start('Environment .venv')
@@ -295,8 +294,8 @@ def install(args: argparse.Namespace) -> None:
     progress.start('PyTorch')
     expected = f'import torch; assert torch.__version__.split("+")[0] == {args.torch!r}'
     if not works(PYTHON, expected if args.torch else 'import torch'):
-        # mmcv's ops only work with the PyTorch that they were compiled for.
-        pip(progress, 'uninstall', '-y', distributions(FORKS)[0], distributions(OPENMMLAB)[0])
+        # Compiled operators only work with the PyTorch that they were compiled for.
+        uninstall_mmcv(progress)
         pip(progress, 'install', torch, *torch_source())
     progress.done()
 
@@ -305,30 +304,30 @@ def install(args: argparse.Namespace) -> None:
     if any(installed(PYTHON, name) for name in distributions(other)):
         # Both stacks have the same import names, so files of one would shadow the other's.
         pip(progress, 'uninstall', '-y', *distributions(FORKS), *distributions(OPENMMLAB))
-    tools = ['ninja', 'wheel', 'psutil', stack.get('setuptools', BUILD)]
-    packages = [v for k, v in stack.items() if k != 'mmcv'
-                and not (k == 'mmdet' and args.segmentation_only)]
-    pip(progress, 'install', *tools, *packages)
-    if args.segmentation_only and not installed(PYTHON, distributions(stack)[0]):
-        # onedl-mmcv compiles its ops whenever PyTorch can be imported; in an isolated build it
-        # cannot.
-        pip(progress, 'install', stack['mmcv'], env=dict(MMCV_WITH_OPS='0'))
-    progress.done()
-
-    if need_ops:
-        progress.start("mmcv's ops")
-        if args.rebuild or not works(PYTHON, 'import mmcv.ops'):
-            build_ops(stack['mmcv'], progress)
-        progress.done()
-
-    progress.start('convnext-mm')
+        uninstall_mmcv(progress)
+    packages = [stack.get('setuptools', BUILD), *(
+        v for k, v in stack.items() if k != 'mmcv' and not (
+            k == 'mmdet' and args.segmentation_only))]
+    if stack_of(PYTHON) != name:
+        packages.append(stack['mmcv'])
+    pip(progress, 'install', *packages, env=dict(MMCV_WITH_OPS='0'))
     if not works(PYTHON, 'import cv2'):
         # opencv-python needs graphics libraries that machines without a display may lack.
         pip(progress, 'uninstall', '-y', 'opencv-python')
         pip(progress, 'install', '--force-reinstall', '--no-deps', 'opencv-python-headless')
-    extra = name + ('-seg' if args.segmentation_only else '')
-    pip(progress, 'install', '--no-build-isolation', '-e', f'.[{extra},test]')
-    modules = 'mmseg' if args.segmentation_only else 'mmseg, mmdet, mmcv.ops'
+    progress.done()
+
+    if compiles:
+        progress.start("mmcv's operators")
+        if args.rebuild or not works(PYTHON, 'import mmcv.ops'):
+            pip(progress, 'install', 'ninja', 'wheel', 'psutil')
+            build_ops(COMPILED[name], progress)
+        progress.done()
+
+    progress.start('convnext-mm')
+    # The stack, whose mmcv may be another, is installed.
+    pip(progress, 'install', '--no-build-isolation', '-e', '.[test]' if args.tests else '.')
+    modules = 'mmseg.apis' if args.segmentation_only else 'mmseg.apis, mmdet.apis, mmcv.ops'
     if not works(PYTHON, f'import convnext_mm, {modules}'):
         raise Failed('Everything is installed, but this command fails: '
                      f'{PYTHON} -c "import convnext_mm, {modules}"')
@@ -345,8 +344,13 @@ if __name__ == '__main__':
     parser.add_argument('--torch', metavar='VERSION',
                         help=f'PyTorch version to install (any installed one, else {TORCH_TESTED})')
     parser.add_argument('--segmentation-only', action='store_true',
-                        help="skip mmdet and mmcv's compiled ops; needs no compiler (forks)")
-    parser.add_argument('--rebuild', action='store_true', help="compile mmcv's ops again")
+                        help='skip mmdet')
+    parser.add_argument('--ops', choices=['pytorch', 'compiled'], default='pytorch',
+                        help="mmcv's operators: this package's in PyTorch (default), unless mmcv "
+                        'has compiled ones already, or compile them, which needs a compiler')
+    parser.add_argument('--rebuild', action='store_true',
+                        help='with --ops compiled: compile them again')
+    parser.add_argument('--tests', action='store_true', help='also what the tests need')
     begun = time.time()
     try:
         install(parser.parse_args())

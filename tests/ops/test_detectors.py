@@ -13,6 +13,7 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
 
 import convnext_mm  # noqa: F401
 from tests.ops.extensions import COMPILED, OURS, operators
@@ -42,39 +43,48 @@ def build(name):
     cfg = Config.fromfile(config).model
     stages = cfg.backbone.get('out_indices', (1, 2, 3))
     stages = [1, 2, 3] if len(stages) == 3 else [0, 1, 2, 3]
+    cfg.data_preprocessor.batch_augments = None
     cfg.backbone = dict(type='ConvNeXt', depths=[1, 1, 1, 1], dims=DIMS, out_indices=stages)
     channels = [DIMS[i] for i in stages]
     if cfg.get('neck'):
         (cfg.neck[0] if isinstance(cfg.neck, list) else cfg.neck).in_channels = channels
     else:
         cfg.panoptic_head.in_channels = channels
+    if 'num_queries' in cfg:
+        cfg.num_queries = 50
+    for part in ('train_cfg', 'test_cfg'):
+        for proposals in ('rpn', 'rpn_proposal'):
+            if 'max_per_img' in (cfg.get(part) or {}).get(proposals, {}):
+                cfg[part][proposals].max_per_img = 60
     torch.manual_seed(0)
     model = MODELS.build(cfg)
     model.backbone.init_cfg = None
     MMLogger.get_instance('mmengine', log_level='WARNING')  # hide how each is initialized
     model.init_weights()
+    if hasattr(model, 'bbox_head'):
+        model.bbox_head.epoch = 0  # as mmdet's SetEpochInfoHook does
     return model
 
 
 def step(model, extension):
     """Losses, gradients and predictions of a model with the operators of an extension."""
-    inputs = demo_mm_inputs(2, [[3, 96, 128], [3, 128, 112]], num_items=[2, 3], num_classes=4,
+    inputs = demo_mm_inputs(2, [[3, 128, 128]] * 2, num_items=[2, 3], num_classes=4,
                             with_mask=True, with_semantic=True)
     for sample in inputs['data_samples']:
         if model.__class__.__name__ == 'HybridTaskCascade':  # labels at stride 8
-            sample.gt_sem_seg.sem_seg = sample.gt_sem_seg.sem_seg[:, ::8, ::8]
+            sample.gt_sem_seg = PixelData(sem_seg=sample.gt_sem_seg.sem_seg[:, ::8, ::8])
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(0)
     with operators(extension):
         model.train()
-        losses = model.loss(**model.data_preprocessor(inputs, True))
+        losses = model(**model.data_preprocessor(inputs, True), mode='loss')
         total, log = model.parse_losses(losses)
         model.zero_grad()
         total.backward()
         gradients = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
         model.eval()
         with torch.no_grad():
-            results = model.predict(**model.data_preprocessor(inputs, False))
+            results = model(**model.data_preprocessor(inputs, False), mode='predict')
     return log, gradients, [sample.pred_instances for sample in results]
 
 
