@@ -296,7 +296,7 @@ def install(args: argparse.Namespace) -> None:
     if not works(PYTHON, expected if args.torch else 'import torch'):
         # Compiled operators only work with the PyTorch that they were compiled for.
         uninstall_mmcv(progress)
-        pip(progress, 'install', torch, *torch_source())
+        pip(progress, 'install', '--no-compile', torch, *torch_source())
     progress.done()
 
     progress.start('Packages')
@@ -310,7 +310,8 @@ def install(args: argparse.Namespace) -> None:
             k == 'mmdet' and args.segmentation_only))]
     if stack_of(PYTHON) != name:
         packages.append(stack['mmcv'])
-    pip(progress, 'install', *packages, env=dict(MMCV_WITH_OPS='0'))
+    # Compiling each file takes longer than compiling those that are imported.
+    pip(progress, 'install', '--no-compile', *packages, env=dict(MMCV_WITH_OPS='0'))
     if not works(PYTHON, 'import cv2'):
         # opencv-python needs graphics libraries that machines without a display may lack.
         pip(progress, 'uninstall', '-y', 'opencv-python')

@@ -152,8 +152,13 @@ def _deformable_convolution(x: Tensor, weight: Tensor, offset: Tensor, mask: Ten
     bias = None if bias is None else bias.to(dtype)
     n, c, height, width = x.shape
     out, _, kernel_h, kernel_w = weight.shape
-    out_h, out_w = offset.shape[2:]
     taps, m = kernel_h * kernel_w, n * deformable_groups
+    out_h, out_w = ((size + 2 * pad - step * (kernel - 1) - 1) // by + 1 for size, pad, step,
+                    kernel, by in zip((height, width), padding, dilation, (kernel_h, kernel_w),
+                                      stride, strict=True))
+    offset = _first_values(offset, (n, deformable_groups * taps * 2, out_h, out_w))
+    if mask is not None:
+        mask = _first_values(mask, (n, deformable_groups * taps, out_h, out_w))
     if compiled := torchvision.operators():
         factors = offset.new_empty(n, 0) if mask is None else mask
         return compiled.deform_conv2d(
@@ -175,6 +180,24 @@ def _deformable_convolution(x: Tensor, weight: Tensor, offset: Tensor, mask: Ten
     columns = sampled.reshape(n, groups, -1, out_h * out_w)
     result = (weight.reshape(groups, out // groups, -1) @ columns).view(n, out, out_h, out_w)
     return result if bias is None else result + bias[:, None, None]
+
+
+def _first_values(values: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Return the first values of each sample in a shape.
+
+    mmcv's operator reads offsets and factors of any size in this way, on which mmdet's DyHead,
+    whose offsets are larger than its output, and its published weights depend.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    if values.shape == shape:
+        return values
+    flat, count = values.flatten(1), shape[1] * shape[2] * shape[3]
+    if len(flat) != shape[0] or flat.shape[1] < count:
+        raise ValueError(f'Expected offsets or factors of shape {shape}, got '
+                         f'{tuple(values.shape)}')
+    return flat[:, :count].view(shape)
 
 
 def masked_im2col_forward(im: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, col: Tensor,

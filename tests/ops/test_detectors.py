@@ -61,7 +61,7 @@ def build(name):
     model.backbone.init_cfg = None
     MMLogger.get_instance('mmengine', log_level='WARNING')  # hide how each is initialized
     model.init_weights()
-    if hasattr(model, 'bbox_head'):
+    if getattr(model, 'bbox_head', None):
         model.bbox_head.epoch = 0  # as mmdet's SetEpochInfoHook does
     return model
 

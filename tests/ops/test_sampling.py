@@ -109,6 +109,25 @@ def test_deformable_convolutions_are_equal_to_compiled(groups, deform_groups):
 
 
 @pytest.mark.usefixtures('library')
+def test_offsets_of_another_size():
+    """mmdet's DyHead passes offsets that are larger than the output."""
+    x, weight, _, _, bias = deformable_inputs(torch.float32)
+    large = torch.randn(2, 24, 8, 8), torch.rand(2, 12, 8, 8)
+    with operators(OURS) as ops:
+        def convolve(offset, mask):
+            return ops.modulated_deform_conv2d(x, offset, mask, weight, bias,
+                                               *GEOMETRY.values(), 2, 2)
+        found = convolve(*large)
+        assert torch.equal(found, convolve(large[0].flatten(1)[:, :384].view(2, 24, 4, 4),
+                                           large[1].flatten(1)[:, :192].view(2, 12, 4, 4)))
+        with pytest.raises(ValueError, match=r'shape \(2, 24, 4, 4\), got \(2, 24, 3, 4\)'):
+            convolve(torch.randn(2, 24, 3, 4), large[1])
+    if COMPILED:
+        with operators(COMPILED):
+            torch.testing.assert_close(found, convolve(*large), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures('library')
 def test_half_precision_of_deformable_convolutions():
     x, weight, offset, mask, bias = (t.bfloat16() for t in deformable_inputs())
     with operators(OURS) as ops:
