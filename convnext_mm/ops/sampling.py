@@ -172,14 +172,35 @@ def _deformable_convolution(x: Tensor, weight: Tensor, offset: Tensor, mask: Ten
     offset = offset.reshape(m, kernel_h, kernel_w, 2, out_h, out_w)
     y = offset[:, :, :, 0] + positions(out_h, kernel_h, 0)[:, None, :, None]
     column = offset[:, :, :, 1] + positions(out_w, kernel_w, 1)[:, None, :]
-    grid = torch.stack([(2 * column + 1) / width - 1, (2 * y + 1) / height - 1], -1)
-    sampled = F.grid_sample(x.reshape(m, -1, height, width), grid.flatten(1, 3),
-                            align_corners=False).view(m, -1, taps, out_h * out_w)
+    sampled = _bilinear(x.reshape(m, -1, height, width), y.flatten(1), column.flatten(1))
+    sampled = sampled.view(m, -1, taps, out_h * out_w)
     if mask is not None:
         sampled = sampled * mask.reshape(m, 1, taps, -1)
     columns = sampled.reshape(n, groups, -1, out_h * out_w)
     result = (weight.reshape(groups, out // groups, -1) @ columns).view(n, out, out_h, out_w)
     return result if bias is None else result + bias[:, None, None]
+
+
+def _bilinear(maps: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Sample maps (M, C, H, W), zero outside, at rows y and columns x (M, P): (M, C, P).
+
+    grid_sample takes coordinates from -1 to 1, whose rounding moves those that are integers to
+    either side, where the gradients by the coordinates differ. Offsets that start at zero, as all
+    do in training, give such coordinates.
+    """
+    height, width = maps.shape[2:]
+    flat = F.pad(maps, (1, 1, 1, 1)).flatten(2)
+    y = torch.where((y > -1) & (y < height), y, -1)  # without a gradient outside
+    x = torch.where((x > -1) & (x < width), x, -1)
+    top, left = y.detach().floor(), x.detach().floor()
+    down, right = (y - top)[:, None], (x - left)[:, None]
+    index = ((top + 1) * (width + 2) + left + 1).long()
+
+    def corner(shift: int) -> Tensor:
+        return flat.gather(2, (index + shift)[:, None].expand(-1, maps.shape[1], -1))
+    upper = corner(0) * (1 - right) + corner(1) * right
+    lower = corner(width + 2) * (1 - right) + corner(width + 3) * right
+    return upper * (1 - down) + lower * down
 
 
 def _first_values(values: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

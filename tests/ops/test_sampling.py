@@ -99,11 +99,17 @@ def test_gradients_of_deformable_convolutions():
 def test_deformable_convolutions_are_equal_to_compiled(groups, deform_groups):
     x, weight, offset, mask, bias = deformable_inputs(torch.float32, groups, deform_groups)
     geometry = (*GEOMETRY.values(), groups, deform_groups)
+    offset[0] = offset[0].round()  # as at the start of training, where one side's gradient counts
+    tensors = [t.requires_grad_() for t in (x, offset, mask, weight, bias)]
     found = []
     for extension in (OURS, COMPILED):
         with operators(extension) as ops:
-            found.append([ops.deform_conv2d(x, offset, weight, *geometry),
-                          ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *geometry)])
+            outputs = (ops.deform_conv2d(x, offset, weight, *geometry),
+                       ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *geometry))
+            weights = torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+            found.append([*outputs, *torch.autograd.grad((outputs[0] * weights).sum(),
+                                                         (x, offset, weight)),
+                          *torch.autograd.grad((outputs[1] * weights).sum(), tensors)])
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
@@ -122,6 +128,10 @@ def test_offsets_of_another_size():
                                            large[1].flatten(1)[:, :192].view(2, 12, 4, 4)))
         with pytest.raises(ValueError, match=r'shape \(2, 24, 4, 4\), got \(2, 24, 3, 4\)'):
             convolve(torch.randn(2, 24, 3, 4), large[1])
+        assert torch.autograd.gradcheck(
+            lambda offset, mask: ops.modulated_deform_conv2d(
+                x.double(), offset, mask, weight.double(), None, *GEOMETRY.values(), 2, 2),
+            [t[:, :, :5, :5].double().contiguous().requires_grad_() for t in large])
     if COMPILED:
         with operators(COMPILED):
             torch.testing.assert_close(found, convolve(*large), atol=1e-4, rtol=1e-4)
