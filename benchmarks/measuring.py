@@ -161,7 +161,8 @@ def write_results(name: str, title: str, text: str) -> Path:
     return path
 
 
-def plot_speedups(path: Path, groups: dict[str, dict[str, float]]) -> None:
+def plot_speedups(path: Path, groups: dict[str, dict[str, float]],
+                  baseline: str = 'the OpenMMLab baseline') -> None:
     """Plot speedups over the baseline: bars in one panel per group, or points in one row per group
     if there are more than six groups."""
     import matplotlib
@@ -171,7 +172,7 @@ def plot_speedups(path: Path, groups: dict[str, dict[str, float]]) -> None:
         figure = _points(plt, groups)
     else:
         figure = _bars(plt, groups)
-    figure.supxlabel('speedup over the OpenMMLab baseline', fontsize=10)
+    figure.supxlabel(f'speedup over {baseline}', fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

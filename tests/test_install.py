@@ -39,19 +39,9 @@ def test_segmentation_extras_are_the_stacks_without_mmdet(install):
         assert {*EXTRAS[extra]} - {*EXTRAS[f'{extra}-seg']} == {stack['mmdet']}
 
 
-@pytest.mark.parametrize(('name', 'segmentation_only', 'has_ops'), [
-    ('forks', True, False), ('openmmlab', False, False), ('openmmlab', True, True)])
-def test_stack_that_works_with_the_ops_there_are(install, name, segmentation_only, has_ops):
-    install.check_stack(name, segmentation_only, has_ops)
-
-
-def test_openmmlabs_segmentation_without_ops_is_an_error(install):
-    with pytest.raises(install.Failed, match=r'--stack forks --segmentation-only'):
-        install.check_stack('openmmlab', segmentation_only=True, has_ops=False)
-
-
 @pytest.mark.parametrize(('distribution', 'stack'), [
-    ('onedl-mmcv', 'forks'), ('mmcv', 'openmmlab'), ('torch', None)])
+    ('onedl-mmcv', 'forks'), ('mmcv-lite', 'openmmlab'),
+    ('mmcv', 'openmmlab'), ('torch', None)])
 def test_stack_of_an_environment(install, monkeypatch, distribution, stack):
     monkeypatch.setattr(install, 'installed', lambda python, name: name == distribution)
     assert install.stack_of('python') == stack
@@ -79,6 +69,7 @@ def test_torch_version_of_another_form_is_an_error(install, text):
 @pytest.mark.parametrize(('variables', 'options'), [
     ([], '--stack auto'),
     (['STACK=openmmlab', 'TORCH=2.6.0'], '--stack openmmlab --torch 2.6.0'),
+    (['OPS=compiled'], '--stack auto --ops compiled'),
     (['SEGMENTATION_ONLY=1'], '--stack auto --segmentation-only')])
 def test_make_passes_its_variables_on(variables, options, tmp_path):
     # Variables of the make that runs the tests must not reach this one.
@@ -86,14 +77,14 @@ def test_make_passes_its_variables_on(variables, options, tmp_path):
                              env={'PATH': os.environ['PATH']}, cwd=ROOT, capture_output=True,
                              text=True, check=True).stdout
     command = printed.replace('\\\n', ' ').splitlines()[0].split()
-    assert command == ['python3', 'tools/install.py', *options.split()]
+    assert command == ['python3', 'tools/install.py', *options.split(), '--tests']
 
 
 def test_missing_compiler_is_reported_before_anything_is_installed(install, monkeypatch):
     monkeypatch.setattr(install.shutil, 'which', lambda name: None)
-    with pytest.raises(install.Failed, match=r'apt install g\+\+.*--segmentation-only'):
-        install.check_machine(need_ops=True)
-    install.check_machine(need_ops=False)
+    with pytest.raises(install.Failed, match=r'apt install g\+\+.*The operators in PyTorch need'):
+        install.check_machine(compiles=True)
+    install.check_machine(compiles=False)
 
 
 class Builds:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import torchvision
 
+FEW = 700
+"""Boxes up to which torchvision's suppression is used on a CPU."""
 BLOCK = 128
 """Boxes that are compared with each other before they are compared with all that follow."""
 LATER = np.triu(np.ones((BLOCK, BLOCK), bool), 1)
@@ -37,12 +39,17 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     """
     _check(boxes, scores)
     threshold = float(np.float32(iou_threshold))
-    compiled = torchvision.operators() if boxes.is_cuda and not offset else None
-    if compiled:
-        return compiled.nms(boxes.float(), scores.float(), threshold)
     order = scores.sort(0, descending=True)[1]
-    kept = _keep(_array(boxes[order]), threshold, offset)
-    return order[torch.from_numpy(kept).to(order.device)]
+    boxes = boxes[order]
+    # On a CPU, torchvision compares box after box as mmcv does, which is faster only for few.
+    compiled = torchvision.operators() if not offset and (
+        boxes.is_cuda or len(boxes) <= FEW) else None
+    if compiled:
+        # In our order: torchvision's sort orders equal scores in another way.
+        ranks = torch.arange(len(boxes), 0, -1, device=boxes.device)
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+        return order[compiled.nms(boxes, ranks.to(boxes), threshold)]
+    return order[torch.from_numpy(_keep(_array(boxes), threshold, offset)).to(order.device)]
 
 
 def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,

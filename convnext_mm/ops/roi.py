@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ class Weights(NamedTuple):
     samples: list[int]
     """Samples a bin."""
 
+    def part(self, boxes: slice) -> Weights:
+        """Return those of some of the boxes."""
+        return Weights(self.starts[boxes], self.sizes[boxes], self.matrices[boxes],
+                       self.samples[boxes])
+
 
 def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor,
                       argmax_x: Tensor, aligned_height: int, aligned_width: int,
@@ -64,7 +69,7 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
         ValueError: A box is not finite, of an image that does not exist, aligned and of negative
             size, or with max pooling so large that its samples do not fit in memory.
     """
-    compiled = torchvision.operators() if input.is_cuda and pool_mode == AVERAGE else None
+    compiled = _compiled(input, pool_mode)
     dtype = _working_dtype(input, bool(compiled))
     if compiled:
         output.copy_(compiled.roi_align(input.to(dtype), rois.to(dtype), spatial_scale,
@@ -112,7 +117,7 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
             of the forward pass.
     """
     n, c, height, width = grad_input.shape
-    compiled = torchvision.operators() if grad_input.is_cuda and pool_mode == AVERAGE else None
+    compiled = _compiled(grad_input, pool_mode)
     dtype = _working_dtype(grad_input, bool(compiled))
     if compiled:
         grad_input += compiled._roi_align_backward(
@@ -143,6 +148,11 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
                 gradients.add(image, rows.starts[k], columns.starts[k], rows.matrices[k].t(),
                               y.view(-1, w * c), w)
     gradients.write()
+
+
+def _compiled(features: Tensor, pool_mode: int) -> Any | None:
+    """torchvision's operators where they are used: on GPUs, since ours are faster on CPUs."""
+    return torchvision.operators() if features.is_cuda and pool_mode == AVERAGE else None
 
 
 def _working_dtype(features: Tensor, compiled: bool = False) -> torch.dtype:
@@ -282,8 +292,7 @@ def _separate(rois: Tensor, shape: tuple[int, ...], bins: tuple[int, int], scale
     # Rows of all boxes first, then columns, so that both take the same few operations.
     both = _weights(start[:, ::-1].T.ravel(), extent[:, ::-1].T.ravel(), np.repeat(bins, k),
                     np.repeat(shape[2:], k), sampling_ratio, average, rois.device)
-    rows, columns = (Weights(*(part[half] for part in both))
-                     for half in (slice(k), slice(k, None)))
+    rows, columns = both.part(slice(k)), both.part(slice(k, None))
     if not average:
         for a, b, h, w in zip(rows.samples, columns.samples, rows.sizes, columns.sizes,
                               strict=True):

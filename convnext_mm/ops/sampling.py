@@ -52,7 +52,7 @@ def _deformable_attention(value: Tensor, shapes: Tensor, starts: Tensor, locatio
     dtype = torch.promote_types(value.dtype, torch.float32)
     value, locations, weights = value.to(dtype), locations.to(dtype), weights.to(dtype)
     n, _, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
+    queries = locations.shape[1]
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # levels, N · heads, ...
     sampled = []
     for level, ((h, w), start) in enumerate(zip(shapes.tolist(), starts.tolist(), strict=True)):
@@ -150,7 +150,7 @@ def _deformable_convolution(x: Tensor, weight: Tensor, offset: Tensor, mask: Ten
     x, weight, offset = x.to(dtype), weight.to(dtype), offset.to(dtype)
     mask = None if mask is None else mask.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    n, c, height, width = x.shape
+    n, _, height, width = x.shape
     out, _, kernel_h, kernel_w = weight.shape
     taps, m = kernel_h * kernel_w, n * deformable_groups
     out_h, out_w = ((size + 2 * pad - step * (kernel - 1) - 1) // by + 1 for size, pad, step,

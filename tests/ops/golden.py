@@ -71,7 +71,7 @@ def run(extension: ModuleType, name: str, arguments: tuple) -> list[Any]:
 
 def differentiable(name: str, position: int) -> bool:
     """Whether an operator has a gradient by the argument at a position."""
-    return position == 0 and name.startswith(('roi', 'psa')) or 'deform' in name
+    return (position == 0 and name.startswith(('roi', 'psa'))) or 'deform' in name
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ SCRIPT = """
 import sys
 from convnext_mm.ops import extension
 {}
-assert 'mmcv' not in sys.modules
+assert 'mmcv._ext' not in sys.modules and 'mmcv.ops' not in sys.modules
 import mmdet.apis, mmseg.apis, mmcv.ops
 print(mmcv.ops.get_compiler_version())
 """

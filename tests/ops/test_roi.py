@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from convnext_mm.ops import roi
+from convnext_mm.ops import roi, torchvision
 from tests.ops.extensions import COMPILED, OURS, needs_compiled, operators, random_rois
 
 
@@ -153,6 +153,20 @@ def test_max_pooling_refuses_more_samples_than_fit_in_memory():
         align(OURS, torch.randn(1, 1, 8, 8), torch.tensor([[0.0, 0, 0, 1e6, 1e6]]), mode='max')
 
 
+@pytest.mark.skipif(not torchvision.operators(), reason='torchvision is not installed')
+@pytest.mark.parametrize(('ratio', 'aligned'), [*itertools.product([0, 2], [True, False])])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_torchvision_is_equal(monkeypatch, ratio, aligned, dtype):
+    """Its operators, which are used on GPUs, also run on CPUs."""
+    torch.manual_seed(0)
+    features, rois = torch.randn(2, 5, 20, 23).to(dtype), random_rois(0, 60, 2)
+    rois[:, 1:] = rois[:, 1:].clamp(-200, 400)
+    ours = align(OURS, features, rois, ratio=ratio, aligned=aligned)
+    monkeypatch.setattr(roi, '_compiled', lambda features, mode: torchvision.operators())
+    assert_near(align(OURS, features, rois, ratio=ratio, aligned=aligned), ours,
+                1e-4 if dtype == torch.float32 else 2**-8)
+
+
 def pool_slowly(features, rois, bins, scale):
     """RoIPool with one loop a dimension, in the words of mmcv's CUDA kernel."""
     height, width = features.shape[2:]
@@ -179,7 +193,8 @@ def test_roi_pool():
     with operators(OURS) as ops:
         output = ops.roi_pool(features, rois, 3, 0.25)
         torch.testing.assert_close(output, pool_slowly(features, rois, 3, 0.25))
-        half = ops.roi_pool(features.bfloat16(), rois, 3, 0.25)
-        assert torch.equal(half, ops.roi_pool(features.bfloat16().float(), rois, 3, 0.25).bfloat16())
+        half = features.bfloat16()
+        assert torch.equal(ops.roi_pool(half, rois, 3, 0.25),
+                           ops.roi_pool(half.float(), rois, 3, 0.25).bfloat16())
         x = features.double().requires_grad_()
         assert torch.autograd.gradcheck(lambda x: ops.roi_pool(x, rois, 3, 0.25), x)

@@ -42,8 +42,9 @@ def test_deformable_attention_reads_the_level_that_starts_there():
     value, shapes, starts, locations, weights = attention_inputs()
     padded = torch.cat([value[:, :35], torch.full_like(value[:, :4], 9), value[:, 35:]], 1)
     moved = torch.tensor([0, 39, 51])
-    assert torch.equal(sampling.ms_deform_attn_forward(padded, shapes, moved, locations, weights, 1),
-                       sampling.ms_deform_attn_forward(value, shapes, starts, locations, weights, 1))
+    attend = sampling.ms_deform_attn_forward
+    assert torch.equal(attend(padded, shapes, moved, locations, weights, 1),
+                       attend(value, shapes, starts, locations, weights, 1))
 
 
 @pytest.fixture(params=['PyTorch', 'torchvision'])
