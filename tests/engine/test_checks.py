@@ -114,7 +114,8 @@ def test_a_missing_pretrained_file_is_found_before_a_model_is_built(load_from, t
 
 
 @pytest.mark.parametrize(('absent', 'message'), [
-    ('mmdet', 'needs mmdet, which is not installed'), ('mmcv._ext', 'CONVNEXT_MM_PATCHES switches off ours')])
+    ('mmdet', 'needs mmdet, which is not installed'),
+    ('mmcv._ext', 'CONVNEXT_MM_PATCHES switches off ours')])
 def test_a_missing_package_is_named(absent, message, monkeypatch):
     monkeypatch.setattr(checks, 'find_spec', lambda name: None if name == absent else name)
     checks.check_toolbox(Config(dict(default_scope='mmseg')))
