@@ -145,8 +145,29 @@ def apply_options(cfg: Config, options: dict[str, Any] | None) -> None:
                                 f'({", ".join(node)}). Set one of them: {key}.KEY=VALUE')
     if options and options.get('data_root') and cfg.get('data_root'):
         datasets.replace_data_root(cfg, cfg.data_root, options['data_root'])
+    for key in options or {}:
+        _replace_short_names(cfg, key)
     for key, value in (options or {}).items():
         _set_option(cfg, key.split('.'), value)
+
+
+def _replace_short_names(cfg: Config, key: str) -> None:
+    """Let an option override the short name that would set the same value.
+
+    The short name's value moves to all places that it sets, and the name goes: the option may be
+    the recipe's own value, which would not look like a change.
+    """
+    for name, paths in SHORT.items():
+        if name not in cfg or not any(f'{path}.'.startswith(f'{key}.') for path in paths):
+            continue
+        value = cfg._cfg_dict.pop(name)
+        for path in paths:
+            *parents, last = path.split('.')
+            node: Any = cfg
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, (dict, Config)) else None
+            if isinstance(node, dict):
+                node[last] = value
 
 
 def _set_option(cfg: Config, parts: list[str], value: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 from convnext_mm import UserError
 from convnext_mm.engine.checks import read_config
 from convnext_mm.engine.launch import parse_value
-from tests.helpers import DETECTION, SEGMENTATION
+from tests.helpers import DETECTION, ROOT, SEGMENTATION
 
 
 @pytest.mark.parametrize(('text', 'value'), [
@@ -50,3 +50,17 @@ def test_options_reach_what_they_name(options, path, value):
 def test_options_that_name_nothing(options, message):
     with pytest.raises(UserError, match=message):
         read_config(SEGMENTATION, options)
+
+
+def test_an_option_overrides_a_short_name_of_the_file(tmp_path):
+    """Also with the recipe's own value, which does not look like a change."""
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{ROOT}/{SEGMENTATION}'\nbatch_size = 8\nnum_workers = 0\n"
+                    'max_iters = 900\n')
+    cfg = read_config(str(path), {'train_dataloader.batch_size': 2,
+                                  'val_dataloader.num_workers': 4, 'train_cfg.max_iters': 160000})
+    assert cfg.train_dataloader.batch_size == 2
+    assert [cfg[f'{split}_dataloader'].num_workers for split in ('train', 'val', 'test')] == [
+        0, 4, 0]
+    assert (cfg.train_cfg.max_iters, cfg.param_scheduler[1].end) == (160000, 160001)
+    assert read_config(str(path), {'batch_size': 3}).train_dataloader.batch_size == 3
