@@ -35,15 +35,24 @@ class Weights(NamedTuple):
     """First index of the map that a sample touches."""
     sizes: list[int]
     """Number of indices from there; 0 if all samples are outside."""
-    matrices: list[Tensor]
-    """(bins, size); for max pooling (bins · samples, size)."""
     samples: list[int]
     """Samples a bin."""
+    flat: Tensor
+    """The matrices of all boxes, one after another."""
+    offsets: list[int]
+    """Where each of them starts."""
+    rows: list[int]
+    """Their rows: bins, for max pooling bins · samples."""
+
+    def matrix(self, box: int) -> Tensor:
+        """Return the weights (rows, size) of a box."""
+        size = self.sizes[box]
+        return self.flat.as_strided((self.rows[box], size), (size, 1), self.offsets[box])
 
     def part(self, boxes: slice) -> Weights:
         """Return those of some of the boxes."""
-        return Weights(self.starts[boxes], self.sizes[boxes], self.matrices[boxes],
-                       self.samples[boxes])
+        return Weights(self.starts[boxes], self.sizes[boxes], self.samples[boxes], self.flat,
+                       self.offsets[boxes], self.rows[boxes])
 
 
 def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor,
@@ -92,8 +101,8 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
                     target.zero_()
                     continue
                 x = maps.crop(image, rows.starts[k], columns.starts[k], h, w)
-                y = torch.mm(rows.matrices[k], x).view(-1, w, c)
-                y = torch.bmm(columns.matrices[k].expand(len(y), -1, -1), y)
+                y = torch.mm(rows.matrix(k), x).view(-1, w, c)
+                y = torch.bmm(columns.matrix(k).expand(len(y), -1, -1), y)
                 if pool_mode == AVERAGE:
                     target.copy_(y.view(-1, c).t())
                     continue
@@ -143,9 +152,9 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
                 if pool_mode != AVERAGE:
                     g = _unpool(g, argmax_y[first + k], argmax_x[first + k], rows.samples[k],
                                 columns.samples[k])
-                y = torch.bmm(columns.matrices[k].t().expand(g.shape[1], -1, -1),
+                y = torch.bmm(columns.matrix(k).t().expand(g.shape[1], -1, -1),
                               g.permute(1, 2, 0))
-                gradients.add(image, rows.starts[k], columns.starts[k], rows.matrices[k].t(),
+                gradients.add(image, rows.starts[k], columns.starts[k], rows.matrix(k).t(),
                               y.view(-1, w * c), w)
     gradients.write()
 
@@ -326,8 +335,8 @@ def _weights(start: np.ndarray, extent: np.ndarray, bins: np.ndarray, length: np
     total = bins * samples
     step = np.maximum(extent.astype(np.float64) / np.maximum(total, 1), 1e-30)
     slack = 4 * np.finfo(dtype).eps * (np.abs(start) + extent).astype(np.float64)
-    first = np.clip((-1 - slack - start) / step - 1, 0, total).astype(np.int64)
-    last = np.clip((length + slack - start) / step + 1, 0, total).astype(np.int64)
+    edges = np.stack([(-1 - slack - start) / step - 1, (length + slack - start) / step + 1])
+    first, last = np.minimum(np.maximum(edges, 0), total).astype(np.int64)
     counts = np.maximum(last - first, 0)
 
     box = np.repeat(np.arange(len(start)), counts)
@@ -342,27 +351,28 @@ def _weights(start: np.ndarray, extent: np.ndarray, bins: np.ndarray, length: np
     if not inside.all():
         position, limit, box, j, grid, bin_ = (
             array[inside] for array in (position, limit, box, j, grid, bin_))
-    position = np.clip(position, 0, (limit - 1).astype(dtype))
+    limit = limit - 1
+    position = np.minimum(np.maximum(position, 0), limit.astype(dtype))
     low = position.astype(np.int64)
-    high = np.minimum(low + 1, limit - 1)
+    high = np.minimum(low + 1, limit)
     fraction = position - low.astype(dtype)
 
     begin, sizes = np.zeros_like(length), np.zeros_like(length)
     if len(box):
-        heads = np.flatnonzero(np.diff(box, prepend=-1))
+        heads = np.flatnonzero(np.concatenate([[True], box[1:] != box[:-1]]))
         present = box[heads]
         begin[present] = np.minimum.reduceat(low, heads)
         sizes[present] = np.maximum.reduceat(high, heads) + 1 - begin[present]
     entries = sizes * (bins if average else total)
-    entry = (np.cumsum(entries) - entries - begin)[box] + (bin_ if average else j) * sizes[box]
+    offsets = np.cumsum(entries) - entries
+    entry = (offsets - begin)[box] + (bin_ if average else j) * sizes[box]
     share = 1 / grid if average else 1.0
     flat = np.bincount(np.concatenate([entry + low, entry + high]),
                        np.concatenate([(1 - fraction) * share, fraction * share]),
                        minlength=int(entries.sum())).astype(dtype)
-    blocks = torch.from_numpy(flat).to(device).split(entries.tolist())
-    listed = sizes.tolist()
-    matrices = [block.view(-1, n) if n else block for block, n in zip(blocks, listed, strict=True)]
-    return Weights(begin.tolist(), listed, matrices, samples.tolist())
+    return Weights(begin.tolist(), sizes.tolist(), samples.tolist(),
+                   torch.from_numpy(flat).to(device), offsets.tolist(),
+                   (bins if average else total).tolist())
 
 
 def _unpool(grad: Tensor, row: Tensor, column: Tensor, rows: int, columns: int) -> Tensor:
