@@ -11,6 +11,9 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run in its interpreter.
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
+# Gives mmcv operators where it has none, before a test module imports a toolbox.
+import convnext_mm  # noqa: F401
+
 
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory) -> Path:
