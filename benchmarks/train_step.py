@@ -95,13 +95,14 @@ def random_batch(model: nn.Module, count: int, size: tuple[int, int]) -> tuple[T
             corner = generator.uniform(0, 0.5, (8, 2)) * size
             boxes = np.concatenate([corner, corner + generator.uniform(0.1, 0.5, (8, 2)) * size],
                                    1)
+            classes = max(getattr(part, 'num_classes', 1) for part in model.modules())
             masks = np.zeros((8, height, width), np.uint8)
             for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int), strict=True):
                 mask[top:bottom, left:right] = 1
             sample = DetDataSample(metainfo=meta)
             sample.gt_instances = InstanceData(
                 bboxes=torch.from_numpy(boxes).float().to(DEVICE),
-                labels=torch.from_numpy(generator.integers(0, 80, 8)).to(DEVICE),
+                labels=torch.from_numpy(generator.integers(0, classes, 8)).to(DEVICE),
                 masks=BitmapMasks(masks, height, width))
             sample.ignored_instances = InstanceData(
                 bboxes=torch.zeros(0, 4, device=DEVICE),
