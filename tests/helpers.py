@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -102,6 +103,12 @@ def run_tool(*args: object, env: dict[str, str] | None = None, check: bool = Tru
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def operators_are_compiled() -> bool:
+    """Whether mmcv was installed with its compiled operators."""
+    mmcv = find_spec('mmcv')
+    return mmcv is not None and any(Path(str(mmcv.origin)).parent.glob('_ext*.so'))
 
 
 def build_on_meta(config: str):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
@@ -141,11 +142,12 @@ def _build(path: str, build: Callable[[], Any]) -> Any:
 @contextmanager
 def _silently() -> Iterator[None]:
     """Without log messages and warnings: those of the run itself follow."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # logging.disable does not reach mmengine's loggers
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        logging.disable(previous)
+        logger.setLevel(level)
