@@ -76,7 +76,7 @@ def test_effect_of_patches(chosen, modules, classes, checkpoint, constructors, t
     proof = tmp_path / 'proof'
     torch.save(dict(state_dict=dict(a=torch.ones(1)), code=Code(proof)), tmp_path / 'evil.pth',
                pickle_module=pickle)
-    if chosen is not None and not operators_are_compiled():  # mmdet cannot be imported without operators
+    if chosen is not None and not operators_are_compiled():  # mmdet cannot be imported without
         chosen = f'{chosen},operators'
     env = {} if chosen is None else {patches.SWITCH: chosen}
     if checkpoint == 'loaded':  # without the patch, the default of this PyTorch decides

@@ -270,6 +270,9 @@ def _use_tta(cfg: Config) -> None:
         print('--tta: evaluating boxes only, because mmdet cannot merge masks.')
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = ['bbox']
+        checkpoint = cfg.get('default_hooks', {}).get('checkpoint')
+        if checkpoint:  # a test keeps no checkpoint, and the best may be chosen by masks
+            checkpoint.save_best = None
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
     speed.request_logits(cfg)
 
