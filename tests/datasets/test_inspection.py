@@ -316,6 +316,7 @@ def test_errors_stop_mmdet_and_warnings_do_not(detection_data, change, error):
     from mmdet.registry import DATASETS
     detection_data.change(change)
     config = detection_data.cfg.train_dataloader.dataset
+    config.pipeline = [*config.pipeline[:2], config.pipeline[-1]]  # without random crops
     levels = {problem.level for problem in detection_data.problems()}
     if error is None:
         assert 'error' not in levels
