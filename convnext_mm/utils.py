@@ -6,10 +6,13 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from .errors import UserError
 
 
 def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
@@ -32,6 +35,22 @@ def describe(error: BaseException) -> str:
     if not text and frames:
         text = f'{frames[-1].line} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})'
     return f'{type(error).__name__}: {text}'
+
+
+def require_package(module: str, package: str, what: str) -> None:
+    """Check that an optional package is installed.
+
+    Args:
+        module: The name that is imported.
+        package: The names that pip installs.
+        what: The setting that needs it.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not find_spec(module):
+        raise UserError(f'{what} needs the package {module}, which is not installed: '
+                        f'pip install {package}')
 
 
 def is_first_process() -> bool:

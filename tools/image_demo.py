@@ -1,7 +1,8 @@
 """Draw a trained model's predictions on your own images."""
 import argparse
 
-from convnext_mm.engine.launch import add_cfg_options, run_cli
+from convnext_mm.engine.cfg_options import add_cfg_options
+from convnext_mm.engine.launch import run_cli
 from convnext_mm.prediction import image_demo
 
 if __name__ == '__main__':

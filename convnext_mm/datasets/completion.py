@@ -144,8 +144,8 @@ def _follow_validation(cfg: Config, inherited: Sequence[Config]) -> None:
                 and test.get(key) == old_test.get(key) == old_val.get(key)):
             test[key] = val[key]
     val_evaluator, old_evaluator = cfg.get('val_evaluator'), recipe.get('val_evaluator')
-    if (val_evaluator != old_evaluator and cfg.get('test_evaluator') == recipe.get('test_evaluator')
-            == old_evaluator):
+    if (val_evaluator and val_evaluator != old_evaluator
+            and cfg.get('test_evaluator') == recipe.get('test_evaluator') == old_evaluator):
         cfg.test_evaluator = deepcopy(val_evaluator)
     for split in ('val', 'test'):
         dataset = next(iter(datasets_of_split(cfg, split)), {})

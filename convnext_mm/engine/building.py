@@ -54,8 +54,7 @@ def build_parts(cfg: Config) -> Parts:
     fallbacks.adapt_to_device(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with _silently():
-        model = _build('model', lambda: MODELS.build(deepcopy(cfg.model)))
-        _build('model', lambda: _run_once(cfg, MODELS.build(deepcopy(cfg.model)).eval()))
+        model = _build('model', lambda: _run_once(cfg, MODELS.build(deepcopy(cfg.model))))
         wrapper = None
         if cfg.get('optim_wrapper') and cfg.get('train_cfg'):
             wrapper = _build('optim_wrapper',
@@ -64,13 +63,14 @@ def build_parts(cfg: Config) -> Parts:
 
 
 @torch.no_grad()
-def _run_once(cfg: Config, model: Any) -> None:
+def _run_once(cfg: Config, model: Any) -> nn.Module:
     """Run the parts of a model that need no data samples, so that their sizes must agree."""
+    model.eval()
     device = next(model.parameters()).device
     size = cfg.model.get('data_preprocessor', {}).get('size') or (64, 64)
     backbone: Any = getattr(model, 'backbone', None)
     if not isinstance(backbone, ConvNeXt) or not hasattr(model, 'extract_feat'):
-        return
+        return model.train()
     bands = cfg.model.backbone.get('in_chans', 3)
     features = model.extract_feat(torch.zeros(2, bands, *size, device=device))
     for name in ('decode_head', 'auxiliary_head', 'rpn_head'):
@@ -83,6 +83,7 @@ def _run_once(cfg: Config, model: Any) -> None:
         for one, extractor in zip(heads, extractors, strict=False):
             one(torch.zeros(2, extractor.out_channels, *extractor.roi_layers[0].output_size,
                             device=device))
+    return model.train()
 
 
 def _as_list(part: Any) -> list[Any]:

@@ -2,14 +2,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
@@ -22,53 +20,9 @@ from ..datasets.contact_sheet import draw_contact_sheet
 from ..errors import UserError
 from ..utils import atomic_path, is_first_process, unwrap_model
 from . import checks, fallbacks, speed
+from .cfg_options import add_cfg_options
+from .runner import ConvNeXtRunner
 from .summary import summarize
-
-
-class KeyValueAction(argparse.Action):
-    """Collects KEY=VALUE pairs in a dict; reports arguments without '='."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        options = dict(getattr(namespace, self.dest, None) or {})
-        for pair in values:
-            key, separator, value = pair.partition('=')
-            if not key or not separator:
-                parser.error(f'{option_string}: expected KEY=VALUE, got {pair!r}')
-            options[key] = parse_value(value)
-        setattr(namespace, self.dest, options)
-
-
-def parse_value(text: str) -> Any:
-    """The value of an option: a Python literal, words or numbers with commas, or text as it is.
-
-    As mmengine's DictAction, but blanks inside a value stay: ('traffic light', 'sky').
-    """
-    try:
-        return ast.literal_eval(text.strip())
-    except (SyntaxError, ValueError):
-        pass
-    text = text.strip()
-    if text.lower() in ('true', 'false'):
-        return text.lower() == 'true'
-    kind = {'(': ')', '[': ']'}.get(text[:1])
-    bracketed = kind is not None and text.endswith(kind)
-    parts = _split(text[1:-1] if bracketed else text)
-    if not bracketed and len(parts) == 1:
-        return text
-    values = [parse_value(part) for part in parts if part.strip()]
-    return tuple(values) if text[:1] == '(' and bracketed else values
-
-
-def _split(text: str) -> list[str]:
-    """Parts between commas outside of brackets."""
-    parts, depth = [''], 0
-    for character in text:
-        depth += (character in '([') - (character in ')]')
-        if character == ',' and depth == 0:
-            parts.append('')
-        else:
-            parts[-1] += character
-    return parts
 
 
 def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentParser:
@@ -91,14 +45,6 @@ def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentP
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
     return parser
-
-
-def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options``."""
-    parser.add_argument('--cfg-options', nargs='+', action=KeyValueAction, metavar='KEY=VALUE',
-                        help='override settings of the config, such as '
-                        'train_dataloader.batch_size=4 model.backbone.drop_path_rate=0.2; '
-                        'a list is key="[a,b]"')
 
 
 def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -247,7 +193,7 @@ def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
     changes = fallbacks.adapt_to_device(cfg)
     checks.check_input(cfg, splits)
     with fallbacks.process_group(cfg):
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else ConvNeXtRunner.from_cfg(cfg)
         if not any(isinstance(hook, FitCheckpointHook) for hook in runner.hooks):
             runner.register_hook(FitCheckpointHook())  # the config overrides custom_hooks
         fallbacks.log_changes(changes)
@@ -270,9 +216,8 @@ def _use_tta(cfg: Config) -> None:
         print('--tta: evaluating boxes only, because mmdet cannot merge masks.')
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         cfg.test_evaluator.metric = ['bbox']
-        checkpoint = cfg.get('default_hooks', {}).get('checkpoint')
-        if checkpoint:  # a test keeps no checkpoint, and the best may be chosen by masks
-            checkpoint.save_best = None
+        # A test validates nothing; what was set for masks there would contradict the model.
+        cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
     speed.request_logits(cfg)
 

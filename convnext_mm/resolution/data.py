@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 import inspect
-from importlib.util import find_spec
 
 from ..datasets import complete_config, dataset_classes, dataset_registry, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
+from ..utils import require_package
 from .edits import PIPELINES, Edits
 
 SPLITS = ('train', 'val', 'test')
@@ -77,14 +77,12 @@ def imdecode_backend_and_packages(edits: Edits) -> None:
     Raises:
         UserError: It is not, and how to install it.
     """
-    packages = dict(tifffile=('tifffile', 'tifffile'), turbojpeg=('turbojpeg', 'PyTurboJPEG'))
+    packages = dict(tifffile='tifffile', turbojpeg='PyTurboJPEG')
     for path in PIPELINES:
         for step in find_transforms(edits.get(path), 'LoadImageFromFile'):
             backend = step.get('imdecode_backend')
-            module, package = packages.get(str(backend), ('', ''))
-            if module and not find_spec(module):
-                raise UserError(f'{path}: imdecode_backend={backend!r} needs the package {package},'
-                                f' which is not installed: pip install {package}')
+            if backend in packages:
+                require_package(backend, packages[backend], f'{path}: imdecode_backend={backend!r}')
 
 
 def datasets_and_tta_pipeline(edits: Edits) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from ..bases import PACKAGES, config_folder, inherited_configs, without_completion
+from ..errors import UserError
 from ..utils import plain
 
 MISSING: Any = object()
@@ -76,6 +77,27 @@ class Edits:
             node[int(key)] = value
         else:
             node[key] = value
+
+    def follow(self, path: str, wanted: Any, source: str, has: str) -> None:
+        """Let a value of the recipe follow from another setting.
+
+        Args:
+            path: Where the value stands.
+            wanted: What it must be.
+            source: The setting that it follows from.
+            has: What that setting has, for the message: 'classes', 'channels', ….
+
+        Raises:
+            UserError: The user has set another value.
+        """
+        value = self.get(path)
+        if same(value, wanted):
+            return
+        if self.was_set(path):
+            raise UserError(f'{path}={plain(value)}, but {source} has {plain(wanted)} {has}: '
+                            f'remove {path.rpartition(".")[2]}, it follows')
+        self.put(path, wanted)
+        self.note(f'={wanted} follows {source}', path)
 
     def note(self, text: str, at: str = '') -> None:
         """Keep a line for the user; one line for all places, ``at``, of which it is true."""

@@ -5,40 +5,58 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..archs import Arch
 from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import Edits, nodes, same
+from .edits import Edits, nodes
 from .signatures import find_class
 
 
-def backbone_channels(backbone: dict[str, Any] | None) -> list[int] | None:
-    """Channels of the feature maps that a ConvNeXt returns; None: it is another backbone."""
+class Maps(NamedTuple):
+    """The feature maps that a ConvNeXt returns, finest first.
+
+    Args:
+        stages: Stage of each map, from 0.
+        channels: Channels of each map.
+        strides: Pixels of the image per pixel of the map.
+    """
+
+    stages: list[int]
+    channels: list[int]
+    strides: list[int]
+
+
+def backbone_maps(backbone: dict[str, Any] | None) -> Maps | None:
+    """The maps of a backbone's config; None: it is no ConvNeXt."""
     if not backbone or backbone.get('type') != 'ConvNeXt':
         return None
-    size = check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'), backbone.get('dims'),
-                      backbone.get('use_grn'))
-    stages = len(size.dims)
+    dims = backbone_size(backbone).dims
     indices = backbone.get('out_indices')
-    indices = range(stages) if indices is None else sorted({i % stages for i in indices
-                                                            if -stages <= i < stages})
-    return [size.dims[i] for i in indices]
+    stages = sorted({i % len(dims) for i in (range(len(dims)) if indices is None else indices)
+                     if -len(dims) <= i < len(dims)})
+    coarsest = backbone.get('output_stride') or 4 * 2 ** (len(dims) - 1)
+    return Maps(stages, [dims[i] for i in stages], [min(4 * 2 ** i, coarsest) for i in stages])
+
+
+def backbone_size(backbone: dict[str, Any]) -> Arch:
+    """Depths, dims and GRN of a ConvNeXt's config."""
+    return check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'), backbone.get('dims'),
+                      backbone.get('use_grn'))
 
 
 def arch_and_layer_scale(edits: Edits) -> None:
-    """A V2 size that replaces a V1 size takes away the recipe's layer scale, and the reverse."""
+    """A V2 size that replaces a V1 size takes away the recipe's layer scale."""
     path = 'model.backbone.layer_scale_init_value'
     backbone = edits.get('model.backbone') or {}
     if backbone.get('type') != 'ConvNeXt' or edits.was_set(path) or not edits.recipe:
         return
-    size = check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'), backbone.get('dims'),
-                      backbone.get('use_grn'))
-    if size.use_grn and (backbone.get('layer_scale_init_value') or 0) > 0:
+    if backbone_size(backbone).use_grn and (backbone.get('layer_scale_init_value') or 0) > 0:
         edits.put(path, 0.0)
         edits.note('=0.0: ConvNeXt V2 has no layer scale', path)
 
@@ -69,24 +87,22 @@ def reads_several_maps(kind: type) -> bool:
 
 def out_indices_and_in_index(edits: Edits) -> None:
     """Heads of the recipe read the maps that are left: all of them, or that of the same stage."""
-    backbone = edits.get('model.backbone') or {}
-    channels = backbone_channels(backbone)
-    indices = backbone.get('out_indices')
-    if channels is None or edits.get('model.neck') or not isinstance(indices, (list, tuple)) or (
-            not edits.was_set('model.backbone.out_indices')):
+    maps = backbone_maps(edits.get('model.backbone'))
+    if maps is None or edits.get('model.neck') or not edits.was_set('model.backbone.out_indices'):
         return
-    before = edits.inherited('model.backbone.out_indices') or range(4)
+    before = backbone_maps(edits.inherited('model.backbone'))
     for path in _heads(edits):
         index = edits.get(f'{path}.in_index')
         if edits.was_set(f'{path}.in_index') or edits.was_set(f'{path}.in_channels'):
             continue
-        if isinstance(index, (list, tuple)) and any(i >= len(channels) for i in index):
-            edits.put(f'{path}.in_index', list(range(len(channels))))
-            edits.put(f'{path}.in_channels', channels)
-        elif isinstance(index, int) and 0 <= index < len(before) and not same(before, indices):
-            stage = before[index]
-            edits.put(f'{path}.in_index', list(indices).index(stage) if stage in indices
-                      else len(channels) - 1)
+        if isinstance(index, (list, tuple)) and any(i >= len(maps.stages) for i in index):
+            edits.put(f'{path}.in_index', list(range(len(maps.stages))))
+            edits.put(f'{path}.in_channels', maps.channels)
+        elif isinstance(index, int) and before and 0 <= index < len(before.stages) and (
+                maps.stages != before.stages):
+            stage = before.stages[index]
+            edits.put(f'{path}.in_index', maps.stages.index(stage) if stage in maps.stages
+                      else len(maps.stages) - 1)
 
 
 def backbone_strides_and_anchors(edits: Edits) -> None:
@@ -95,33 +111,21 @@ def backbone_strides_and_anchors(edits: Edits) -> None:
     Raises:
         UserError: The user has set others.
     """
-    backbone, neck = edits.get('model.backbone') or {}, edits.get('model.neck')
-    if backbone_channels(backbone) is None or not isinstance(neck, dict) or (
-            neck.get('type') != 'FPN' or neck.get('start_level')
-            or not isinstance(neck.get('num_outs'), int)):
+    maps, neck = backbone_maps(edits.get('model.backbone')), edits.get('model.neck')
+    if maps is None or not isinstance(neck, dict) or neck.get('type') != 'FPN' or neck.get(
+            'start_level') or not isinstance(neck.get('num_outs'), int):
         return
-    stages = len(check_arch(backbone.get('arch', 'tiny'), backbone.get('depths'),
-                            backbone.get('dims'), backbone.get('use_grn')).dims)
-    most = backbone.get('output_stride') or 4 * 2 ** (stages - 1)
-    indices = backbone.get('out_indices')
-    indices = range(stages) if indices is None else sorted(i % stages for i in indices)
-    strides = [min(4 * 2 ** i, most) for i in indices]
-    while len(strides) < neck['num_outs']:
+    strides = list(maps.strides)
+    while strides and len(strides) < neck['num_outs']:
         strides.append(2 * strides[-1])
     for path, node in nodes(edits.get('model'), 'model'):
-        key = 'featmap_strides' if path.endswith('roi_extractor') else 'strides'
-        value = node.get(key)
-        if not isinstance(value, (list, tuple)) or not path.endswith(
-                ('roi_extractor', 'anchor_generator', 'prior_generator')):
-            continue
-        wanted = strides[:min(len(value), len(strides))] if key == 'featmap_strides' else strides
-        if same(value, wanted):
-            continue
-        if edits.was_set(f'{path}.{key}'):
-            raise UserError(f'{path}.{key}={list(value)}, but the maps of model.neck have strides '
-                            f'{strides}: remove {key}, it follows')
-        node[key] = wanted
-        edits.note(f'={wanted} follows the maps of backbone and neck', f'{path}.{key}')
+        levels = node.get('featmap_strides')
+        if path.endswith('roi_extractor') and isinstance(levels, (list, tuple)):
+            edits.follow(f'{path}.featmap_strides', strides[:len(levels)], 'model.neck',
+                         'strides')
+        elif path.endswith(('anchor_generator', 'prior_generator')) and isinstance(
+                node.get('strides'), (list, tuple)):
+            edits.follow(f'{path}.strides', strides, 'model.neck', 'strides')
 
 
 def backbone_and_in_channels(edits: Edits) -> None:
@@ -133,25 +137,27 @@ def backbone_and_in_channels(edits: Edits) -> None:
         UserError: The user's channels differ from the backbone's, or a head reads a map that is not
             there.
     """
-    channels = backbone_channels(edits.get('model.backbone'))
-    if channels is None:
+    maps = backbone_maps(edits.get('model.backbone'))
+    if maps is None:
         return
     neck = edits.get('model.neck')
     if neck:
         path = 'model.neck.0' if isinstance(neck, (list, tuple)) else 'model.neck'
-        _follow(edits, f'{path}.in_channels', channels, 'the maps of model.backbone')
+        if edits.get(f'{path}.in_channels') is not None:
+            edits.follow(f'{path}.in_channels', maps.channels, 'model.backbone', 'channels')
         return
     for path in _heads(edits):
         head = edits.get(path)
         index, own = head.get('in_index', -1), head.get('in_channels')
         if isinstance(own, (list, tuple)):
             indices = index if isinstance(index, (list, tuple)) else range(len(own))
-            wanted: Any = _at(channels, indices, f'{path}.in_index')
+            wanted: Any = _at(maps.channels, indices, f'{path}.in_index')
         elif isinstance(own, int) and isinstance(index, int):
-            wanted = _at(channels, [index], f'{path}.in_index')[0]
+            wanted = _at(maps.channels, [index], f'{path}.in_index')[0]
         else:
             continue
-        _follow(edits, f'{path}.in_channels', wanted, f'map {index} of model.backbone')
+        edits.follow(f'{path}.in_channels', wanted, 'model.backbone',
+                     f'channels in map {index}')
 
 
 READ_THE_NECK = r'(rpn_head|bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?$'
@@ -173,16 +179,9 @@ def neck_and_in_channels(edits: Edits) -> None:
         if key not in node or not (path.endswith('_roi_extractor')
                                    or re.search(READ_THE_NECK, path)):
             continue
-        value = node[key]
-        several = isinstance(value, (list, tuple))
-        wanted = [channels] * len(value) if several else channels
-        if same(value, wanted):
-            continue
-        if edits.was_set(f'{path}.{key}'):
-            raise UserError(f'{path}.{key}={value}, but the maps of model.neck have {channels} '
-                            f'channels: remove {key}, it follows')
-        node[key] = wanted
-        edits.note(f'={wanted} follows model.neck', f'{path}.{key}')
+        several = isinstance(node[key], (list, tuple))
+        edits.follow(f'{path}.{key}', [channels] * len(node[key]) if several else channels,
+                     'model.neck', 'channels')
 
 
 def backbone_maps_and_heads(edits: Edits) -> None:
@@ -195,19 +194,20 @@ def backbone_maps_and_heads(edits: Edits) -> None:
         UserError: The user's ``out_indices`` name a map that no head uses.
     """
     backbone = edits.get('model.backbone') or {}
-    channels = backbone_channels(backbone)
-    if channels is None or edits.get('model.neck') or edits.get('default_scope') != 'mmseg':
+    maps = backbone_maps(backbone)
+    if maps is None or edits.get('model.neck') or edits.get('default_scope') != 'mmseg':
         return
+    count = len(maps.stages)
     used: set[int] = set()
     for path in _heads(edits):
         index, own = edits.get(f'{path}.in_index', -1), edits.get(f'{path}.in_channels')
         if isinstance(index, (list, tuple)):
-            used |= {i % len(channels) for i in index}
+            used |= {i % count for i in index}
         elif isinstance(own, (list, tuple)):
             used |= set(range(len(own)))
         else:
-            used.add(index % len(channels))
-    unused = sorted(set(range(len(channels))) - used)
+            used.add(index % count)
+    unused = sorted(set(range(count)) - used)
     if not used or not unused:
         return
     if edits.is_set('model.backbone.out_indices'):
@@ -215,15 +215,15 @@ def backbone_maps_and_heads(edits: Edits) -> None:
             f'model.backbone.out_indices={list(backbone["out_indices"])}, but no head uses map '
             f'{", ".join(map(str, unused))} of them (in_index), whose parameters would get no '
             'gradients: remove them from out_indices')
-    given = list(backbone.get('out_indices') or range(len(channels)))
+    given = list(backbone.get('out_indices') or range(count))
     kept = sorted(used)
     edits.put('model.backbone.out_indices', [given[i] for i in kept])
     for path in _heads(edits):
         index = edits.get(f'{path}.in_index', -1)
         if isinstance(index, (list, tuple)):
-            edits.put(f'{path}.in_index', [kept.index(i % len(channels)) for i in index])
+            edits.put(f'{path}.in_index', [kept.index(i % count) for i in index])
         elif not isinstance(edits.get(f'{path}.in_channels'), (list, tuple)):
-            edits.put(f'{path}.in_index', kept.index(index % len(channels)))
+            edits.put(f'{path}.in_index', kept.index(index % count))
     edits.note(f'model.backbone.out_indices={[given[i] for i in kept]}: no head uses the others')
 
 
@@ -306,12 +306,8 @@ def classes_and_num_things_classes(edits: Edits) -> None:
                 things is None and 'Mask' not in str(node.get('type'))):
             continue
         for key, count in counts.items():
-            if key in node and node[key] != count:
-                if edits.was_set(f'{path}.{key}'):
-                    raise UserError(f'{path}.{key}={node[key]}, but the training data has {count}: '
-                                    f'remove {key}, it follows')
-                node[key] = count
-                edits.note(f'={count} follows the classes', f'{path}.{key}')
+            if key in node:
+                edits.follow(f'{path}.{key}', count, 'the training data', 'of them')
 
 
 def num_classes_and_losses(edits: Edits) -> None:
@@ -329,16 +325,11 @@ def num_classes_and_losses(edits: Edits) -> None:
         if not isinstance(count, int):
             continue
         for key, losses in head.items():
-            for loss in losses if isinstance(losses, (list, tuple)) else [losses]:
-                if not key.startswith('loss') or not isinstance(loss, dict):
-                    continue
-                own = f'{path}.{key}'
-                if 'num_classes' in loss and loss['num_classes'] != count:
-                    if edits.was_set(f'{own}.num_classes'):
-                        raise UserError(f'{own}.num_classes={loss["num_classes"]}, but the head '
-                                        f'has {count} classes: remove it, it follows')
-                    loss['num_classes'] = count
-                    edits.note(f'={count} follows the classes', f'{own}.num_classes')
+            if not key.startswith('loss'):
+                continue
+            for own, loss in nodes(losses, f'{path}.{key}'):
+                if 'num_classes' in loss:
+                    edits.follow(f'{own}.num_classes', count, path, 'classes')
                 weights = loss.get('class_weight')
                 extra = int(key == 'loss_cls' and not loss.get('use_sigmoid'))
                 if not isinstance(weights, (list, tuple)) or len(weights) == count + extra:
@@ -453,15 +444,3 @@ def _at(channels: list[int], indices: Any, path: str) -> list[int]:
                         f'{len(channels)} maps (0 to {len(channels) - 1}): set in_index or '
                         'out_indices')
     return [channels[i] for i in indices]
-
-
-def _follow(edits: Edits, path: str, wanted: Any, source: str) -> None:
-    """Let a value of the recipe follow; a value of the user must agree."""
-    value = edits.get(path)
-    if value is None or same(value, wanted):
-        return
-    if edits.is_set(path):
-        raise UserError(f'{path}={value}, but {source} have {wanted} channels: remove '
-                        f'{path.rpartition(".")[2]}, it follows')
-    edits.put(path, wanted)
-    edits.note(f'={wanted} follows model.backbone', path)

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from importlib.util import find_spec
 from typing import Any
 
 from ..errors import UserError
-from ..utils import plain, suggest
+from ..utils import plain, require_package, suggest
 from .edits import Edits
 
 
@@ -33,10 +32,9 @@ def vis_backends_and_packages(edits: Edits) -> None:
     """
     for backend in edits.get('visualizer.vis_backends') or ():
         package = PACKAGES.get(backend.get('type'))
-        if package and not find_spec(package):
-            extra = ' future' if package == 'tensorboard' else ''
-            raise UserError(f'visualizer.vis_backends: {backend["type"]} needs the package '
-                            f'{package}, which is not installed: pip install {package}{extra}')
+        if package:
+            require_package(package, package + ' future' * (package == 'tensorboard'),
+                            f'visualizer.vis_backends: {backend["type"]}')
 
 
 def _add_back(edits: Edits, path: str) -> None:

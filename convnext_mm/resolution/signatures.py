@@ -133,12 +133,12 @@ def types_and_registries(edits: Edits) -> None:
             continue
         # Hooks and metrics may hold pipelines, models and their helpers.
         inside = ('TRANSFORMS', 'MODELS', 'TASK_UTILS')
-        known = [names for registry in (*registries, *inside)
-                 if (names := registered_names(scope, registry)) is not None]
-        if known and not any(name.rpartition('.')[2] in names for names in known):
+        own, other = (set().union(*(registered_names(scope, registry) or ()
+                                    for registry in some)) for some in (registries, inside))
+        if own and name.rpartition('.')[2] not in own | other:
             raise UserError(
                 f'{path}.type={name!r} is no registered class.'
-                + (suggest(name, set().union(*known), count=2) or
+                + (suggest(name, own) or suggest(name, other) or
                    ' If it is your own, register it, and add its module to '
                    'custom_imports=dict(imports=[...])'))
 

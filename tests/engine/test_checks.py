@@ -4,7 +4,7 @@ import torch
 from mmengine.config import Config
 
 from convnext_mm import UserError
-from convnext_mm.engine import checks
+from convnext_mm.engine import cfg_options, checks
 from tests.helpers import DETECTION, ROOT, SEGMENTATION
 
 
@@ -33,7 +33,7 @@ def test_misspelled_options_are_named_and_change_nothing(option, message):
     cfg = Config.fromfile(SEGMENTATION)
     before = cfg.to_dict()
     with pytest.raises(UserError, match=message):
-        checks.apply_options(cfg, option)
+        cfg_options.apply_options(cfg, option)
     assert cfg.to_dict() == before
 
 
@@ -51,7 +51,7 @@ def test_misspelled_options_are_named_and_change_nothing(option, message):
      lambda cfg: cfg.train_dataloader.dataset.pipeline[2].scale)])
 def test_valid_options_are_applied(option, value, get):
     cfg = Config.fromfile(SEGMENTATION)
-    checks.apply_options(cfg, {option: value})
+    cfg_options.apply_options(cfg, {option: value})
     assert get(cfg) == value
 
 
@@ -74,7 +74,7 @@ def test_data_root_replaces_every_path(config, folder, demo_data):
     cfg = Config.fromfile(config)
     with pytest.raises(UserError, match='Data not found'):
         checks.check_data_exists(cfg, ('train', 'val', 'test'))
-    checks.apply_options(cfg, {'data_root': str(demo_data / folder)})
+    cfg_options.apply_options(cfg, {'data_root': str(demo_data / folder)})
     checks.check_data_exists(cfg, ('train', 'val', 'test'))
 
 
@@ -83,7 +83,7 @@ def test_an_empty_folder_is_missing_data(tmp_path):
     for part in ('images', 'annotations'):
         for split in ('training', 'validation'):
             (tmp_path / part / split).mkdir(parents=True)
-    checks.apply_options(cfg, {'data_root': str(tmp_path)})
+    cfg_options.apply_options(cfg, {'data_root': str(tmp_path)})
     with pytest.raises(UserError, match=r'images \(train\), empty'):
         checks.check_data_exists(cfg, ('train',))
 

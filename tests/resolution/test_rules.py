@@ -169,8 +169,8 @@ def test_heads_have_the_channels_of_the_backbone(text, dims, resolved):
 
 @pytest.mark.parametrize(('text', 'message'), [
     ("model = dict(backbone=dict(arch='base'), decode_head=dict(in_channels=[1, 2, 3, 4]))",
-     r'decode_head.in_channels=\[1, 2, 3, 4\], but the maps? .* have \[128, 256, 512, 1024\]|'
-     r'decode_head.in_channels=.*have \[128, 256, 512, 1024\] channels'),
+     r'decode_head.in_channels=\[1, 2, 3, 4\], but model.backbone has \[128, 256, 512, 1024\] '
+     'channels'),
     ('model = dict(auxiliary_head=dict(in_index=4))', 'in_index names map 4, but .* 4 maps'),
     ('model = dict(data_preprocessor=dict(mean=[1.0, 2.0]))',
      'mean has 2 values, but .*in_chans=3'),
@@ -324,7 +324,7 @@ def test_a_pretrained_of_the_model_is_the_backbones_init_cfg(resolved):
 
 
 def test_hooks_and_backends_of_the_recipe_stay(resolved, monkeypatch):
-    monkeypatch.setattr('convnext_mm.resolution.runtime.find_spec', lambda name: True)
+    monkeypatch.setattr('convnext_mm.utils.find_spec', lambda name: True)
     cfg = resolved("custom_hooks = [dict(type='EMAHook')]\n"
                    "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])")
     assert [hook.type for hook in cfg.custom_hooks] == [
@@ -334,7 +334,7 @@ def test_hooks_and_backends_of_the_recipe_stay(resolved, monkeypatch):
 
 
 def test_a_backend_whose_package_is_missing(resolved, monkeypatch):
-    monkeypatch.setattr('convnext_mm.resolution.runtime.find_spec', lambda name: None)
+    monkeypatch.setattr('convnext_mm.utils.find_spec', lambda name: None)
     with pytest.raises(UserError, match='needs the package wandb, .*: pip install wandb'):
         resolved("visualizer = dict(vis_backends=[dict(type='WandbVisBackend')])")
 
@@ -434,7 +434,7 @@ def test_pipelines_that_read_other_bands(text, message, resolved):
 
 
 def test_a_package_that_reads_images_is_missing(resolved, monkeypatch):
-    monkeypatch.setattr('convnext_mm.resolution.data.find_spec', lambda name: None)
+    monkeypatch.setattr('convnext_mm.utils.find_spec', lambda name: None)
     with pytest.raises(UserError, match="imdecode_backend='tifffile' needs .*pip install tifffile"):
         resolved(SIX.format('1'))
 
@@ -535,11 +535,15 @@ def test_values_that_nothing_takes(text, message, resolved):
         resolved(text)
 
 
-def test_a_loop_without_data_is_none(resolved):
-    cfg = resolved('val_dataloader = None\ntest_evaluator = None')
-    for split in ('val', 'test'):
-        assert cfg[f'{split}_dataloader'] is cfg[f'{split}_cfg'] is cfg[
-            f'{split}_evaluator'] is None
+@pytest.mark.parametrize(('unset', 'split', 'other'), [
+    ('val_dataloader', 'val', 'test'), ('val_evaluator', 'val', 'test'),
+    ('test_cfg', 'test', 'val')])
+@pytest.mark.parametrize('recipe', [SEGMENTATION, DETECTION])
+def test_a_loop_without_data_is_none(unset, split, other, recipe, resolved):
+    cfg = resolved(f'{unset} = None', recipe)
+    for part in ('dataloader', 'cfg', 'evaluator'):
+        assert cfg[f'{split}_{part}'] is None
+        assert cfg[f'{other}_{part}'] is not None
 
 
 def test_determinism_needs_no_seed(resolved):
@@ -554,7 +558,7 @@ def test_heads_have_the_channels_of_the_neck(resolved):
     assert [head.in_channels for head in model.roi_head.bbox_head] == [64, 64, 64]
     assert (model.roi_head.bbox_roi_extractor.out_channels
             == model.roi_head.mask_roi_extractor.out_channels == 64)
-    with pytest.raises(UserError, match='in_channels=8, but .*model.neck have 64 channels'):
+    with pytest.raises(UserError, match='in_channels=8, but model.neck has 64 channels'):
         resolved('model = dict(neck=dict(out_channels=64), rpn_head=dict(in_channels=8))',
                  DETECTION)
 
@@ -615,7 +619,7 @@ def test_anchors_have_the_strides_of_the_maps(text, strides, featmaps, resolved)
     assert model.rpn_head.anchor_generator.strides == strides
     for kind in ('bbox', 'mask'):
         assert model.roi_head[f'{kind}_roi_extractor'].featmap_strides == featmaps
-    with pytest.raises(UserError, match=r'strides=\[4, 8\], but the maps of model.neck have'):
+    with pytest.raises(UserError, match=r'strides=\[4, 8\], but model.neck has .4, 8, 16'):
         resolved('model = dict(rpn_head=dict(anchor_generator=dict(strides=[4, 8])))', DETECTION)
 
 
