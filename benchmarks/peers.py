@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from convnext_mm import ConvNeXt
+from convnext_mm.engine import fallbacks
 from convnext_mm.fused import eager
 from convnext_mm.fused.packed import PackedConvolution, pack_linear
 from convnext_mm.layers import LayerNorm2d
@@ -150,6 +154,28 @@ def use_stock_classes(node: Any) -> None:
     for value in (node.values() if isinstance(node, dict) else
                   node if isinstance(node, (list, tuple)) else ()):
         use_stock_classes(value)
+
+
+def build_recipe(cfg: Config, stock: bool) -> nn.Module:
+    """Build a recipe's model with random weights, for one process.
+
+    Args:
+        cfg: A recipe's config; it becomes one without mixed precision, for the device at hand.
+        stock: Whether with the toolbox's own classes and :class:`OpenMMLab`'s backbone.
+    """
+    if stock:
+        use_stock_classes(cfg.model)
+    fallbacks.adapt_to_device(cfg)
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model = revert_sync_batchnorm(model)
+    if stock:
+        model.backbone = OpenMMLab(model.backbone)
+    return model
 
 
 class ConvolutionsAndMatmulsOf(nn.Module):

@@ -18,13 +18,11 @@ import numpy as np
 import peers
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from convnext_mm.engine import fallbacks, speed
+from convnext_mm.engine import speed
 from convnext_mm.engine.checks import read_config
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -49,21 +47,9 @@ def build_variant(name: str, variant: dict, args: argparse.Namespace) -> tuple[n
     if args.drop_path is not None:
         options['model.backbone.drop_path_rate'] = args.drop_path
     cfg = read_config(str(args.config), options)
-    if name == BASELINE:
-        peers.use_stock_classes(cfg.model)
     if variant.get('fused_optimizer'):
         cfg.optim_wrapper.optimizer.fused = True
-    fallbacks.adapt_to_device(cfg)
-    cfg.optim_wrapper.type = 'OptimWrapper'
-    cfg.optim_wrapper.pop('loss_scale', None)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    model = revert_sync_batchnorm(model)  # a single process
-    if name == BASELINE:
-        model.backbone = peers.OpenMMLab(model.backbone)
-    model.to(DEVICE).train()
+    model = peers.build_recipe(cfg, stock=name == BASELINE).to(DEVICE).train()
     if variant.get('channels_last'):
         speed.use_channels_last(model)
     if variant.get('compile'):

@@ -23,12 +23,10 @@ import torch
 import torch.nn.functional as F
 import train_step
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from convnext_mm.engine import fallbacks, speed
+from convnext_mm.engine import speed
 from convnext_mm.engine.checks import read_config
 
 DEVICE = train_step.DEVICE
@@ -39,16 +37,7 @@ def build(args: argparse.Namespace, stock: bool) -> tuple[nn.Module, torch.optim
     """Build the recipe's model with random weights and statistics, and its optimizer."""
     cfg = read_config(str(args.config), {'model.backbone.init_cfg': None,
                                          'model.backbone.drop_path_rate': args.drop_path})
-    if stock:
-        peers.use_stock_classes(cfg.model)
-    fallbacks.adapt_to_device(cfg)
-    cfg.optim_wrapper.type = 'OptimWrapper'
-    cfg.optim_wrapper.pop('loss_scale', None)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    model = revert_sync_batchnorm(model)
+    model = peers.build_recipe(cfg, stock)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -58,10 +47,7 @@ def build(args: argparse.Namespace, stock: bool) -> tuple[nn.Module, torch.optim
     if hasattr(model, 'decode_head'):  # classes that differ from pixel to pixel
         nn.init.normal_(model.decode_head.conv_seg.weight, std=0.2, generator=generator)
     model.to(DEVICE)
-    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    if stock:
-        model.backbone = peers.OpenMMLab(model.backbone)
-    return model, optimizer
+    return model, build_optim_wrapper(model, cfg.optim_wrapper).optimizer
 
 
 def test_data(model: nn.Module, size: tuple[int, int]) -> Callable[[], dict]:

@@ -14,10 +14,13 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from convnext_mm.engine import checks, launch
+from convnext_mm.resolution import resolve
 from tests.helpers import (
     DEMO_DETECTION,
     DEMO_SEGMENTATION,
     DETECTION,
+    ROOT,
     SEGMENTATION,
     SMALL_DETECTION,
     SMALL_SEGMENTATION,
@@ -300,3 +303,16 @@ def test_slurm_scripts_pass_all_options_to_srun(tmp_path):
     for word in ('--ntasks=16', '--gres=gpu:8', '--mem', SEGMENTATION, '--amp', 'slurm'):
         assert word in words
     assert words.count('--launcher') == 1
+
+
+def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path):
+    """The Runner resolves the config again, after the mask head is gone."""
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\nval_evaluator = dict(metric=['segm'])\n"
+                    "default_hooks = dict(checkpoint=dict(save_best='coco/segm_mAP_50'))\n")
+    cfg = checks.read_config(str(path), {}, [])
+    launch._use_tta(cfg)
+    assert resolve(cfg) == [
+        'train_dataloader.dataset.pipeline loads no masks: the model has no mask head']
+    assert cfg.test_evaluator.metric == ['bbox']
+    assert cfg.model.module.roi_head.mask_head is None

@@ -7,18 +7,9 @@ import pytest
 import torch
 
 from convnext_mm.ops import boxes as ours
-from convnext_mm.ops import torchvision
 from tests.ops.extensions import COMPILED, OURS, needs_compiled, operators, random_boxes
 
-
-@pytest.fixture(params=['NumPy', 'torchvision'], autouse=True)
-def library(request, monkeypatch):
-    """Few boxes are compared by torchvision, where it is installed."""
-    if request.param == 'NumPy':
-        monkeypatch.setattr(torchvision, 'operators', lambda: None)
-    elif not torchvision.operators():
-        pytest.skip('torchvision is not installed')
-
+pytestmark = pytest.mark.usefixtures('library')  # torchvision compares few boxes, where it is
 
 KINDS = ('spread', 'clusters', 'classes', 'ties')
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from convnext_mm.ops import sampling, torchvision
+from convnext_mm.ops import sampling
 from tests.ops.extensions import COMPILED, OURS, needs_compiled, operators
 
 
@@ -45,15 +45,6 @@ def test_deformable_attention_reads_the_level_that_starts_there():
     attend = sampling.ms_deform_attn_forward
     assert torch.equal(attend(padded, shapes, moved, locations, weights, 1),
                        attend(value, shapes, starts, locations, weights, 1))
-
-
-@pytest.fixture(params=['PyTorch', 'torchvision'])
-def library(request, monkeypatch):
-    """Deformable convolutions with and without torchvision."""
-    if request.param == 'PyTorch':
-        monkeypatch.setattr(torchvision, 'operators', lambda: None)
-    elif not torchvision.operators():
-        pytest.skip('torchvision is not installed')
 
 
 def deformable_inputs(dtype=torch.float64, groups=2, deform_groups=2):

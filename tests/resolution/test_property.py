@@ -15,6 +15,7 @@ from mmengine.registry import RUNNERS
 from convnext_mm import UserError
 from convnext_mm.engine import checks, fallbacks
 from convnext_mm.engine.summary import summarize
+from convnext_mm.resolution import resolve
 from convnext_mm.resolution.edits import lookup, same
 from tests.helpers import ROOT, SEGMENTATION
 from tests.recipes import MASK
@@ -178,29 +179,61 @@ def run_one_step(cfg: Config) -> None:
     val.evaluator.evaluate(len(outputs))
 
 
+def read(folder: Path, changes: dict[str, Any], as_options: bool) -> Config:
+    """The resolved config of a user's file, or of options; it has what was asked for."""
+    lines = ''.join(f'{key} = {value!r}\n' for key, value in nested(changes).items())
+    (folder / 'mine.py').write_text("_base_ = './small.py'\n" + ('' if as_options else lines))
+    cfg = checks.read_config(str(folder / 'mine.py'), changes if as_options else {}, [])
+    for path, value in changes.items():
+        # Lists of hooks get the recipe's; a recipe's own value is not seen as the user's.
+        if path not in ('custom_hooks', 'visualizer.vis_backends', 'model.pretrained',
+                        'val_dataloader.persistent_workers'):
+            found = lookup(cfg, path)
+            assert same(found, value) or contains(found, value), (path, found)
+    return cfg
+
+
+def small(folder: Path, recipe: str, data: Path) -> Path:
+    """A folder with the recipe made small for the demo's data."""
+    (folder / 'small.py').write_text(f"_base_ = '{ROOT}/{recipe}'\n"
+                                     + SMALL[recipe].format(data=data))
+    return folder
+
+
+def names(path: str) -> str:
+    return Path(path).stem[:30]
+
+
+@pytest.mark.parametrize('recipe', TASKS, ids=names)
+def test_resolved_configs_stay_as_they_are(recipe, demo_data, tmp_path_factory):
+    folder = small(tmp_path_factory.mktemp('edits'), recipe, demo_data)
+
+    @settings(max_examples=3 * EXAMPLES, deadline=None, derandomize=EXAMPLES < 20, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(edits(recipe), st.booleans())
+    def check(changes: dict[str, Any], as_options: bool) -> None:
+        try:
+            cfg = read(folder, changes, as_options)
+        except UserError:
+            return
+        once = cfg.to_dict()
+        assert resolve(cfg) == []
+        assert cfg.to_dict() == once
+    check()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('recipe', TASKS, ids=lambda path: Path(path).stem[:30])
+@pytest.mark.parametrize('recipe', TASKS, ids=names)
 @pytest.mark.parametrize('as_options', [False, True], ids=['file', 'options'])
 def test_edits(recipe, as_options, demo_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('edits')
-    (folder / 'small.py').write_text(f"_base_ = '{ROOT}/{recipe}'\n"
-                                     + SMALL[recipe].format(data=demo_data))
+    folder = small(tmp_path_factory.mktemp('edits'), recipe, demo_data)
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 20, database=None,
               suppress_health_check=list(HealthCheck))
     @given(edits(recipe))
     def check(changes: dict[str, Any]) -> None:
-        lines = ''.join(f'{key} = {value!r}\n' for key, value in nested(changes).items())
-        (folder / 'mine.py').write_text("_base_ = './small.py'\n" + (
-            '' if as_options else lines))
         try:
-            cfg = checks.read_config(str(folder / 'mine.py'), changes if as_options else {}, [])
-            for path, value in changes.items():
-                # Lists of hooks get the recipe's; a recipe's own value is not seen as the user's.
-                if path not in ('custom_hooks', 'visualizer.vis_backends', 'model.pretrained',
-                                'val_dataloader.persistent_workers'):
-                    found = lookup(cfg, path)
-                    assert same(found, value) or contains(found, value), (path, found)
+            cfg = read(folder, changes, as_options)
             cfg.work_dir = str(folder / 'work_dir')
             run_one_step(cfg)
         except UserError:
