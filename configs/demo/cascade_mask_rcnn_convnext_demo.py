@@ -8,6 +8,15 @@ data_root = 'data/demo/coco/'
 classes = ('ball', 'crate', 'star', 'leaf')
 palette = [(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]
 
+# Without the recipe's crops, which would be smaller than the objects.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomChoiceResize', scales=[(s, s) for s in (128, 144, 160)], keep_ratio=True),
+    dict(type='PackDetInputs'),
+]
+
 # Smaller images and a shorter run. Pipelines, schedule and intervals follow.
 scale = (160, 160)  # the images have 128 to 160 pixels
 max_epochs = 3

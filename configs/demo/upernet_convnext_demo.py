@@ -8,6 +8,16 @@ classes = ('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf')
 palette = [[222, 203, 144], [66, 135, 214], [168, 86, 66], [96, 168, 72], [236, 64, 122],
            [255, 167, 38], [255, 238, 88], [0, 150, 136]]
 
+# The colors of the images already vary, so there is no PhotoMetricDistortion.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomResize', scale=(160, 160), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(128, 128), cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackSegInputs'),
+]
+
 # Smaller images and a shorter run. Pipelines, padding, schedule and intervals follow.
 crop_size = (128, 128)
 scale = (160, 160)  # the images have 128 to 160 pixels
