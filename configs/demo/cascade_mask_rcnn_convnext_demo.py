@@ -8,7 +8,7 @@ data_root = 'data/demo/coco/'
 classes = ('ball', 'crate', 'star', 'leaf')
 palette = [(236, 64, 122), (255, 167, 38), (255, 238, 88), (0, 150, 136)]
 
-# Without the recipe's crops, which would be smaller than the objects.
+# Without the recipe's random crops: the images are small as they are.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
