@@ -32,8 +32,9 @@ EXTRAS = {
     'openmmlab': [*OPENMMLAB.values()],
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is the reference that the backbone is compared with.
-    'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'hypothesis>=6.150,<7', TIFF,
-             'transformers>=5,<6', 'build>=1.5,<2', BUILD, 'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
+    'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'pytest-timeout>=2.3,<3',
+             'hypothesis>=6.150,<7', TIFF, 'transformers>=5,<6', 'build>=1.5,<2', BUILD,
+             'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
     # Runs the Triton kernels in tests without a GPU; a PyTorch for GPUs brings its own Triton.
     # The interpreter of this one converts arrays of one value to numbers, an error since numpy 2.4.
     'interpreter': ['triton>=3.6,<3.7', 'numpy<2.4'],

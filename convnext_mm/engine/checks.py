@@ -163,6 +163,8 @@ def check_data_sample(cfg: Config, splits: tuple[str, ...], sample: int = 16) ->
         return
     try:
         found = inspection.inspect_splits(cfg, sample, splits)
+    except UserError:
+        raise
     except Exception as error:  # custom data set classes may have any structure
         print(f'Data: not checked ({type(error).__name__}: {error})')
         return

@@ -1,13 +1,14 @@
 """A config beside the recipe it edits: what a user has changed, and what follows from it."""
 from __future__ import annotations
 
+import ast
 import functools
 import os
 import re
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
@@ -25,6 +26,18 @@ PIPELINES = (*(f'{split}_dataloader.dataset.pipeline' for split in ('train', 'va
              'tta_pipeline')
 
 
+class State(NamedTuple):
+    """One of the files, or the options, that make a config.
+
+    Args:
+        values: The config, with all that it inherits.
+        stated: The dotted paths that the file itself sets.
+    """
+
+    values: dict[str, Any]
+    stated: frozenset[str] = frozenset()
+
+
 class Edits:
     """A config, what it was before the user's edits, and the notes of what followed.
 
@@ -38,8 +51,11 @@ class Edits:
 
     for_mmpretrain = False
 
-    def __init__(self, cfg: Config, history: list[dict[str, Any]]) -> None:
-        self.cfg, self.history, self.recipe = cfg, history, history[-1]
+    def __init__(self, cfg: Config, history: list[State]) -> None:
+        self.cfg = cfg
+        self.history = [state.values for state in history]
+        self.recipe = self.history[-1]
+        self._stated = [state.stated for state in history]
         self._notes: dict[str, list[str]] = {}
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -66,6 +82,8 @@ class Edits:
         while state + 1 < len(self.history) and same(
                 lookup(self.history[state + 1], path, MISSING),
                 lookup(self.history[0], path, MISSING)):
+            if path in self._stated[state]:
+                break
             state += 1
         return state
 
@@ -149,21 +167,21 @@ def _without_scope(value: Any) -> Any:
     return [_without_scope(item) for item in value] if isinstance(value, list) else value
 
 
-def history_of(cfg: Config) -> list[dict[str, Any]]:
+def history_of(cfg: Config) -> list[State]:
     """The states that ``cfg`` has been through, newest first.
 
     ``cfg`` itself, its file as read (without the options of the command line), the user's files
     that it inherits, and last the recipe: a config as a package ships it, otherwise the farthest
     that is inherited, or the fragments of one (in ``_base_`` folders) merged; {} without any.
     """
-    states = [plain_copy(cfg)]
+    states = [State(plain_copy(cfg))]
     if not cfg.filename or not os.path.isfile(cfg.filename):
-        return [*states, {}]
+        return [*states, State({})]
     with without_completion():
-        states.append(plain_copy(Config.fromfile(cfg.filename, import_custom_modules=False)))
+        states.append(_state(Config.fromfile(cfg.filename, import_custom_modules=False)))
     if is_shipped(Path(cfg.filename)):
         return states
-    own: list[dict[str, Any]] = []
+    own: list[State] = []
     fragments: dict[str, Any] = {}
     for inherited in inherited_configs(cfg.filename):
         file = Path(inherited.filename).resolve()
@@ -171,10 +189,38 @@ def history_of(cfg: Config) -> list[dict[str, Any]]:
             for key, value in plain_copy(inherited).items():
                 fragments.setdefault(key, value)
             continue
-        own.append(plain_copy(inherited))
+        own.append(_state(inherited))
         if is_shipped(file):
             return [*states, *own]
-    return [*states, *own] if own else [*states, fragments]
+    return [*states, *own] if own else [*states, State(fragments)]
+
+
+def _state(cfg: Config) -> State:
+    return State(plain_copy(cfg), stated_paths(cfg.filename))
+
+
+def stated_paths(path: str) -> frozenset[str]:
+    """The dotted paths that the text of a config file sets, even to the value they have anyway."""
+    paths: set[str] = set()
+
+    def state(node: ast.expr, at: str) -> None:
+        paths.add(at)
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant):
+                    state(value, f'{at}.{key.value}')
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and (
+                node.func.id == 'dict'):
+            for keyword in node.keywords:
+                if keyword.arg:
+                    state(keyword.value, f'{at}.{keyword.arg}')
+    if path.endswith('.py'):
+        for line in ast.parse(Path(path).read_text(encoding='utf-8')).body:
+            if isinstance(line, ast.Assign):
+                for target in line.targets:
+                    if isinstance(target, ast.Name):
+                        state(line.value, target.id)
+    return frozenset(paths)
 
 
 def is_shipped(file: Path) -> bool:

@@ -89,13 +89,12 @@ def short_names_and_settings(edits: Edits) -> None:
                     continue
             if same(edits.get(path), value):
                 continue
-            if edits.is_set(path):
-                name_set, path_set = edits.set_in(name), edits.set_in(path)
-                if name_set == path_set and len(paths) == 1 and not isinstance(value, (dict, list)):
-                    raise UserError(f'{name}={_short(value)} contradicts {path}='
-                                    f'{_short(edits.get(path))}: remove one of them')
-                if name_set >= path_set:
-                    continue  # a variable that the setting has since overridden
+            name_set, path_set = edits.set_in(name), edits.set_in(path)
+            if name_set == path_set and len(paths) == 1 and not isinstance(value, (dict, list)):
+                raise UserError(f'{name}={_short(value)} contradicts {path}='
+                                f'{_short(edits.get(path))}: remove one of them')
+            if name_set >= path_set:
+                continue  # a variable that the setting has since overridden
             if name in ('max_iters', 'max_epochs') and path.rpartition('.')[2] not in (
                     edits.get('train_cfg') or {}):
                 other = 'max_epochs' if name == 'max_iters' else 'max_iters'

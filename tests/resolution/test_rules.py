@@ -261,6 +261,20 @@ def test_smaller_images_and_a_shorter_run_in_five_lines(resolved):
         type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=3)
 
 
+def test_a_file_sets_the_recipes_value_again(resolved, tmp_path):
+    """Against a short name of the file that it inherits."""
+    resolved('batch_size = 3\nmax_iters = 4000', name='parent.py')
+    parent = str(tmp_path / 'parent.py')
+    cfg = resolved('train_dataloader = dict(batch_size=2)\ntrain_cfg = dict(max_iters=160000)',
+                   parent)
+    assert cfg.train_dataloader.batch_size == 2
+    assert cfg.train_cfg.max_iters == 160000
+    assert cfg.param_scheduler[-1].end == 160000 + 1
+    assert resolved('', parent).train_dataloader.batch_size == 3
+    with pytest.raises(UserError, match=r'batch_size=3 contradicts train_dataloader\.batch_size=2'):
+        resolved('batch_size = 3\ntrain_dataloader = dict(batch_size=2)')
+
+
 def test_intervals_that_are_set_stay(resolved):
     cfg = resolved('max_iters = 900\nval_interval = 300')
     assert cfg.train_cfg.val_interval == 300
