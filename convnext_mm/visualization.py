@@ -190,7 +190,7 @@ def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
     """Overlay (H, W) labels on the image; returns the number of pixels per label."""
     if mask is None:
         return Counter()
-    labels = mask.data.squeeze(0).cpu().numpy()
+    labels = mask.data.squeeze(0).long().cpu().numpy()  # mmseg's binary maps are floats
     overlay = np.zeros((*labels.shape, 4))
     known = labels < len(colors)
     overlay[known] = np.concatenate(

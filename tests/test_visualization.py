@@ -27,11 +27,12 @@ def panels(path) -> list[np.ndarray]:
             for i in range(3)]
 
 
-def test_segmentation_draws_input_truth_and_prediction(image_path, tmp_path):
+@pytest.mark.parametrize('dtype', [torch.long, torch.uint8, torch.float32])
+def test_segmentation_draws_input_truth_and_prediction(dtype, image_path, tmp_path):
     from mmseg.structures import SegDataSample
     sample = SegDataSample(metainfo=dict(img_path=str(image_path)))
     sample.gt_sem_seg = PixelData(data=torch.zeros(1, 60, 80, dtype=torch.long))
-    sample.pred_sem_seg = PixelData(data=torch.ones(1, 60, 80, dtype=torch.long))
+    sample.pred_sem_seg = PixelData(data=torch.ones(1, 60, 80, dtype=dtype))
     visualization.draw_sample(sample, META, tmp_path / 'out.png')
     input_panel, truth, prediction = panels(tmp_path / 'out.png')
     assert input_panel.std() < 5

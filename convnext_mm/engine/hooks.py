@@ -95,7 +95,8 @@ class AbsentClassesHook(Hook):
                 labels = sample.pred_instances.labels
             else:
                 return
-            seen = torch.bincount(labels.flatten(), minlength=len(classes)).cpu()
+            # mmseg's binary maps are floats.
+            seen = torch.bincount(labels.flatten().long(), minlength=len(classes)).cpu()
             self.found |= (seen[:len(classes)] > 0).long()
 
     def after_val_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:

@@ -207,7 +207,7 @@ def stated_paths(path: str) -> frozenset[str]:
         paths.add(at)
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant):
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     state(value, f'{at}.{key.value}')
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and (
                 node.func.id == 'dict'):

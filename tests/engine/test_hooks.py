@@ -36,14 +36,15 @@ def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeyp
     assert drawn == ['0', '5', '10', '15']
 
 
-def test_classes_that_no_prediction_names(monkeypatch):
+@pytest.mark.parametrize('dtype', [torch.long, torch.float32])
+def test_classes_that_no_prediction_names(dtype, monkeypatch):
     logged = []
     monkeypatch.setattr(hooks, 'print_log', lambda text, **kwargs: logged.append(text))
     dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c', 'd')))
     runner = SimpleNamespace(val_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset)))
     hook = hooks.AbsentClassesHook()
     for labels in ([0, 0, 2], [2, 2, 2]):
-        mask = PixelData(data=torch.tensor(labels).view(1, 1, 3))
+        mask = PixelData(data=torch.tensor(labels, dtype=dtype).view(1, 1, 3))
         hook.after_val_iter(runner, 0, outputs=[BaseDataElement(pred_sem_seg=mask)])
     assert logged == []
     hook.after_val_epoch(runner)

@@ -175,6 +175,7 @@ def run_one_step(cfg: Config) -> None:
     batch = next(iter(val.dataloader))
     with torch.no_grad():
         outputs = runner.model.val_step(batch)
+    runner.call_hook('after_val_iter', batch_idx=0, data_batch=batch, outputs=outputs)
     val.evaluator.process(data_samples=outputs, data_batch=batch)
     val.evaluator.evaluate(len(outputs))
 
