@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 
 from convnext_mm import UserError
 from convnext_mm.engine import checks, fallbacks
+from convnext_mm.engine.hooks import AbsentClassesHook, PredictionsHook
 from convnext_mm.engine.summary import summarize
 from convnext_mm.resolution import resolve
 from convnext_mm.resolution.edits import lookup, same
@@ -156,10 +157,16 @@ def nested(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_one_step(cfg: Config) -> None:
-    """As tools/train.py starts, then one step of training and one batch of validation."""
+    """As tools/train.py starts, then one step of training and one batch of validation.
+
+    Data is loaded without workers, which could deadlock when forked in a process with threads.
+    """
     summarize(cfg)
     fallbacks.adapt_to_device(cfg)
     checks.check_input(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
+    for split in ('train', 'val'):
+        if cfg.get(f'{split}_dataloader'):
+            cfg[f'{split}_dataloader'].update(num_workers=0, persistent_workers=False)
     runner = RUNNERS.build(cfg)
     loop = runner.build_train_loop(runner._train_loop)
     runner._train_loop = loop
@@ -175,7 +182,9 @@ def run_one_step(cfg: Config) -> None:
     batch = next(iter(val.dataloader))
     with torch.no_grad():
         outputs = runner.model.val_step(batch)
-    runner.call_hook('after_val_iter', batch_idx=0, data_batch=batch, outputs=outputs)
+    for hook in runner.hooks:
+        if isinstance(hook, (AbsentClassesHook, PredictionsHook)):
+            hook.after_val_iter(runner, 0, batch, outputs)
     val.evaluator.process(data_samples=outputs, data_batch=batch)
     val.evaluator.evaluate(len(outputs))
 

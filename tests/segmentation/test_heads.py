@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -167,7 +168,8 @@ def train_distributed(rank: int, folder: str) -> None:
     """One of two processes, each with one image; the first saves the gradients."""
     torch.set_num_threads(1)
     init_default_scope('mmseg')
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2,
+                            timeout=timedelta(seconds=100))
     torch.manual_seed(0)
     _, ours = pair('UPerHead', **ALL)
     wrapped = nn.parallel.DistributedDataParallel(ours.eval())
@@ -175,12 +177,13 @@ def train_distributed(rank: int, folder: str) -> None:
     wrapped([x[rank:rank + 1] for x in maps()]).square().sum().backward()
     if rank == 0:
         torch.save([p.grad for p in ours.parameters()], f'{folder}/gradients.pt')
+    dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_mmsegs_head(tmp_path):
-    torch.multiprocessing.spawn(train_distributed, (str(tmp_path),), 2)
+    torch.multiprocessing.spawn(train_distributed, (str(tmp_path),), 2, daemon=True)
     stock, _ = pair('UPerHead', **ALL)
     torch.manual_seed(3)
     stock.eval()(maps()).square().sum().div(2).backward()
