@@ -21,7 +21,9 @@ from .datasets import dataset_metainfo, datasets_of_split
 from .datasets.findings import failure_reason, read_image_facts
 from .datasets.loading import loader_of, reads_colors
 from .engine import checks, fallbacks, speed
+from .engine.launch import dtype_options
 from .errors import UserError
+from .precision import check_dtype
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 MAX_PANEL_WIDTH = 1600  # pixels
@@ -31,15 +33,15 @@ def image_demo(args: argparse.Namespace) -> None:
     """Predict on images and draw the results.
 
     Args:
-        args: ``images``, ``config``, ``checkpoint``, ``out``, ``device``, ``score_threshold`` and
-            ``cfg_options``.
+        args: ``images``, ``config``, ``checkpoint``, ``out``, ``device``, ``score_threshold``,
+            ``dtype`` and ``cfg_options``.
 
     Raises:
         UserError: There are no images, the model cannot be loaded, or some images cannot be read;
             the others are still drawn.
     """
     files = find_images(args.images)
-    cfg = checks.read_config(args.config, args.cfg_options)
+    cfg = checks.read_config(args.config, dtype_options(args))
     predict = Predictor(cfg, args.checkpoint, args.device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -70,10 +72,13 @@ class Predictor:
         device: For example 'cuda:1'; by default the best available device.
 
     Raises:
-        UserError: The checkpoint cannot be read, or does not fit the model.
+        UserError: The checkpoint cannot be read, or does not fit the model; or the device is not
+            made for the config's ``inference_dtype``.
     """
 
     def __init__(self, cfg: Config, checkpoint: str, device: str | None = None) -> None:
+        device = device or get_device()
+        check_dtype(cfg.get('inference_dtype') or 'fp32', device)
         fallbacks.adapt_to_device(cfg)
         init_default_scope(cfg.default_scope)
         dataset = next(iter(datasets_of_split(cfg, 'test')))
@@ -84,7 +89,7 @@ class Predictor:
             self.pipeline.transforms)
         self.model: BaseModel = MODELS.build(cfg.model)
         checkpoints.load_model(self.model, checkpoint)
-        self.model.to(device or get_device()).eval()
+        self.model.to(device).eval()
         speed.enable_packed_inference(self.model)
 
     @torch.no_grad()

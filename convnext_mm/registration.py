@@ -16,6 +16,7 @@ from .engine.runner import ConvNeXtRunner
 from .engine.schedulers import PolicyLR
 from .engine.speed import SpeedHook
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
+from .precision import model_in_dtype
 from .preprocessing import multi_band_preprocessor
 
 
@@ -31,3 +32,4 @@ def register() -> None:
         for cls in classes:
             registry.register_module(module=cls, force=True)
     MODELS.register_module('MultiBandPreprocessor', module=multi_band_preprocessor, force=True)
+    MODELS.register_module('ModelInDtype', module=model_in_dtype, force=True)

@@ -2,7 +2,7 @@
 import argparse
 
 from convnext_mm.engine.cfg_options import add_cfg_options
-from convnext_mm.engine.launch import run_cli
+from convnext_mm.engine.launch import add_dtype, run_cli
 from convnext_mm.prediction import image_demo
 
 if __name__ == '__main__':
@@ -16,5 +16,6 @@ if __name__ == '__main__':
     parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
     parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
                         help='minimum score of drawn detections (default: 0.3)')
+    add_dtype(parser)
     add_cfg_options(parser)
     run_cli(image_demo, parser.parse_args())

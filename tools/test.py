@@ -1,5 +1,5 @@
 """Evaluate a segmentor or a detector."""
-from convnext_mm.engine.launch import common_parser, run_cli, test
+from convnext_mm.engine.launch import add_dtype, common_parser, run_cli, test
 
 if __name__ == '__main__':
     parser = common_parser(__doc__)
@@ -11,4 +11,5 @@ if __name__ == '__main__':
     parser.add_argument('--wait-time', type=float, default=2,
                         help='seconds that each window stays open (2)')
     parser.add_argument('--tta', action='store_true', help='use test-time augmentation')
+    add_dtype(parser)
     run_cli(test, parser.parse_args())

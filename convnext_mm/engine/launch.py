@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -18,6 +20,7 @@ from ..checkpoints.loading import FitCheckpointHook
 from ..datasets import inspection
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..errors import UserError
+from ..precision import DTYPES, check_dtype
 from ..utils import atomic_path, is_first_process, unwrap_model
 from . import checks, fallbacks, speed
 from .cfg_options import add_cfg_options
@@ -45,6 +48,12 @@ def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentP
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help=argparse.SUPPRESS)
     return parser
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add the option that sets ``inference_dtype``."""
+    parser.add_argument('--dtype', choices=DTYPES, help='dtype of convolutions and matrix products '
+                        "(the config's inference_dtype, else fp32)")
 
 
 def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -97,13 +106,14 @@ def test(args: argparse.Namespace) -> None:
 
     Args:
         args: Arguments of :func:`common_parser`, ``checkpoint``, ``out``, ``show``, ``show_dir``,
-            ``wait_time`` and ``tta``.
+            ``wait_time``, ``dtype`` and ``tta``.
 
     Raises:
         UserError: The arguments, the config, the data or the checkpoint are unusable.
     """
     notes: list[str] = []
     cfg = _load_config(args, notes)
+    check_dtype(cfg.get('inference_dtype') or 'fp32', get_device())
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
@@ -162,7 +172,7 @@ def _load_config(args: argparse.Namespace, notes: list[str] | None = None) -> Co
     """Return the completed config with the command-line options applied."""
     if vars(args).get('migrate'):
         args.config = _migrate_old_config(args)
-    cfg = checks.read_config(args.config, args.cfg_options, notes)
+    cfg = checks.read_config(args.config, dtype_options(args), notes)
     if 'launcher' in args:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
         cfg.launcher = args.launcher
@@ -171,6 +181,12 @@ def _load_config(args: argparse.Namespace, notes: list[str] | None = None) -> Co
     elif not cfg.get('work_dir'):
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     return cfg
+
+
+def dtype_options(args: argparse.Namespace) -> dict[str, Any]:
+    """``--cfg-options``, with ``--dtype`` as the option that it stands for."""
+    dtype = vars(args).get('dtype')
+    return {**(args.cfg_options or {}), **({'inference_dtype': dtype} if dtype else {})}
 
 
 def _migrate_old_config(args: argparse.Namespace) -> str:

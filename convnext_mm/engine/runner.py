@@ -11,8 +11,11 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from torch import nn
 
+from ..precision import reset_inference_dtype
 from ..resolution import resolve
+from ..utils import unwrap_model
 from . import speed
 
 
@@ -35,6 +38,11 @@ class ConvNeXtRunner(Runner):
             print_log(line, logger='current')
         speed.apply_fast(cfg)
         return super().from_cfg(cfg)
+
+    def train(self) -> nn.Module:
+        """Train; validations compute as the optimizer wrapper and ``val_cfg`` say."""
+        reset_inference_dtype(unwrap_model(self.model))
+        return super().train()
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """Log environment and config, to the file."""

@@ -13,6 +13,7 @@ from torch import nn
 from ..backbone import ConvNeXt
 from ..errors import UserError
 from ..fused import Packable
+from ..precision import keep_outputs_in_fp32
 from ..utils import suggest, unwrap_model
 
 DEFAULTS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
@@ -60,7 +61,7 @@ def apply_fast(cfg: Config) -> None:
 def request_logits(cfg: Config) -> None:
     """Let a segmentor inside of a wrapper, such as test-time augmentation, return its logits."""
     wrapped = (cfg.get('model') or {}).get('module') or {}
-    if str(wrapped.get('type')) == 'convnext_mm.EncoderDecoder':
+    if str(wrapped.get('base', wrapped.get('type'))) == 'convnext_mm.EncoderDecoder':
         wrapped['test_cfg'] = dict(wrapped.get('test_cfg') or {}, seg_logits=True)
 
 
@@ -94,6 +95,8 @@ class SpeedHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         """Set the memory format of the model."""
+        if 'Amp' in type(getattr(runner, 'optim_wrapper', None)).__name__:
+            keep_outputs_in_fp32(unwrap_model(runner.model))
         if self.channels_last:
             use_channels_last(unwrap_model(runner.model))
 

@@ -40,8 +40,10 @@ class FusedDownsample(Downsample, Packable):
                 or not fusible(x, norm, conv)):
             return super().forward(x)
         weights = *parameters(norm), *parameters(conv)
-        if self.uses_packed(x, conv.weight):
-            return self.current_packed(weights, PackedDownsample, norm.eps)(x)
+        y = x.to(functions.compute_dtype(x))
+        if self.uses_packed(y, conv.weight):
+            with functions.without_autocast(y):
+                return self.current_packed(weights, PackedDownsample, y.dtype, norm.eps)(y)
         return functions.downsample(x, *weights, norm.eps)
 
 
@@ -79,7 +81,7 @@ class FusedBlock(Block, Packable):
         if torch.compiler.is_compiling() and select_operations(x, self.triton) is eager:
             return False  # the compiler fuses these operations itself
         if (x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled()
-                and eager.has_amx()):
+                and not self.packed and eager.has_amx()):
             # Matmuls take so little time there that casting the weights in every call does not
             # pay; autocast caches cast weights.
             return False
@@ -97,8 +99,11 @@ class FusedBlock(Block, Packable):
             *parameters(self.dwconv), *parameters(self.norm), *parameters(self.pwconv1),
             gamma, beta, *parameters(self.pwconv2), self.gamma)
         dilation = self.dwconv.dilation[0]
-        if self.uses_packed(x, weights.pwconv1_weight):
-            return self.current_packed(weights, PackedBlock, self.norm.eps, dilation)(x)
+        y = x.to(functions.compute_dtype(x))
+        if self.uses_packed(y, weights.pwconv1_weight):
+            with functions.without_autocast(y):
+                return self.current_packed(weights, PackedBlock, y.dtype, self.norm.eps,
+                                           dilation)(y)
         return functions.block(x, weights, functions.Settings(
             self.norm.eps, functions.compute_dtype(x), self.memory == 'lean',
             select_operations(x, self.triton), dilation), self.drop_path.factors(x))

@@ -24,10 +24,10 @@ class Packable(nn.Module):
     _packed: tuple[list[Any], Callable[..., Tensor], list[Any]] | None = None
 
     def uses_packed(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether to compute with packed weights on ``x``."""
+        """Whether to compute with packed weights on ``x``, which has the dtype of the products."""
         return (self.packed and not (self.training or torch.is_grad_enabled())
-                and x.dtype == weight.dtype and eager.uses_onednn(x)
-                and not torch.is_autocast_enabled('cpu'))
+                and (x.dtype == weight.dtype or torch.is_autocast_enabled('cpu'))
+                and eager.uses_onednn(x))
 
     def current_packed(self, weights: Iterable[Tensor | None], pack: Callable[..., Callable],
                        *settings: Any) -> Callable[..., Tensor]:
@@ -81,8 +81,9 @@ class PackedConvolution:
 class PackedDownsample:
     """:func:`convnext_mm.fused.functions.downsample` for constant weights."""
 
-    def __init__(self, weights: tuple[Tensor, ...], eps: float) -> None:
-        norm_weight, norm_bias, weight, bias = weights
+    def __init__(self, weights: tuple[Tensor, ...], dtype: torch.dtype, eps: float) -> None:
+        norm_weight, norm_bias, *convolution = weights
+        weight, bias = (w.detach().to(dtype) for w in convolution)
         self.norm = norm_weight.detach().float(), norm_bias.detach().float(), eps
         self.convolution = PackedConvolution(weight, bias, stride=weight.shape[-1])
 
@@ -98,19 +99,21 @@ class PackedBlock:
 
     Args:
         weights: The block's parameters.
+        dtype: Dtype of its map.
         eps: Epsilon of the norm.
         dilation: Dilation of the depthwise convolution.
     """
 
-    def __init__(self, weights: Weights, eps: float, dilation: int) -> None:
+    def __init__(self, weights: Weights, dtype: torch.dtype, eps: float, dilation: int) -> None:
         w = weights.detach()
+        weight2, bias2 = eager.fold_scale(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
+        w = w._replace(pwconv2_weight=weight2, pwconv2_bias=bias2).cast(dtype)
         self.convolution = PackedConvolution(
             w.dwconv_weight, w.dwconv_bias, padding=3 * dilation, dilation=dilation,
             groups=len(w.dwconv_weight))
         self.norm = w.norm_weight.float(), w.norm_bias.float(), eps
-        weight2, bias2 = eager.fold_scale(w.pwconv2_weight, w.pwconv2_bias, w.gamma)
         self.linear1 = pack_linear(w.pwconv1_weight), w.pwconv1_bias
-        self.linear2 = pack_linear(weight2), bias2
+        self.linear2 = pack_linear(w.pwconv2_weight), w.pwconv2_bias
         self.grn = w.grn()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from . import data, mmpretrain, model, runtime, schedule, signatures, top_level
 from .edits import Edits, history_of
 
 RULES: tuple[Callable[[Edits], None], ...] = (
+    runtime.model_in_dtype_and_base,
     mmpretrain.mmpretrain_and_backbone,
     top_level.misspelt_keys,
     top_level.short_names_and_settings,
@@ -58,6 +59,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     signatures.dataloaders_and_signature,
     signatures.types_and_registries,
     signatures.keys_and_signatures,
+    runtime.inference_dtype_and_model,
 )
 
 

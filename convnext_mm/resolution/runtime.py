@@ -5,8 +5,36 @@ from copy import deepcopy
 from typing import Any
 
 from ..errors import UserError
+from ..precision import check_dtype
 from ..utils import plain, require_package, suggest
 from .edits import Edits
+
+
+def model_in_dtype_and_base(edits: Edits) -> None:
+    """A model that infers in another dtype is resolved as what it is (as in a dumped config)."""
+    model = _segmentor_or_detector(edits)
+    if model.get('type') == 'ModelInDtype':
+        model['type'] = model.pop('base')
+        del model['inference_dtype']
+
+
+def inference_dtype_and_model(edits: Edits) -> None:
+    """``inference_dtype`` reaches all that builds a model from a config, such as inferencers.
+
+    Raises:
+        UserError: It is no known dtype.
+    """
+    name, model = edits.get('inference_dtype'), _segmentor_or_detector(edits)
+    if name is None:
+        return
+    check_dtype(name)
+    if name != 'fp32' and 'type' in model:
+        model.update(base=model['type'], type='ModelInDtype', inference_dtype=name)
+
+
+def _segmentor_or_detector(edits: Edits) -> dict[str, Any]:
+    """The config of the model, which test-time augmentation may wrap."""
+    return edits.get('model.module') or edits.get('model') or {}
 
 
 def custom_hooks_and_recipe_hooks(edits: Edits) -> None:

@@ -17,7 +17,8 @@ RUNNER_KEYS = (
     'launcher', 'env_cfg', 'log_processor', 'log_level', 'visualizer', 'default_scope',
     'randomness', 'experiment_name', 'runner_type', 'custom_imports', 'tta_model', 'tta_pipeline',
     'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'strategy')
-OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', *DATA_KEYS)
+OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', 'inference_dtype',
+            *DATA_KEYS)
 
 SHORT: dict[str, tuple[str, ...]] = dict(
     max_iters=('train_cfg.max_iters',), max_epochs=('train_cfg.max_epochs',),

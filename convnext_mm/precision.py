@@ -1,0 +1,131 @@
+"""The dtype of inference: the key ``inference_dtype`` of a config, and ``--dtype`` of the tools.
+
+A model computes under autocast in that dtype: convolutions and matrix products, while norms, and
+all that follows from a head's outputs, stay in fp32. Packed layers keep their weights in the dtype.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from .errors import UserError
+from .utils import suggest
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+"""The values of ``inference_dtype``."""
+
+
+def model_in_dtype(base: str, inference_dtype: str, **settings: Any) -> nn.Module:
+    """A model of any toolbox that infers in a dtype. Registered as 'ModelInDtype'.
+
+    So the toolboxes' inferencers, which only build ``model`` of a config, follow the key.
+
+    Args:
+        base: Type of the model, such as 'mmdet.CascadeRCNN'.
+        inference_dtype: A key of :data:`DTYPES`.
+        settings: The other arguments of ``base``.
+
+    Raises:
+        UserError: See :func:`check_dtype`.
+    """
+    model = MODELS.build(dict(type=base, **settings))
+    set_inference_dtype(model, inference_dtype)
+    return model
+
+
+def set_inference_dtype(model: nn.Module, name: str) -> None:
+    """Let a model compute in a dtype when it predicts; training is as before.
+
+    Raises:
+        UserError: See :func:`check_dtype`; later, of a device without that dtype.
+    """
+    check_dtype(name)
+    reset_inference_dtype(model)
+    if name == 'fp32':
+        return
+    keep_outputs_in_fp32(model)
+    autocast = _Autocast(name)
+    handles = [model.register_forward_pre_hook(autocast.enter),
+               model.register_forward_hook(autocast.leave, always_call=True)]
+    model.__dict__['_inference_dtype_handles'] = handles
+
+
+def reset_inference_dtype(model: nn.Module) -> None:
+    """Undo :func:`set_inference_dtype`, as for the validations of a training."""
+    for handle in model.__dict__.pop('_inference_dtype_handles', ()):
+        handle.remove()
+
+
+def check_dtype(name: Any, device: str | torch.device | None = None) -> None:
+    """Check an ``inference_dtype``, and whether a device is made for it.
+
+    Raises:
+        UserError: It is none of :data:`DTYPES`, or slower than fp32 on the device or unknown to it.
+    """
+    if name not in DTYPES:
+        raise UserError(f'inference_dtype={name!r} is unknown.'
+                        + (suggest(name, DTYPES) or f' Expected one of {", ".join(DTYPES)}'))
+    kind = '' if device is None else torch.device(device).type
+    if kind == 'cpu' and name == 'fp16':
+        raise UserError('inference_dtype=fp16 on a CPU is many times slower than fp32 in PyTorch: '
+                        'use bf16, or a GPU')
+    if kind == 'cuda' and name == 'bf16' and not torch.cuda.is_bf16_supported(
+            including_emulation=False):
+        raise UserError(f'inference_dtype=bf16 is emulated on {torch.cuda.get_device_name(device)}:'
+                        ' use fp16')
+
+
+def keep_outputs_in_fp32(model: nn.Module) -> None:
+    """Let heads that compute in half precision return fp32.
+
+    Boxes are decoded from them, with anchors of their dtype, classified, suppressed and pasted:
+    bf16 has steps of 4 pixels at 1000.
+    """
+    for name, module in model.named_modules():
+        part = next((part for part in reversed(name.split('.')) if not part.isdigit()), '')
+        if (part.endswith('_head') or part == 'conv_seg') and not any(
+                hook is _to_fp32 for hook in module._forward_hooks.values()):
+            module.register_forward_hook(_to_fp32)
+
+
+def _to_fp32(module: nn.Module, args: Any, outputs: Any) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(_to_fp32(module, args, one) for one in outputs)
+    if type(outputs) is dict:
+        return {key: _to_fp32(module, args, one) for key, one in outputs.items()}
+    return outputs
+
+
+class _Autocast:
+    """A pair of hooks that a model's predictions run between."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.entered = name, []  # type: ignore[var-annotated]
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Enable autocast, unless the model trains or is exported."""
+        if module.training:
+            self.entered.append(None)
+            return
+        device = next(module.parameters()).device.type
+        _check_once(self.name, device)
+        context = torch.autocast(device, DTYPES[self.name])
+        context.__enter__()
+        self.entered.append(context)
+
+    def leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        """Disable it again."""
+        context = self.entered.pop() if self.entered else None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+
+@functools.cache
+def _check_once(name: str, device: str) -> None:
+    check_dtype(name, device)
