@@ -151,6 +151,8 @@ def use_stock_classes(node: Any) -> None:
     """Replace this package's variants of a toolbox's classes in a config by the toolbox's own."""
     if isinstance(node, dict) and isinstance(node.get('type'), str):
         node['type'] = node['type'].removeprefix('convnext_mm.')
+        if node['type'] == 'FPN':
+            node.pop('channels_last', None)  # an argument of ours
     for value in (node.values() if isinstance(node, dict) else
                   node if isinstance(node, (list, tuple)) else ()):
         use_stock_classes(value)

@@ -90,6 +90,20 @@ def keep_outputs_in_fp32(model: nn.Module) -> None:
         if (part.endswith('_head') or part == 'conv_seg') and not any(
                 hook is _to_fp32 for hook in module._forward_hooks.values()):
             module.register_forward_hook(_to_fp32)
+        if hasattr(module, 'roi_layers') and not any(
+                hook is _pool_in_fp32 for hook in module._forward_pre_hooks.values()):
+            module.register_forward_pre_hook(_pool_in_fp32)
+
+
+def _pool_in_fp32(module: nn.Module, args: tuple) -> tuple:
+    """Pre-hook of a RoI extractor: mmdet's give boxes the dtype of the maps, the first argument.
+
+    mmcv's compiled RoIAlign has no bf16 on a CPU. Ours, which is marked, needs neither.
+    """
+    feats, *others = args
+    if getattr(module, 'any_dtype', False):
+        return args
+    return (_to_fp32(module, (), tuple(feats)), *others)
 
 
 def _to_fp32(module: nn.Module, args: Any, outputs: Any) -> Any:

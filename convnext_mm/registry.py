@@ -1,10 +1,28 @@
 """The scope ``convnext_mm`` of mmengine's registries: variants of classes that toolboxes have.
 
 ``type='convnext_mm.UPerHead'`` in a config builds ours, ``type='UPerHead'`` mmseg's. mmengine
-imports this module when it meets the scope, and the locations on the first lookup.
+imports this module when it meets the scope.
 """
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import Registry
+from __future__ import annotations
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='convnext_mm',
-                  locations=['convnext_mm.segmentation'])
+from importlib import import_module
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import DefaultScope, Registry
+
+ROOMS = dict(mmseg='convnext_mm.segmentation', mmdet='convnext_mm.detection')
+"""The variants of each toolbox's classes."""
+
+
+class VariantRegistry(Registry):
+    """A registry that imports the variants of the toolbox in use, which imports the toolbox."""
+
+    def import_from_location(self) -> None:
+        """Import the room of the default scope; without one, all of :data:`ROOMS`."""
+        current = DefaultScope.get_current_instance()
+        scope = None if current is None else current.scope_name
+        for room in [ROOMS[scope]] if scope in ROOMS else ROOMS.values():
+            import_module(room)
+
+
+MODELS = VariantRegistry('model', parent=MMENGINE_MODELS, scope='convnext_mm')

@@ -21,6 +21,28 @@ FOLDABLE: set[Any] = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
 """Of the norms, of which mmengine has subclasses."""
 
 
+class FusedConv2d(nn.Conv2d, Packable):
+    """A convolution alone, as :class:`FusedConvModule` computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H, W); with a stride, as a plain convolution."""
+        if not fusible(self, x):
+            return super().forward(x)
+        dtype = compute_dtype(x)
+        if self.packed and not (self.training or torch.is_grad_enabled()):
+            with without_autocast(x):
+                y = self.current_packed([self.weight, self.bias], fold_and_pack, pyramid.PackedConv,
+                                        dtype, None, self.dilation[0], False)(x.to(dtype))
+        elif torch.is_grad_enabled() or winograd.suits(x.to(dtype), self.out_channels):
+            y = pyramid.convolution([x], self.weight, pyramid.Layout(
+                tuple(x.shape[2:]), False, self.dilation[0]))
+            if self.bias is not None:
+                y = y + self.bias.to(y.dtype)[:, None, None]
+        else:
+            return super().forward(x)
+        return y.contiguous() if x.is_contiguous() else y
+
+
 class FusedConvModule(ConvModule, Packable):
     """A ConvModule that computes the same faster, with the same parameters.
 
@@ -80,17 +102,9 @@ class FusedConvModule(ConvModule, Packable):
     def fusible(self, x: Tensor) -> bool:
         """Whether one function may replace the layers, which keep the size of the map."""
         conv = self.conv
-        if type(conv) is not nn.Conv2d:
-            return False
-        size = conv.kernel_size[0]
-        return (conv.stride == (1, 1) and self.order == ('conv', 'norm', 'act')
+        return (type(conv) is nn.Conv2d and fusible(conv, x)
+                and self.order == ('conv', 'norm', 'act')
                 and not (self.with_explicit_padding or self.with_spectral_norm)
-                and conv.groups == 1 and conv.padding_mode == 'zeros' and size % 2 == 1
-                and conv.kernel_size == (size, size) and conv.dilation[0] == conv.dilation[1]
-                and conv.padding == (conv.dilation[0] * (size // 2),) * 2
-                and not (x.is_meta or torch.compiler.is_compiling() or is_exporting()
-                         or torch.jit.is_tracing() or not x.is_floating_point())
-                and (conv.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
                 and not any(has_hooks(layer) for layer in self.children()))
 
     def _folds(self, x: Tensor) -> bool:
@@ -110,6 +124,18 @@ class FusedConvModule(ConvModule, Packable):
         return self.current_packed(
             tensors, fold_and_pack, pack, x.dtype, None if norm is None else norm.eps,
             self.conv.dilation[0], self.with_activation and activate, *settings)
+
+
+def fusible(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a function may replace a convolution, which keeps the size of the map ``x``."""
+    size = conv.kernel_size[0]
+    return (conv.stride == (1, 1) and conv.groups == 1 and conv.padding_mode == 'zeros'
+            and size % 2 == 1 and conv.kernel_size == (size, size)
+            and conv.dilation[0] == conv.dilation[1]
+            and conv.padding == (conv.dilation[0] * (size // 2),) * 2
+            and not (x.is_meta or torch.compiler.is_compiling() or is_exporting()
+                     or torch.jit.is_tracing() or not x.is_floating_point())
+            and (conv.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)))
 
 
 def fold_and_pack(tensors: Sequence[Tensor | None], pack: Callable[..., Callable[..., Tensor]],

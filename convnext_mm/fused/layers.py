@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from ..layers import GRN, Block, Downsample, DropPath, LayerNorm2d
 from . import eager, functions
 from .operations import compiler_freezes, select_operations
-from .packed import Packable, PackedBlock, PackedDownsample
+from .packed import Packable, PackedBlock, PackedDownsample, PackedLinear
 
 # PyTorch 2.6 has no is_exporting; its exporter compiles.
 is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
-FUSIBLE = {nn.Conv2d, nn.Linear, nn.LayerNorm, LayerNorm2d}
 
 
 class FusedDownsample(Downsample, Packable):
@@ -119,6 +118,21 @@ class FusedBlock(Block, Packable):
         y = self.grn(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         weight, bias = eager.fold_scale(self.pwconv2.weight, self.pwconv2.bias, self.gamma)
         return x + F.conv2d(y, weight[:, :, None, None], bias)
+
+
+class FusedLinear(nn.Linear, Packable):
+    """A linear layer that keeps its weight in oneDNN's layout for inference on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C) → (N, C')."""
+        y = x.to(functions.compute_dtype(x))
+        if x.dim() != 2 or not fusible(x, self) or not self.uses_packed(y, self.weight):
+            return super().forward(x)
+        with functions.without_autocast(y):
+            return self.current_packed((self.weight, self.bias), PackedLinear, y.dtype)(y)
+
+
+FUSIBLE = {nn.Conv2d, nn.Linear, FusedLinear, nn.LayerNorm, LayerNorm2d}
 
 
 def fusible(x: Tensor, *layers: nn.Module) -> bool:

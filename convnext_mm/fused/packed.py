@@ -130,6 +130,18 @@ class PackedBlock:
         return out.permute(0, 3, 1, 2)
 
 
+class PackedLinear:
+    """A linear layer for constant weights."""
+
+    def __init__(self, weights: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        weight, self.bias = (w.detach().to(dtype) for w in weights)
+        self.weight = pack_linear(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self.weight, self.bias, 'none', [], '')
+
+
 def pack_linear(weight: Tensor) -> Tensor:
     """A linear layer's weight in oneDNN's layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, None)

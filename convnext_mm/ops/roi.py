@@ -7,17 +7,19 @@ Wy · crop · Wxᵀ, where crop (h × w) is the part of the map that its samples
 Wyᵀ · grad · Wx. All channels have the same weights, so with channels last these are two dense
 products a box.
 
-The functions have the signatures of mmcv's extension, which write into tensors of the caller.
+The functions have the signatures of mmcv's extension, which write into tensors of the caller;
+except :func:`roi_align_pyramid`, whose maps and output have channels last.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import torchvision
 
@@ -157,6 +159,112 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
                 gradients.add(image, rows.starts[k], columns.starts[k], rows.matrix(k).t(),
                               y.view(-1, w * c), w)
     gradients.write()
+
+
+class Pooling(NamedTuple):
+    """How boxes become features of one size."""
+    bins: tuple[int, int]
+    """Rows and columns."""
+    sampling_ratio: int
+    """Samples a bin along each axis; 0: ceil(size of the bin)."""
+    aligned: bool
+    """Whether pixel centers lie at half coordinates."""
+
+
+def roi_align_pyramid(maps: Sequence[Tensor], rois: Tensor, levels: Tensor,
+                      scales: Sequence[float], pooling: Pooling) -> Tensor:
+    """RoIAlign of boxes that each belong to one of several maps, with averages, on a CPU.
+
+    The boxes keep their dtype, and the products are in fp32, whatever the dtype of the maps.
+
+    Args:
+        maps: (N, C, H_i, W_i) of any floating dtype; fastest in channels_last.
+        rois: (K, 5) with image index, x1, y1, x2, y2.
+        levels: (K,), the index of each box's map.
+        scales: Size of each map divided by the size of the image.
+        pooling: Bins and samples.
+
+    Returns:
+        (K, C, bins), in channels_last and the dtype of the maps.
+
+    Raises:
+        ValueError: See :func:`roi_align_forward`.
+    """
+    indices = [torch.nonzero(levels == i)[:, 0].tolist() for i in range(len(maps))]
+    return _PyramidFunction.apply(rois.detach(), indices, scales, pooling, *maps)
+
+
+class _PyramidFunction(torch.autograd.Function):
+    """:func:`roi_align_pyramid`, differentiable once with respect to the maps."""
+
+    @staticmethod
+    def forward(ctx: Any, rois: Tensor, indices: list[list[int]], scales: Sequence[float],
+                pooling: Pooling, *maps: Tensor) -> Tensor:
+        c, dtype = maps[0].shape[1], _working_dtype(maps[0])
+        ctx.save_for_backward(rois)
+        ctx.settings = indices, scales, pooling, [(x.shape, x.dtype) for x in maps]
+        out = torch.empty(len(rois), *pooling.bins, c, dtype=maps[0].dtype)
+        for x, inside, scale in zip(maps, indices, scales, strict=True):
+            rearranged = _Maps(x, dtype)
+            for k, image, row, column, (y0, x0, h, w) in _boxes(
+                    rois, inside, x.shape, scale, pooling, rearranged):
+                if row is None:
+                    out[k].zero_()
+                    continue
+                crop = rearranged.crop(image, y0, x0, h, w)
+                y = torch.mm(row, crop).view(-1, w, c)
+                y = torch.bmm(column.expand(len(y), -1, -1), y)
+                out[k] = y
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rois,), (indices, scales, pooling, maps) = ctx.saved_tensors, ctx.settings
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.permute(0, 2, 3, 1).to(dtype).contiguous()
+        results: list[Tensor | None] = []
+        for (shape, kind), inside, scale, needed in zip(
+                maps, indices, scales, ctx.needs_input_grad[4:], strict=True):
+            if not needed:
+                results.append(None)
+                continue
+            n, c, height, width = shape
+            total = grad.new_zeros(n, height, width, c)
+            for k, image, row, column, (y0, x0, h, w) in _boxes(
+                    rois, inside, shape, scale, pooling):
+                if row is None:
+                    continue
+                y = torch.bmm(column.t().expand(len(row), -1, -1), grad[k])
+                target = total[image].as_strided(
+                    (h, w * c), (width * c, 1),
+                    total.storage_offset() + ((image * height + y0) * width + x0) * c)
+                target.addmm_(row.t(), y.view(-1, w * c))
+            results.append(total.to(kind).permute(0, 3, 1, 2))
+        return None, None, None, None, *results
+
+
+def _boxes(rois: Tensor, inside: list[int], shape: Sequence[int], scale: float, pooling: Pooling,
+           maps: _Maps | None = None) -> Iterator[tuple[
+               int, int, Any, Any, tuple[int, int, int, int]]]:
+    """Each box of one map: its index, image, weights of rows and columns, and crop (y, x, h, w).
+
+    Weights are None where the box is outside. ``maps`` are rearranged as the boxes need them.
+    """
+    for first in range(0, len(inside), CHUNK):
+        part = inside[first:first + CHUNK]
+        images, rows, columns = _separate(
+            rois[part].to(_working_dtype(rois)), tuple(shape), pooling.bins, scale,
+            pooling.sampling_ratio, pooling.aligned, True)
+        if maps is not None:
+            maps.rearrange(images, rows.sizes, columns.sizes)
+        with _one_thread():
+            for i, k in enumerate(part):
+                h, w = rows.sizes[i], columns.sizes[i]
+                empty = not h or not w
+                yield (k, images[i], None if empty else rows.matrix(i),
+                       None if empty else columns.matrix(i),
+                       (rows.starts[i], columns.starts[i], h, w))
 
 
 def _compiled(features: Tensor, pool_mode: int) -> Any | None:

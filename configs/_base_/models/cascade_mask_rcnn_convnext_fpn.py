@@ -9,7 +9,7 @@ model = dict(
         # The stages differ in the target_stds of their box deltas.
         bbox_head=[
             dict(
-                type='ConvFCBBoxHead',
+                type='convnext_mm.ConvFCBBoxHead',
                 num_shared_convs=4,
                 num_shared_fcs=1,
                 in_channels=256,

@@ -1,7 +1,7 @@
 # Parts common to Mask R-CNN and Cascade Mask R-CNN: preprocessing, neck, RPN, RoI extractors.
 _base_ = './convnext.py'
 roi_extractor = dict(
-    type='SingleRoIExtractor', out_channels=256, featmap_strides=[4, 8, 16, 32])
+    type='convnext_mm.SingleRoIExtractor', out_channels=256, featmap_strides=[4, 8, 16, 32])
 nms = dict(type='nms', iou_threshold=0.7)
 # Matching and sampling of boxes for a head; the stages of Cascade R-CNN override the thresholds.
 rcnn_training = dict(
@@ -23,9 +23,14 @@ rcnn_training = dict(
     debug=False)
 model = dict(
     data_preprocessor=dict(type='DetDataPreprocessor', pad_mask=True, pad_size_divisor=32),
-    neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
+    neck=dict(
+        type='convnext_mm.FPN',
+        in_channels=[96, 192, 384, 768],
+        out_channels=256,
+        num_outs=5,
+        channels_last=True),
     rpn_head=dict(
-        type='RPNHead',
+        type='convnext_mm.RPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
@@ -44,7 +49,7 @@ model = dict(
         mask_roi_extractor=dict(
             roi_extractor, roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0)),
         mask_head=dict(
-            type='FCNMaskHead',
+            type='convnext_mm.FCNMaskHead',
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
