@@ -6,6 +6,7 @@ all that follows from a head's outputs, stay in fp32. Packed layers keep their w
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def set_inference_dtype(model: nn.Module, name: str) -> None:
     reset_inference_dtype(model)
     if name == 'fp32':
         return
-    keep_outputs_in_fp32(model)
+    keep_outputs_in_fp32(model, ('conv_seg',))
     autocast = _Autocast(name)
     handles = [model.register_forward_pre_hook(autocast.enter),
                model.register_forward_hook(autocast.leave, always_call=True)]
@@ -79,15 +80,15 @@ def check_dtype(name: Any, device: str | torch.device | None = None) -> None:
                         ' use fp16')
 
 
-def keep_outputs_in_fp32(model: nn.Module) -> None:
-    """Let heads that compute in half precision return fp32.
+def keep_outputs_in_fp32(model: nn.Module, others: Collection[str] = ()) -> None:
+    """Let heads that compute in half precision return fp32, and ``others`` of these names.
 
     Boxes are decoded from them, with anchors of their dtype, classified, suppressed and pasted:
     bf16 has steps of 4 pixels at 1000.
     """
     for name, module in model.named_modules():
         part = next((part for part in reversed(name.split('.')) if not part.isdigit()), '')
-        if (part.endswith('_head') or part == 'conv_seg') and not any(
+        if (part.endswith('_head') or part in others) and not any(
                 hook is _to_fp32 for hook in module._forward_hooks.values()):
             module.register_forward_hook(_to_fp32)
         if hasattr(module, 'roi_layers') and not any(
@@ -101,7 +102,7 @@ def _pool_in_fp32(module: nn.Module, args: tuple) -> tuple:
     mmcv's compiled RoIAlign has no bf16 on a CPU. Ours, which is marked, needs neither.
     """
     feats, *others = args
-    if getattr(module, 'any_dtype', False):
+    if getattr(module, 'takes_any_map', False):
         return args
     return (_to_fp32(module, (), tuple(feats)), *others)
 

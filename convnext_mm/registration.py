@@ -5,12 +5,14 @@ from mmengine.registry import (
     HOOKS,
     MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
     PARAM_SCHEDULERS,
     RUNNERS,
 )
 
 from .backbone import ConvNeXt
 from .checkpoints.loading import FitCheckpointHook
+from .engine.fallbacks import CPUAmpOptimWrapper
 from .engine.hooks import AbsentClassesHook, CurvesHook, PredictionsHook
 from .engine.runner import ConvNeXtRunner
 from .engine.schedulers import PolicyLR
@@ -28,6 +30,7 @@ def register() -> None:
     for registry, classes in (
             (MODELS, (ConvNeXt,)), (RUNNERS, (ConvNeXtRunner,)), (PARAM_SCHEDULERS, (PolicyLR,)),
             (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, AbsentClassesHook, SpeedHook)),
+            (OPTIM_WRAPPERS, (CPUAmpOptimWrapper,)),
             (OPTIM_WRAPPER_CONSTRUCTORS, (LearningRateDecayOptimizerConstructor,))):
         for cls in classes:
             registry.register_module(module=cls, force=True)

@@ -22,14 +22,15 @@ class SingleRoIExtractor(roi_extractors.SingleRoIExtractor):
     dtype. Where others need to see the layers, and on a GPU, mmcv's layers run, in fp32.
     """
 
-    any_dtype = True
+    takes_any_map = True
+    """Of any dtype and layout."""
 
     def forward(self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
                 ) -> Tensor:
         """Maps (N, C, H_i, W_i) and boxes (K, 5) → (K, C, bins, bins), in the maps' dtype."""
         feats = feats[:len(self.roi_layers)]
-        poolings = {self._pooling(layer, feats[0]) for layer in self.roi_layers}
-        if len(poolings) != 1 or None in poolings or not len(rois):
+        pooling, *others = {self._pooling(layer, feats[0]) for layer in self.roi_layers}
+        if pooling is None or others or not len(rois):
             dtype = feats[0].dtype
             if dtype in (torch.bfloat16, torch.float16):
                 feats = [x.float() for x in feats]
@@ -39,8 +40,7 @@ class SingleRoIExtractor(roi_extractors.SingleRoIExtractor):
         if roi_scale_factor is not None:
             rois = self.roi_rescale(rois, roi_scale_factor)
         return roi_align_pyramid(feats, rois, levels,
-                                 [layer.spatial_scale for layer in self.roi_layers],
-                                 poolings.pop())
+                                 [layer.spatial_scale for layer in self.roi_layers], pooling)
 
     def _pooling(self, layer: Any, x: Tensor) -> Pooling | None:
         """The settings of a layer that :func:`roi_align_pyramid` may replace, or None."""

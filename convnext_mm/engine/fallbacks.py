@@ -10,9 +10,21 @@ import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from torch import nn
 
 from ..errors import UserError
 from ..utils import is_first_process
+
+
+class CPUAmpOptimWrapper(OptimWrapper):
+    """bf16 mixed precision on a CPU, where mmengine's AmpOptimWrapper refuses to start."""
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the forward pass of ``model`` runs under autocast in bf16."""
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
 
 
 def adapt_to_device(cfg: Config) -> list[str]:
@@ -26,10 +38,12 @@ def adapt_to_device(cfg: Config) -> list[str]:
     changes = []
     wrapper = cfg.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
-        wrapper.type = 'OptimWrapper'
+        bf16 = wrapper.get('dtype') == 'bfloat16'
+        wrapper.type = 'CPUAmpOptimWrapper' if bf16 else 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(key, None)
-        changes.append('mixed precision → fp32')
+        if not bf16:
+            changes.append('mixed precision → fp32')
     if _replace_sync_bn(cfg.get('model')):
         changes.append('SyncBN → BN')
     dist_cfg = cfg.get('env_cfg', {}).get('dist_cfg', {})

@@ -9,14 +9,15 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
 
-from ..precision import reset_inference_dtype
+from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..utils import unwrap_model
 from . import speed
+from .fallbacks import CPUAmpOptimWrapper
 
 
 class ConvNeXtRunner(Runner):
@@ -56,7 +57,10 @@ class ConvNeXtRunner(Runner):
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
         """Build the optimizer wrapper; its groups are listed in the file."""
         with self._only_to_file():
-            return super().build_optim_wrapper(optim_wrapper)
+            built = super().build_optim_wrapper(optim_wrapper)
+        if isinstance(built, (AmpOptimWrapper, CPUAmpOptimWrapper)):
+            keep_outputs_in_fp32(unwrap_model(self.model))
+        return built
 
     def dump_config(self) -> None:
         """Write the whole config to the work dir, unless it was read from there."""

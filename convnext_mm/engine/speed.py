@@ -13,7 +13,6 @@ from torch import nn
 from ..backbone import ConvNeXt
 from ..errors import UserError
 from ..fused import Packable
-from ..precision import keep_outputs_in_fp32
 from ..utils import suggest, unwrap_model
 
 DEFAULTS: dict[str, Any] = dict(channels_last=False, fused_optimizer=False, bf16=False, compile=(),
@@ -46,7 +45,7 @@ def apply_fast(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if wrapper and settings['fused_optimizer']:
         wrapper.optimizer.fused = True
-    if wrapper and settings['bf16']:
+    if wrapper and settings['bf16'] and wrapper.get('type') != 'CPUAmpOptimWrapper':
         # bf16 has the range of fp32, so the loss needs no scaling.
         wrapper.update(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False))
     if settings['triton']:
@@ -95,8 +94,6 @@ class SpeedHook(Hook):
 
     def before_run(self, runner: Any) -> None:
         """Set the memory format of the model."""
-        if 'Amp' in type(getattr(runner, 'optim_wrapper', None)).__name__:
-            keep_outputs_in_fp32(unwrap_model(runner.model))
         if self.channels_last:
             use_channels_last(unwrap_model(runner.model))
 
@@ -141,10 +138,11 @@ def use_channels_last(model: nn.Module) -> None:
     """Convert a model to channels_last, except for the inputs of mmcv's RoI operations.
 
     Operations such as mmcv's RoIAlign ignore strides and read memory as contiguous, so that
-    other layouts silently give wrong results.
+    other layouts silently give wrong results. Our RoI extractor takes any.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    roi_extractors = [module for module in model.modules() if hasattr(module, 'roi_layers')]
+    roi_extractors = [module for module in model.modules() if hasattr(module, 'roi_layers')
+                      and not getattr(module, 'takes_any_map', False)]
     for module in model.modules():
         if isinstance(module, ConvNeXt):
             module.contiguous_outputs = bool(roi_extractors)

@@ -37,6 +37,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     model.backbone_strides_and_anchors,
     model.neck_and_in_channels,
     model.backbone_maps_and_heads,
+    model.heads_and_neck_layout,
     model.num_classes_and_out_channels,
     model.classes_and_num_things_classes,
     model.num_classes_and_losses,

@@ -227,6 +227,19 @@ def backbone_maps_and_heads(edits: Edits) -> None:
     edits.note(f'model.backbone.out_indices={[given[i] for i in kept]}: no head uses the others')
 
 
+def heads_and_neck_layout(edits: Edits) -> None:
+    """The neck's maps are in channels_last only where all parts after it are known to take them.
+
+    mmcv's compiled operators read them as contiguous, so that results would be silently wrong.
+    """
+    if not (edits.get('model.neck') or {}).get('channels_last'):
+        return
+    kinds = {str(node.get('type')) for _, node in nodes(edits.get('model'), 'model')
+             if 'featmap_strides' in node} | {str(edits.get('model.rpn_head.type'))}
+    if not kinds <= {'convnext_mm.SingleRoIExtractor', 'convnext_mm.RPNHead'}:
+        edits.put('model.neck.channels_last', False)
+
+
 def in_chans_and_data_preprocessor(edits: Edits) -> None:
     """Mean and std have a value for each band of the images, or one for all.
 

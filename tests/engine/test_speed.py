@@ -88,9 +88,13 @@ def test_wrong_keys_are_named(tmp_path, text, message):
         read_fast_config(tmp_path, text)
 
 
-def build_model(config: str, seed: int = 0) -> nn.Module:
+def build_model(config: str, seed: int = 0, stock_extractors: bool = False) -> nn.Module:
     """Build a demo model with random weights, in eval mode."""
-    cfg = read_config(config, {'model.backbone.init_cfg': None})
+    options = {'model.backbone.init_cfg': None}
+    if stock_extractors:
+        options |= {f'model.roi_head.{part}_roi_extractor.type': 'SingleRoIExtractor'
+                    for part in ('bbox', 'mask')}
+    cfg = read_config(config, options)
     if 'decode_head' in cfg.model:
         cfg.model.test_cfg.seg_logits = True
     adapt_to_device(cfg)
@@ -150,7 +154,7 @@ def test_packed_inference_is_the_same(config, scope):
 
 def test_detection_is_the_same_in_channels_last():
     """RoIAlign reads memory as contiguous, so that other layouts give wrong results."""
-    model = build_model(DEMO_DETECTION)
+    model = build_model(DEMO_DETECTION, stock_extractors=True)
     before = predict(model, 'mmdet').pred_instances
     speed.use_channels_last(model)
     after = predict(model, 'mmdet').pred_instances
