@@ -7,7 +7,8 @@
 Both run in the same process with the same weights, one after the other in every round; the table
 has the least processor time of the rounds (on a GPU: the least time). ``test`` is ``test_step`` on
 one image whose windows the recipe's own settings cut, ``train`` forward pass, losses, backward pass
-and AdamW. The reference is what the stock model's convolutions and linear layers take alone. It is
+and AdamW. A stock detector computes in fp32 in every table: mmcv's compiled operators have no bf16
+on a CPU. The reference is what the stock model's convolutions and linear layers take alone. It is
 no bound: ours needs fewer multiplications. Results go to benchmarks/results.
 """
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from convnext_mm.engine import speed
 from convnext_mm.engine.checks import read_config
+from convnext_mm.precision import keep_outputs_in_fp32, set_inference_dtype
 
 DEVICE = train_step.DEVICE
 STOCK, OURS, REFERENCE = 'stock recipe', 'ours', "stock's products alone (reference)"
@@ -46,6 +48,9 @@ def build(args: argparse.Namespace, stock: bool) -> tuple[nn.Module, torch.optim
                 tensor.uniform_(low, high, generator=generator)
     if hasattr(model, 'decode_head'):  # classes that differ from pixel to pixel
         nn.init.normal_(model.decode_head.conv_seg.weight, std=0.2, generator=generator)
+    for name, module in model.named_modules():  # boxes of many classes
+        if name.endswith('.fc_cls'):
+            nn.init.normal_(module.weight, std=0.3, generator=generator)
     model.to(DEVICE)
     return model, build_optim_wrapper(model, cfg.optim_wrapper).optimizer
 
@@ -117,22 +122,24 @@ def compare(args: argparse.Namespace, name: str, dtype: str) -> list[str]:
     """Measure one kind of step in one dtype; return the lines of a table."""
     kind = measuring.DTYPES[dtype]
     models = {label: build(args, label == STOCK) for label in (STOCK, OURS)}
+    segmentor = hasattr(models[OURS][0], 'decode_head')
+    kinds = {STOCK: kind if segmentor else torch.float32, OURS: kind}
     if name == 'test':
         speed.enable_packed_inference(models[OURS][0])
-        steps = {label: make_test_step(model, kind, args.size)
-                 for label, (model, _) in models.items()}
+        set_inference_dtype(models[OURS][0], dtype)
+        steps = {STOCK: make_test_step(models[STOCK][0], kinds[STOCK], args.size),
+                 OURS: make_test_step(models[OURS][0], torch.float32, args.size)}
         found = {label: step() for label, step in steps.items()}
-        same = (found[STOCK] == found[OURS]).double().mean().item() if (
-            found[STOCK].shape == found[OURS].shape) else float('nan')
-        note = f'{100 * same:.4f} % of the pixels have the same class'
+        note = difference(found[STOCK], found[OURS])
     else:
-        steps = {label: make_train_step(model, optimizer, kind, args)
+        keep_outputs_in_fp32(models[OURS][0])
+        steps = {label: make_train_step(model, optimizer, kinds[label], args)
                  for label, (model, optimizer) in models.items()}
         saved = {label: saved_by_head(model, kind, args) for label, (model, _) in models.items()}
         note = '' if None in saved.values() else (
             f'Saved activations of the decode head: {saved[STOCK]:.0f} MiB stock, '
             f'{saved[OURS]:.0f} MiB ours, {saved[OURS] / saved[STOCK]:.2f}×')
-    steps[REFERENCE] = reference(models[STOCK][0], steps[STOCK], kind, name == 'train')
+    steps[REFERENCE] = reference(models[STOCK][0], steps[STOCK], kinds[STOCK], name == 'train')
     times = measuring.time_interleaved(
         steps, args.repeats,
         measuring.time_once if DEVICE == 'cuda' else measuring.processor_time_once, min)
@@ -143,6 +150,15 @@ def compare(args: argparse.Namespace, name: str, dtype: str) -> list[str]:
              *(f'| {label} | {1e3 * spent:.0f} | {times[STOCK] / spent:.2f} |'
                for label, spent in times.items())]
     return [*lines, '', f'{note}.'] if note else lines
+
+
+def difference(stock: Tensor, ours: Tensor) -> str:
+    """Say how much two class maps, or two sets of boxes (K, 4), agree."""
+    if stock.is_floating_point():
+        distances = torch.cdist(ours.double(), stock.double(), p=float('inf')).min(1).values
+        return (f'{len(stock)} boxes stock, {len(ours)} ours; from each of ours to the nearest: '
+                f'median {distances.median():.2g} pixels, largest {distances.max():.2g}')
+    return f'{100 * (stock == ours).double().mean():.4f} % of the pixels have the same class'
 
 
 def saved_by_head(model: nn.Module, kind: torch.dtype, args: argparse.Namespace) -> float | None:
