@@ -6,6 +6,7 @@ imports this module when it meets the scope.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope, Registry
@@ -18,11 +19,12 @@ class VariantRegistry(Registry):
     """A registry that imports the variants of the toolbox in use, which imports the toolbox."""
 
     def import_from_location(self) -> None:
-        """Import the room of the default scope; without one, all of :data:`ROOMS`."""
+        """Import the room of the default scope; without one, of all installed toolboxes."""
         current = DefaultScope.get_current_instance()
         scope = None if current is None else current.scope_name
-        for room in [ROOMS[scope]] if scope in ROOMS else ROOMS.values():
-            import_module(room)
+        for toolbox, room in ROOMS.items():
+            if toolbox == scope or (scope not in ROOMS and find_spec(toolbox)):
+                import_module(room)
 
 
 MODELS = VariantRegistry('model', parent=MMENGINE_MODELS, scope='convnext_mm')

@@ -1,9 +1,14 @@
 """Running a recipe for several GPUs on a machine without one."""
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import OPTIM_WRAPPERS
+from torch import nn
 
 from convnext_mm import UserError
 from convnext_mm.engine import fallbacks
+from convnext_mm.engine.checks import read_config
+from convnext_mm.engine.speed import apply_fast
 from tests.helpers import DETECTION, SEGMENTATION
 
 
@@ -26,6 +31,21 @@ def test_a_recipe_is_adapted_to_a_machine_without_gpu(no_gpu, config, layers):
     assert str(cfg.model).count("'BN'") >= layers
     assert cfg.env_cfg.dist_cfg.backend == 'gloo'
     assert cfg.model_wrapper_cfg.device_ids is None
+
+
+def test_bf16_stays_on_a_cpu(no_gpu):
+    cfg = read_config(DETECTION, {'fast.bf16': True})
+    assert 'mixed precision → fp32' not in fallbacks.adapt_to_device(cfg)
+    apply_fast(cfg)  # as the Runner does
+    assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    layer = nn.Linear(2, 2)
+    wrapper = OPTIM_WRAPPERS.build(dict(
+        type=cfg.optim_wrapper.type, optimizer=torch.optim.SGD(layer.parameters(), lr=1)))
+    with wrapper.optim_context(layer):
+        loss = layer(torch.ones(1, 2)).sum()
+    assert loss.dtype == torch.bfloat16
+    wrapper.update_params(loss)
+    assert layer.weight.dtype == torch.float32
 
 
 def test_nothing_changes_with_a_gpu(monkeypatch):

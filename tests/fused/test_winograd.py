@@ -54,6 +54,9 @@ def test_only_convolutions_that_are_faster_so_are_chosen(monkeypatch):
     x = torch.randn(1, 32, 32, 32)
     assert winograd.suits(x, 32) == eager.uses_onednn(x)
     assert not winograd.suits(x.double(), 32)
+    boxes = torch.zeros(64, 32, 7, 7)
+    assert winograd.suits(boxes, 32) == eager.uses_onednn(x)
+    assert not winograd.suits(boxes.bfloat16(), 32), 'a quarter of the tiles is empty'
     assert not winograd.suits(x.half(), 32)
     assert not winograd.suits(x, 16)
     assert not winograd.suits(x[:, :16], 32)
