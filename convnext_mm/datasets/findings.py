@@ -177,4 +177,6 @@ def failure_reason(error: Exception) -> str:
         return 'file not found'
     if isinstance(error, Image.UnidentifiedImageError):
         return 'not an image'
+    if isinstance(error, Image.DecompressionBombError):
+        return f'{error}; a TIFF file of strips or tiles can have any size'
     return str(error) or type(error).__name__

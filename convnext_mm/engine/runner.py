@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from ..resolution import resolve
 from . import speed
+from .evaluation import count_in_blocks
 
 
 class ConvNeXtRunner(Runner):
@@ -49,6 +51,12 @@ class ConvNeXtRunner(Runner):
         """Build the optimizer wrapper; its groups are listed in the file."""
         with self._only_to_file():
             return super().build_optim_wrapper(optim_wrapper)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build the evaluator, which counts the pixels of large class maps exactly."""
+        built = super().build_evaluator(evaluator)
+        count_in_blocks(built)
+        return built
 
     def dump_config(self) -> None:
         """Write the whole config to the work dir, unless it was read from there."""
