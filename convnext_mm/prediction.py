@@ -164,6 +164,7 @@ class Predictor:
                                     or dataset.get('reduce_zero_label')))
         """What a class map's file has for the first class: as in the dataset's masks."""
         self.in_chans = cfg.model.get('backbone', {}).get('in_chans', 3)
+        """Bands of an image, unless the pipeline changes them."""
         self.model: BaseModel = MODELS.build(cfg.model)
         checkpoints.load_model(self.model, checkpoint)
         self.model.to(device or get_device()).eval()
@@ -189,10 +190,9 @@ class Predictor:
         if by_rows and path.lower().endswith(TIFF_SUFFIXES):
             try:
                 tiff = TiffReader(path, self.steps[0])
-                if tiff.size[0] * tiff.size[1] > LARGE_PICTURE and self._keeps(tiff.size):
+                if self._keeps(tiff.size):
                     self._check_bands(tiff.bands)
                     return Picture(path, tiff.size, tiff, notes)
-                tiff.close()
             except NotByRows as error:
                 notes.append(f'loaded as a whole: {error}')
         facts = read_image_facts(path, self.load)
@@ -226,7 +226,8 @@ class Predictor:
         yield from model.class_rows(read, *picture.size)
 
     def _check_bands(self, bands: int) -> None:
-        if bands != self.in_chans:
+        steps = {'LoadImageFromFile', 'Resize', 'PackSegInputs', 'PackDetInputs'}
+        if bands != self.in_chans and steps.issuperset(step['type'] for step in self.steps):
             raise ValueError(f'it has {bands} bands, but model.backbone.in_chans is '
                              f'{self.in_chans}')
 
@@ -301,14 +302,14 @@ def predict_picture(predict: Predictor, picture: Picture, path: Path, score_thre
 
 def _rows_and_small(predict: Predictor, picture: Picture, sample: BaseDataElement,
                     progress: Progress) -> Iterator[np.ndarray]:
-    """The class map of a large picture by rows; at the end, the sample has a smaller one."""
+    """The class map of a large picture by rows; the sample gets a smaller one."""
     every = visualization.drawn_step(picture.size)
     small = np.empty([-(-length // every) for length in picture.size], np.int64)
+    sample.pred_sem_seg = PixelData(data=torch.from_numpy(small)[None])
     for block, classes in track_rows(predict.rows(picture), picture.size[0], progress):
         values = classes.cpu().numpy()
         keep_every(values, block.start, every, small)
         yield values
-    sample.pred_sem_seg = PixelData(data=torch.from_numpy(small)[None])
 
 
 def write_mask(path: Path, rows: Iterator[np.ndarray], picture: Picture, classes: int,

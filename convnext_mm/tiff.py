@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .utils import atomic_path
+from .utils import LARGE_PICTURE, atomic_path
 from .visualization import drawn_step
 
 TILE = 512  # pixels of a written tile's sides
@@ -29,7 +28,7 @@ class NotByRows(ValueError):
 
 
 class TiffReader:
-    """Reads rows of a TIFF file, from the top, decoding only the strips or tiles that have them.
+    """Reads rows of a large TIFF file from the top; decodes only the strips or tiles of them.
 
     Args:
         path: The file.
@@ -42,8 +41,8 @@ class TiffReader:
 
     Raises:
         DamagedTiff: The file is truncated or damaged.
-        NotByRows: The step would load something else than the first page as it is, or a package
-            that decodes it is missing.
+        NotByRows: The picture is small, the step would load something else than the first page
+            as it is, or a package that decodes it is missing.
     """
 
     def __init__(self, path: str, step: Mapping[str, Any]) -> None:
@@ -55,10 +54,20 @@ class TiffReader:
             if file.read(4)[:2] not in (b'II', b'MM'):
                 raise NotByRows('not a TIFF file')
         self._file = tifffile.TiffFile(path)
-        series = self._file.series[0]
+        try:
+            self._inspect(step)
+            self._segment(0)  # fails here if it cannot be decoded
+        except Exception:
+            self._file.close()
+            raise
+
+    def _inspect(self, step: Mapping[str, Any]) -> None:
         page: Any = self._file.pages[0]
         self._page = page
         self.size = (int(page.imagelength), int(page.imagewidth))
+        if self.size[0] * self.size[1] <= LARGE_PICTURE:
+            raise NotByRows('it is small')
+        series = self._file.series[0]
         self.bands = int(page.samplesperpixel)
         self.dtype = np.dtype(page.dtype)
         self._reversed = step.get('imdecode_backend', 'cv2') != 'tifffile'
@@ -78,7 +87,7 @@ class TiffReader:
         self._to_float = bool(step.get('to_float32'))
         ends = [offset + count for offset, count in zip(
             page.dataoffsets, page.databytecounts, strict=True) if count]
-        length = os.path.getsize(path)
+        length = self._file.filehandle.size
         if max(ends, default=0) > length:
             raise DamagedTiff(f'truncated: it has {length} of at least {max(ends)} bytes')
         self._kept: dict[int, np.ndarray] = {}
@@ -86,8 +95,8 @@ class TiffReader:
         self.small: np.ndarray | None = None
         self._height = int(page.tilelength if page.is_tiled else page.rowsperstrip)
         self._height = min(self._height, self.size[0])
-        self._columns = math.ceil(self.size[1] / page.tilewidth) if page.is_tiled else 1
-        self._segment(0)  # fails here if it cannot be decoded
+        self._width = int(page.tilewidth) if page.is_tiled else self.size[1]
+        self._columns = math.ceil(self.size[1] / self._width)
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows (bottom - top, W, bands) as the pipeline loads them; top never decreases."""
@@ -101,18 +110,16 @@ class TiffReader:
         return np.concatenate([self._kept[i] for i in range(first, last + 1)])[
             top - start:bottom - start]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def _segment_row(self, index: int) -> np.ndarray:
         height = min(self._height, self.size[0] - index * self._height)
         out = np.empty((height, self.size[1], self._page.samplesperpixel), self.dtype)
-        left = 0
-        for i in range(index * self._columns, (index + 1) * self._columns):
-            segment = self._segment(i)[:height, :self.size[1] - left]
-            out[:len(segment), left:left + segment.shape[1]] = segment
-            left += segment.shape[1]
+        for column in range(self._columns):
+            left = column * self._width
+            part = out[:, left:left + self._width]
+            segment = self._segment(index * self._columns + column)[:height, :part.shape[1]]
+            if segment.shape != part.shape:
+                raise DamagedTiff(f'a strip or tile at row {index * self._height} is too short')
+            part[:] = segment
         if self._reversed and self.bands == 3:
             out = np.repeat(out, 3, 2) if out.shape[2] == 1 else out[..., 2::-1]
         if self._to_float:
@@ -129,8 +136,8 @@ class TiffReader:
         page, handle = self._page, self._file.filehandle
         count = page.databytecounts[index]
         if not count:  # a sparse file has no data for it
-            return np.full((self._height, page.tilewidth if page.is_tiled else self.size[1],
-                            page.samplesperpixel), page.nodata, self.dtype)
+            return np.full((self._height, self._width, page.samplesperpixel), page.nodata,
+                           self.dtype)
         handle.seek(page.dataoffsets[index])
         try:
             segment, _, _ = page.decode(handle.read(count), index)
@@ -189,10 +196,12 @@ def write_class_map(path: Path, rows: Iterable[np.ndarray], size: tuple[int, int
         OSError: The file cannot be written.
     """
     import tifffile
+    rows = iter(rows)
     with atomic_path(path) as part:
         tifffile.imwrite(part, _tiles(rows, size, dtype), shape=size, dtype=dtype,
                          tile=(TILE, TILE), compression='zlib', photometric='minisblack',
                          metadata=None, extratags=tags)
+    next(rows, None)  # tifffile stops at the last tile, and so before the rows' own end
 
 
 def _tiles(rows: Iterable[np.ndarray], size: tuple[int, int], dtype: Any) -> Iterator[np.ndarray]:

@@ -24,7 +24,7 @@ def test_a_failed_figure_does_not_stop_the_run(tmp_path, monkeypatch):
 def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(hooks, 'draw_sample',
-                        lambda sample, meta, path, load: drawn.append(path.stem))
+                        lambda sample, meta, path, **_: drawn.append(path.stem))
     samples = [SimpleNamespace(img_path=f'{i}.jpg') for i in range(20)]
     loader = SimpleNamespace(dataset=samples, batch_size=batch_size)
     runner = SimpleNamespace(work_dir=str(tmp_path), val_loop=SimpleNamespace(dataloader=loader),
