@@ -238,7 +238,7 @@ def test_windows_of_large_pictures_are_normalized_one_by_one(preprocessor, monke
     assert max(shape[1] for shape in largest) <= 64
     assert max(shape[2] for shape in largest) <= 96
     assert shown == [70, 70]
-    assert large_meta.get('padding_size') == meta.get('img_padding_size', meta.get('padding_size'))
+    assert large_meta.get('img_padding_size') == meta.get('img_padding_size')
 
 
 @torch.no_grad()
