@@ -22,12 +22,13 @@ from PIL import Image
 from rich.progress import Progress
 
 from . import checkpoints, visualization
-from .datasets import dataset_metainfo, datasets_of_split
+from .datasets import dataset_metainfo, dataset_registry, datasets_of_split
 from .datasets.completion import find_transforms
 from .datasets.findings import failure_reason, read_image_facts
 from .datasets.loading import loader_of, reads_colors
 from .engine import checks, fallbacks, speed
 from .errors import UserError
+from .resolution.data import default_argument
 from .tiff import (
     DamagedTiff,
     NotByRows,
@@ -160,8 +161,12 @@ class Predictor:
         self.pipeline = Compose(self.steps)
         self.load = None if reads_colors(self.steps) else loader_of(self.pipeline.transforms)
         loader = next(find_transforms(dataset['pipeline'], 'LoadAnnotations'), {})
-        self.first_value = int(bool(loader.get('reduce_zero_label')
-                                    or dataset.get('reduce_zero_label')))
+        kind = dataset['type']
+        if isinstance(kind, str):
+            kind = dataset_registry(cfg.default_scope).get(kind)
+        reduces = [loader.get('reduce_zero_label'), dataset.get('reduce_zero_label'),
+                   default_argument(kind, 'reduce_zero_label')]
+        self.first_value = int(bool(next((one for one in reduces if one is not None), False)))
         """What a class map's file has for the first class: as in the dataset's masks."""
         self.in_chans = cfg.model.get('backbone', {}).get('in_chans', 3)
         """Bands of an image, unless the pipeline changes them."""

@@ -40,7 +40,6 @@ def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeyp
     assert drawn == ['0', '5', '10', '15']
 
 
-@pytest.mark.parametrize('dtype', [torch.long, torch.float32])
 def test_all_images_of_any_number_of_bands_are_drawn(tmp_path):
     load = LoadImageFromFile(color_type='unchanged', imdecode_backend='tifffile')
     dataset = SimpleNamespace(pipeline=SimpleNamespace(transforms=[load]),
@@ -64,6 +63,7 @@ def test_all_images_of_any_number_of_bands_are_drawn(tmp_path):
     assert right[1][2] - right[0][2] > 100
 
 
+@pytest.mark.parametrize('dtype', [torch.long, torch.float32])
 def test_classes_that_no_prediction_names(dtype, monkeypatch):
     logged = []
     monkeypatch.setattr(hooks, 'print_log', lambda text, **kwargs: logged.append(text))
