@@ -31,7 +31,6 @@ from .errors import UserError
 from .resolution.data import default_argument
 from .tiff import (
     DamagedTiff,
-    NotByRows,
     TiffReader,
     keep_every,
     read_georeference,
@@ -192,14 +191,10 @@ class Predictor:
         """
         notes: list[str] = []
         by_rows = hasattr(self.model, 'class_rows') and self.model.reads_windows()
-        if by_rows and path.lower().endswith(TIFF_SUFFIXES):
-            try:
-                tiff = TiffReader(path, self.steps[0])
-                if self._keeps(tiff.size):
-                    self._check_bands(tiff.bands)
-                    return Picture(path, tiff.size, tiff, notes)
-            except NotByRows as error:
-                notes.append(f'loaded as a whole: {error}')
+        tiff = self._open_tiff(path, notes) if by_rows else None
+        if tiff is not None and self._keeps(tiff.size):
+            self._check_bands(tiff.bands)
+            return Picture(path, tiff.size, tiff, notes)
         facts = read_image_facts(path, self.load)
         self._check_bands(facts.bands)
         picture = Picture(path, facts.size[::-1], None, notes)
@@ -229,6 +224,22 @@ class Predictor:
             return torch.from_numpy(np.ascontiguousarray(window))
         model: Any = self.model
         yield from model.class_rows(read, *picture.size)
+
+    def _open_tiff(self, path: str, notes: list[str]) -> TiffReader | None:
+        """A reader of a large TIFF file; None, with a note, where there is none.
+
+        Raises:
+            DamagedTiff: The file is truncated or damaged.
+        """
+        if not path.lower().endswith(TIFF_SUFFIXES):
+            return None
+        try:
+            return TiffReader(path, self.steps[0])
+        except DamagedTiff:
+            raise
+        except Exception as error:  # the pipeline may read what tifffile does not
+            notes.append(f'loaded as a whole: {error}')
+            return None
 
     def _check_bands(self, bands: int) -> None:
         steps = {'LoadImageFromFile', 'Resize', 'PackSegInputs', 'PackDetInputs'}

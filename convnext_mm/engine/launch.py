@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -126,7 +127,14 @@ def test(args: argparse.Namespace) -> None:
             model.progress = track_rows
         if build_dump_metric is not None:
             runner.test_evaluator.metrics.append(build_dump_metric())
-        runner.test()
+        try:
+            runner.test()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f'the disk is full ({error}). The results, in '
+                            f'{", ".join(filter(None, (cfg.work_dir, args.out, args.show_dir)))}, '
+                            'are incomplete: make room, and run the test again') from error
 
 
 def check_dataset(args: argparse.Namespace) -> None:

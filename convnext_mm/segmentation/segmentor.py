@@ -80,7 +80,7 @@ class EncoderDecoder(segmentors.EncoderDecoder):
     def _predict_large(self, data: Any) -> list[SegDataSample] | None:
         """Data samples with predictions, or None if the images are not large pictures."""
         inputs = data.get('inputs') if isinstance(data, dict) else None
-        if (not isinstance(inputs, list) or not data.get('data_samples')
+        if (torch.is_grad_enabled() or not isinstance(inputs, list) or not data.get('data_samples')
                 or not all(image.shape[1:].numel() > LARGE_PICTURE for image in inputs)
                 or not self.reads_windows()):
             return None

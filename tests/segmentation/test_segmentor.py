@@ -238,6 +238,10 @@ def test_windows_of_large_pictures_are_normalized_one_by_one(preprocessor, monke
     assert max(shape[1] for shape in largest) <= 64
     assert max(shape[2] for shape in largest) <= 96
     assert shown == [70, 70]
+    largest.clear()
+    with torch.enable_grad():
+        model.test_step(dict(inputs=[image], data_samples=samples((133, 201), (70, 210))))
+    assert largest == [(3, 133, 201)], "mmseg's way, with gradients"
     assert large_meta.get('img_padding_size') == meta.get('img_padding_size')
 
 
