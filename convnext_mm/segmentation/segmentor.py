@@ -91,7 +91,7 @@ class EncoderDecoder(segmentors.EncoderDecoder):
             rows = self._slide(windows, size, sample.metainfo)
             if self.progress is not None:
                 rows = iter(self.progress(rows, sample.ori_shape[0]))
-            _set_classes(sample, _collect(rows, sample.ori_shape[:2]))
+            _set_classes(sample, _collect(rows, sample.ori_shape[:2], self.out_channels <= 256))
         return data['data_samples']
 
     def _normalized(self, read: ReadWindow, size: tuple[int, ...]
@@ -225,15 +225,16 @@ def _windows_of(image: Tensor) -> ReadWindow:
     return window
 
 
-def _collect(rows: Iterable[Rows], size: tuple[int, ...]) -> Tensor:
-    """A class map of a size from its rows."""
-    result = None
+def _collect(rows: Iterable[Rows], size: tuple[int, ...], small: bool = False) -> Tensor:
+    """A class map of a size from its rows; until it is complete, in 8 bits if ``small``."""
+    result = dtype = None
     for block, classes in rows:
         if result is None:
-            result = classes.new_empty(size)
+            dtype = classes.dtype
+            result = classes.new_empty(size, dtype=torch.uint8 if small else dtype)
         result[block] = classes
     assert result is not None
-    return result
+    return result.to(dtype)
 
 
 def _set_classes(sample: SegDataSample, classes: Tensor) -> None:
