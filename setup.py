@@ -24,7 +24,7 @@ OPENMMLAB = dict(
     setuptools='setuptools>=77.0.3,<81')  # mmengine and mmcv's build import pkg_resources
 # What to build for compiled operators.
 COMPILED = dict(forks=FORKS['mmcv'], openmmlab='mmcv>=2.1,<2.2')
-TIFF = 'tifffile>=2024.8.10,<2027'  # images with more than four bands
+TIFF = 'tifffile>=2024.8.10,<2027'  # large images, and those of many bands
 EXTRAS = {
     'tiff': [TIFF],
     'forks': [*FORKS.values()],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,13 +53,29 @@ def set_inference_dtype(model: nn.Module, name: str) -> None:
     autocast = _Autocast(name)
     handles = [model.register_forward_pre_hook(autocast.enter),
                model.register_forward_hook(autocast.leave, always_call=True)]
-    model.__dict__['_inference_dtype_handles'] = handles
+    model.__dict__['_inference_dtype'] = name, handles
 
 
 def reset_inference_dtype(model: nn.Module) -> None:
     """Undo :func:`set_inference_dtype`, as for the validations of a training."""
-    for handle in model.__dict__.pop('_inference_dtype_handles', ()):
+    _, handles = model.__dict__.pop('_inference_dtype', ('', ()))
+    for handle in handles:
         handle.remove()
+
+
+def inference_autocast(model: nn.Module) -> AbstractContextManager:
+    """The context that predictions of a model run in, for parts of it that are called alone."""
+    name, _ = model.__dict__.get('_inference_dtype', ('fp32', ()))
+    if name == 'fp32' or model.training:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, DTYPES[name])
+
+
+def has_other_hooks(model: nn.Module) -> bool:
+    """Whether a model has forward hooks besides those of its inference dtype."""
+    _, handles = model.__dict__.get('_inference_dtype', ('', ()))
+    return not {handle.id for handle in handles}.issuperset(
+        [*model._forward_hooks, *model._forward_pre_hooks])
 
 
 def check_dtype(name: Any, device: str | torch.device | None = None) -> None:
@@ -121,24 +138,21 @@ class _Autocast:
     """A pair of hooks that a model's predictions run between."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.entered = name, []  # type: ignore[var-annotated]
+        self.name = name
+        self.entered: list[AbstractContextManager] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Enable autocast, unless the model trains or is exported."""
-        if module.training:
-            self.entered.append(None)
-            return
-        device = next(module.parameters()).device.type
-        _check_once(self.name, device)
-        context = torch.autocast(device, DTYPES[self.name])
+        """Enable autocast, unless the model trains."""
+        if not module.training:
+            _check_once(self.name, next(module.parameters()).device.type)
+        context = inference_autocast(module)
         context.__enter__()
         self.entered.append(context)
 
     def leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
         """Disable it again."""
-        context = self.entered.pop() if self.entered else None
-        if context is not None:
-            context.__exit__(None, None, None)
+        if self.entered:
+            self.entered.pop().__exit__(None, None, None)
 
 
 @functools.cache

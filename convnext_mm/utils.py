@@ -3,16 +3,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from rich.progress import Progress
+from torch import Tensor, nn
 
 from .errors import UserError
+
+LARGE_PICTURE = 2**24
+"""Pixels above which a picture is processed piece by piece where that is possible."""
 
 
 def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
@@ -72,6 +77,41 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def track_rows(rows: Iterable[tuple[slice, Tensor]], total: int,
+               progress: Progress | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a large picture's class map, with progress and the time left.
+
+    Args:
+        rows: Which rows, and their classes, from the top.
+        total: Number of rows of the picture.
+        progress: Gets a line; None: one of its own.
+    """
+    # Rows come in bursts, one for each row of windows.
+    bar = progress or Progress(speed_estimate_period=600)
+    with nullcontext() if progress else bar:
+        task = bar.add_task('Rows of the picture', total=total)
+        for block, classes in rows:
+            yield block, classes
+            bar.update(task, completed=block.stop)
+        bar.remove_task(task)
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create a folder, and check that files can be written to it.
+
+    Raises:
+        UserError: They cannot.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f'cannot write to the folder {folder.absolute()}: {error.strerror}. Name '
+                        'another one') from error
 
 
 @contextmanager

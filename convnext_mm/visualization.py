@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 
-from .utils import atomic_path
+from .utils import LARGE_PICTURE, atomic_path
 
 DPI = 80  # of every figure
+PANEL_WIDTH = (400, 1600)
+"""Smallest and largest width of a panel that is as wide as its image, in pixels."""
 METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
 """Metrics drawn by :func:`draw_curves`, as mmseg's and mmdet's evaluators name them."""
 
@@ -89,7 +92,7 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
 
 def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
                 panels: Sequence[str] = ('Input', 'Truth', 'Prediction'),
-                width: int = 400, score_threshold: float = 0.3,
+                width: int | None = 400, score_threshold: float = 0.3,
                 load: Callable[[str], np.ndarray] | None = None) -> None:
     """Draw the input, ground truth and prediction of a data sample side by side.
 
@@ -99,13 +102,20 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
         meta: The dataset's ``classes`` and ``palette``.
         path: The PNG file to write.
         panels: The panels to draw, of 'Input', 'Truth' and 'Prediction'.
-        width: Width of a panel in pixels.
+        width: Width of a panel in pixels; None: the image's, within :data:`PANEL_WIDTH`.
         score_threshold: Detections with a lower score are not drawn.
         load: Reads the image as the model's pipeline does; None: as an ordinary image file.
     """
-    image = to_picture(load(sample.img_path)) if load else _read_picture(sample.img_path)
+    image = load(sample.img_path) if load else _read_picture(sample.img_path)
+    size = image.shape
+    if width is None:
+        width = min(max(size[1], PANEL_WIDTH[0]), PANEL_WIDTH[1])
+    step = drawn_step(size)
+    image = image[::step, ::step]
+    image = to_picture(image) if load else image
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
+    extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)  # boxes count pixels of the whole image
     plt = pyplot()
     inches = width / DPI
     height = inches * image.shape[0] / image.shape[1]
@@ -114,12 +124,13 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     segmentation = 'pred_sem_seg' in sample
     drawn: Counter[int] = Counter()
     for axis, title in zip(axes[0], panels, strict=True):
-        axis.imshow(to_grayscale(image) if segmentation and title != 'Input' else image)
+        axis.imshow(to_grayscale(image) if segmentation and title != 'Input' else image,
+                    extent=None if segmentation else extent)
         axis.set_title(title, fontsize=15)
         axis.axis('off')
         prefix = dict(Truth='gt', Prediction='pred').get(title)
         if prefix and segmentation:
-            drawn |= draw_labels(axis, sample.get(f'{prefix}_sem_seg'), colors)
+            drawn |= draw_labels(axis, sample.get(f'{prefix}_sem_seg'), colors, step)
         elif prefix:
             drawn |= draw_instances(axis, sample.get(f'{prefix}_instances'), classes, colors,
                                     score_threshold)
@@ -129,6 +140,12 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / total,
                            bottom=(0.2 + 0.25 * lines) / total, wspace=0.03)
     save_figure(figure, path)
+
+
+def drawn_step(size: Sequence[int]) -> int:
+    """Of a large picture of a size (H, W), every few pixels in both directions are drawn."""
+    pixels = size[0] * size[1]
+    return 1 if pixels <= LARGE_PICTURE else math.ceil(math.sqrt(pixels / 2**22))
 
 
 def add_legend(figure: Any, drawn: Counter[int], classes: Sequence[str], colors: np.ndarray,
@@ -186,11 +203,12 @@ def class_colors(palette: Any, count: int) -> np.ndarray:
     return colormaps['hsv'](np.linspace(0, 1, count, endpoint=False))[:, :3]
 
 
-def draw_labels(axis: Any, mask: Any, colors: np.ndarray) -> Counter[int]:
-    """Overlay (H, W) labels on the image; returns the number of pixels per label."""
+def draw_labels(axis: Any, mask: Any, colors: np.ndarray, step: int = 1) -> Counter[int]:
+    """Overlay every ``step``-th label of (H, W); returns the number of pixels per label."""
     if mask is None:
         return Counter()
-    labels = mask.data.squeeze(0).long().cpu().numpy()  # mmseg's binary maps are floats
+    # mmseg's binary maps are floats.
+    labels = mask.data.squeeze(0)[::step, ::step].long().cpu().numpy()
     overlay = np.zeros((*labels.shape, 4))
     known = labels < len(colors)
     overlay[known] = np.concatenate(

@@ -135,3 +135,17 @@ def call_tool(script: str, *args: object) -> subprocess.CompletedProcess:
     finally:
         os.chdir(cwd)
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def predict(model: torch.nn.Module, scope: str):
+    """Return the prediction for an image of noise."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 255, (3, 96, 128), generator=generator, dtype=torch.uint8)
+    shape = dict(img_shape=(96, 128), ori_shape=(96, 128), pad_shape=(96, 128),
+                 batch_input_shape=(96, 128), scale_factor=(1.0, 1.0))
+    if scope == 'mmseg':
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmdet.structures import DetDataSample as Sample
+    with torch.no_grad():
+        return model.test_step(dict(inputs=[image], data_samples=[Sample(metainfo=shape)]))[0]

@@ -14,9 +14,8 @@ from convnext_mm.engine.speed import enable_packed_inference
 from convnext_mm.fused.packed import PackedBlock
 from convnext_mm.precision import check_dtype, reset_inference_dtype, set_inference_dtype
 from convnext_mm.resolution import resolve
-from tests.engine.test_speed import predict
-from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, run_tool
-from tests.ops.test_detectors import build as build_detector
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, predict, run_tool
+from tests.ops.detectors import build as build_detector
 
 CASES = [(DEMO_SEGMENTATION, 'mmseg'), (DEMO_DETECTION, 'mmdet')]
 

@@ -3,14 +3,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from convnext_mm import UserError
+from convnext_mm import UserError, prediction, tiff, visualization
 from convnext_mm.engine.checks import read_config
 from convnext_mm.layers import Block
 from convnext_mm.prediction import Predictor, find_images, output_names
-from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, call_tool
+from convnext_mm.segmentation import segmentor
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, call_tool
 
 
 @pytest.fixture(scope='module')
@@ -63,6 +65,136 @@ def test_predictions_have_the_size_of_the_image(checkpoints, tmp_path):
     assert all(block._packed for block in blocks), 'packed, since the weights are final'
     assert predict.meta['classes'][0] == 'sand'
     assert predict.meta['palette'][0] == (222, 203, 144)
+
+
+def by_rows(monkeypatch, large: int = 1000) -> None:
+    """Treat pictures of more than so many pixels as large."""
+    for module in (prediction, segmentor, tiff, visualization):
+        monkeypatch.setattr(module, 'LARGE_PICTURE', large)
+
+
+def slide_config(path: Path, steps=('LoadImageFromFile', 'PackSegInputs')) -> Path:
+    """The demo's segmentor in slide mode; by default at the pictures' own scale."""
+    steps = [dict(type=step) if isinstance(step, str) else step for step in steps]
+    path.write_text(f'''
+_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}
+test_pipeline = {[*steps[:-1], dict(type='LoadAnnotations', reduce_zero_label=True), steps[-1]]}
+model = dict(test_cfg=dict(mode='slide', crop_size=(128, 128), stride=(85, 85)))
+''')
+    return path
+
+
+def smooth_picture(height: int, width: int) -> np.ndarray:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 9, width // 9, 3), np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height)))
+
+
+def test_large_pictures_are_predicted_by_rows(checkpoints, tmp_path, monkeypatch):
+    image = smooth_picture(300, 410)
+    scale = (33550, 'd', 3, (0.5, 0.5, 0.0), True)
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    tifffile.imwrite(photos / 'a.tif', image, photometric='rgb', tile=(64, 64),
+                     compression='zlib', extratags=[scale])
+    Image.fromarray(image).save(photos / 'b.png')
+    config = slide_config(tmp_path / 'slide.py')
+    checkpoint = checkpoints[DEMO_SEGMENTATION]
+    predict = Predictor(read_config(str(config)), str(checkpoint), 'cpu')
+    expected = predict(str(photos / 'b.png')).pred_sem_seg.data[0].numpy() + 1
+    assert len(np.unique(expected)) > 1
+    by_rows(monkeypatch)
+    loaded = []
+    monkeypatch.setattr(Predictor, '__call__', lambda self, path: loaded.append(path))
+    done = call_tool('tools/image_demo.py', photos, config, checkpoint, '--out', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    assert not loaded
+    names = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert names == ['a.classes.tif', 'a.png', 'b.classes.png', 'b.png']
+    assert f"class map: {tmp_path / 'out' / 'b.classes.png'}" in done.stdout
+    with tifffile.TiffFile(tmp_path / 'out' / 'a.classes.tif') as file:
+        assert np.array_equal(file.asarray(), expected)
+        assert file.pages[0].tags[33550].value == scale[3]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / 'out' / 'b.classes.png')), expected)
+    drawn = [np.asarray(Image.open(tmp_path / 'out' / name), int) for name in ('a.png', 'b.png')]
+    assert np.abs(drawn[0] - drawn[1]).max() == 0
+    assert drawn[0].std() > 20
+
+
+def test_a_pipeline_that_scales_large_pictures_is_followed(checkpoints, tmp_path, monkeypatch):
+    by_rows(monkeypatch)
+    tifffile.imwrite(tmp_path / 'a.tif', smooth_picture(300, 410), photometric='rgb')
+    settings = (str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
+    for resize, size in ((dict(scale=(205, 150), keep_ratio=True), '205×150'),
+                         (dict(scale_factor=0.5), '205×150'),
+                         (dict(scale=(100, 90), keep_ratio=False), '100×90')):
+        steps = ['LoadImageFromFile', dict(type='Resize', **resize), 'PackSegInputs']
+        predict = Predictor(read_config(str(slide_config(tmp_path / 'c.py', steps=steps))),
+                            *settings)
+        picture = predict.open(str(tmp_path / 'a.tif'))
+        assert picture.reader is None
+        assert picture.notes == [f'the test pipeline scales it from 410×300 to {size}. For its own '
+                                 'scale, set a test_pipeline without Resize']
+    for resize in (dict(scale_factor=1.0), dict(scale=(410, 300), keep_ratio=True)):
+        steps[1] = dict(type='Resize', **resize)
+        predict = Predictor(read_config(str(slide_config(tmp_path / 'c.py', steps=steps))),
+                            *settings)
+        assert predict.open(str(tmp_path / 'a.tif')).reader is not None
+
+
+def test_masks_of_small_pictures_on_request(checkpoints, tmp_path):
+    Image.fromarray(smooth_picture(90, 120)).save(tmp_path / 'a.png')
+    command = ['tools/image_demo.py', tmp_path / 'a.png', DEMO_SEGMENTATION,
+               checkpoints[DEMO_SEGMENTATION], '--out', tmp_path / 'out']
+    call_tool(*command)
+    assert not (tmp_path / 'out' / 'a.classes.png').exists()
+    call_tool(*command, '--masks')
+    predict = Predictor(read_config(DEMO_SEGMENTATION), str(checkpoints[DEMO_SEGMENTATION]), 'cpu')
+    expected = predict(str(tmp_path / 'a.png')).pred_sem_seg.data[0].numpy() + 1
+    found = np.asarray(Image.open(tmp_path / 'out' / 'a.classes.png'))
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, expected)
+    done = call_tool('tools/image_demo.py', tmp_path / 'a.png', DEMO_DETECTION, 'none', '--masks')
+    assert 'Error: --masks writes class maps of segmentation' in done.stderr
+
+
+def test_damaged_large_pictures_and_full_disks(checkpoints, tmp_path, monkeypatch):
+    by_rows(monkeypatch)
+    config, out = slide_config(tmp_path / 'slide.py'), tmp_path / 'out'
+    image = smooth_picture(300, 410)
+    tifffile.imwrite(tmp_path / 'a.tif', image, photometric='rgb', rowsperstrip=20,
+                     compression='zlib')
+    data = (tmp_path / 'a.tif').read_bytes()
+    (tmp_path / 'cut.tif').write_bytes(data[:-2000])
+    with tifffile.TiffFile(tmp_path / 'a.tif') as file:
+        start = file.pages[0].dataoffsets[10]
+    (tmp_path / 'bad.tif').write_bytes(data[:start] + b'x' * 100 + data[start + 100:])
+    tifffile.imwrite(tmp_path / 'six.tif', np.zeros((90, 90, 6), np.uint8), planarconfig='contig',
+                     photometric='minisblack')
+    command = ['tools/image_demo.py', tmp_path / 'cut.tif', tmp_path / 'bad.tif', config,
+               checkpoints[DEMO_SEGMENTATION], '--out', out]
+    done = call_tool(*command)
+    assert done.returncode == 2
+    assert f'{tmp_path}/cut.tif (truncated: it has' in done.stderr
+    assert f'{tmp_path}/bad.tif (strip or tile 10 is damaged' in done.stderr
+    assert list(out.iterdir()) == [], 'nothing half-written'
+
+    bands = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend='tifffile')
+    six = slide_config(tmp_path / 'six.py', steps=[bands, 'PackSegInputs'])
+    done = call_tool('tools/image_demo.py', tmp_path / 'six.tif', six,
+                     checkpoints[DEMO_SEGMENTATION], '--out', out)
+    assert f'{tmp_path}/six.tif (it has 6 bands, but model.backbone.in_chans is 3)' in done.stderr
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(tiff, 'keep_every', lambda *args: None)
+    monkeypatch.setattr(prediction, 'write_class_map', full)
+    done = call_tool('tools/image_demo.py', tmp_path / 'a.tif', *command[3:])
+    assert done.returncode == 2
+    assert (f'Error: cannot write the results of {tmp_path}/a.tif to {out}: No space left on '
+            'device') in done.stderr
+    (tmp_path / 'file').touch()
+    done = call_tool(*command[:-1], tmp_path / 'file' / 'out')
+    assert f'Error: cannot write to the folder {tmp_path}/file/out: Not a directory' in done.stderr
 
 
 def test_weights_of_another_model_are_refused(checkpoints):

@@ -16,6 +16,8 @@ if __name__ == '__main__':
     parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
     parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
                         help='minimum score of drawn detections (default: 0.3)')
+    parser.add_argument('--masks', action='store_true', help='also write the class map of each '
+                        'image (segmentation); of large pictures, it is always written')
     add_dtype(parser)
     add_cfg_options(parser)
     run_cli(image_demo, parser.parse_args())

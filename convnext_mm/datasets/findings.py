@@ -177,4 +177,8 @@ def failure_reason(error: Exception) -> str:
         return 'file not found'
     if isinstance(error, Image.UnidentifiedImageError):
         return 'not an image'
+    if "requires the 'imagecodecs' package" in str(error):
+        return 'its compression needs the package imagecodecs: pip install imagecodecs'
+    if isinstance(error, Image.DecompressionBombError):
+        return f'{error}; a TIFF file of strips or tiles can have any size'
     return str(error) or type(error).__name__

@@ -121,34 +121,51 @@ class AbsentClassesHook(Hook):
 
 
 class PredictionsHook(Hook):
-    """Draws predictions of each validation and test to ``predictions/`` in the work dir.
+    """Draws predictions of each validation and test.
 
     Each figure shows an image, its ground truth and its prediction side by side.
 
     Args:
-        num_pictures: Number of images, evenly spread over the data set.
+        num_pictures: Number of images, evenly spread over the data set; None: all, those of every
+            process.
+        folder: Where the figures are written; None: ``predictions/`` in the work dir.
+        width: Of a panel, in pixels; None: the image's, within limits.
     """
 
-    def __init__(self, num_pictures: int = 8) -> None:
-        self.num_pictures = num_pictures
+    def __init__(self, num_pictures: int | None = 8, folder: str | None = None,
+                 width: int | None = 400) -> None:
+        self.num_pictures, self.folder, self.width = num_pictures, folder, width
+
+    def _folder(self, runner) -> Path:
+        return Path(self.folder or Path(runner.work_dir, 'predictions'))
 
     @never_fatal
     def _after_iter(self, runner, batch_idx: int, data_batch: Any = None,
                     outputs: Sequence | None = None, mode: str = 'val') -> None:
-        if mode == 'train' or not is_main_process() or not outputs:
+        count = self.num_pictures
+        if mode == 'train' or not outputs or not (count is None or is_main_process()):
             return
         loader = (runner.val_loop if mode == 'val' else runner.test_loop).dataloader
         steps = getattr(getattr(loader.dataset, 'pipeline', None), 'transforms', None)
-        step = max(1, len(loader.dataset) // max(1, self.num_pictures))
+        step = 1 if count is None else max(1, len(loader.dataset) // max(1, count))
         meta = getattr(runner.visualizer, 'dataset_meta', None) or loader.dataset.metainfo
         for index, sample in enumerate(outputs, batch_idx * (loader.batch_size or 1)):
-            if index % step == 0 and index // step < self.num_pictures:
-                folder = Path(runner.work_dir, 'predictions')
-                folder.mkdir(parents=True, exist_ok=True)
-                draw_sample(sample, meta, folder / f'{Path(sample.img_path).stem}.png',
+            if index % step == 0 and (count is None or index // step < count):
+                path = self._folder(runner) / self._name(sample.img_path, loader.dataset)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw_sample(sample, meta, path, width=self.width,
                             load=loader_of(steps) if steps else None)
+
+    @staticmethod
+    def _name(image: str, dataset: Any) -> Path:
+        """The name of an image's figure, with the folders below that of the images."""
+        prefix = getattr(dataset, 'data_prefix', None) or {}
+        root = os.path.abspath(prefix.get('img_path') or prefix.get('img') or '')
+        path = Path(os.path.abspath(image))
+        return (path.relative_to(root) if path.is_relative_to(root)
+                else Path(path.name)).with_suffix('.png')
 
     @master_only
     def after_test(self, runner) -> None:
         """Log the path of the figures."""
-        print_log(f'Predictions: {Path(runner.work_dir, "predictions")}', logger='current')
+        print_log(f'Predictions: {self._folder(runner)}', logger='current')

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ..datasets import inspection
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..errors import UserError
 from ..precision import DTYPES, check_dtype
-from ..utils import atomic_path, is_first_process, unwrap_model
+from ..utils import atomic_path, is_first_process, track_rows, unwrap_model, writable_folder
 from . import checks, fallbacks, speed
 from .cfg_options import add_cfg_options
 from .runner import ConvNeXtRunner
@@ -115,25 +116,34 @@ def test(args: argparse.Namespace) -> None:
     cfg = _load_config(args, notes)
     check_dtype(cfg.get('inference_dtype') or 'fp32', get_device())
     cfg.load_from = args.checkpoint
-    if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, interval=1, show=args.show,
+    if args.show:
+        cfg.default_hooks.visualization.update(draw=True, interval=1, show=True,
                                                wait_time=args.wait_time)
-        if args.show_dir and cfg.default_scope == 'mmdet':
-            # mmdet resolves a relative path inside the run's log folder.
-            cfg.default_hooks.visualization.test_out_dir = os.path.abspath(args.show_dir)
-        elif args.show_dir:
-            cfg.visualizer.save_dir = args.show_dir
+    if args.show_dir:
+        # The toolboxes' hooks read images in their own way, and draw at their full size.
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(
+            type='PredictionsHook', num_pictures=None, width=None,
+            folder=str(writable_folder(args.show_dir)))]
     if args.tta or cfg.get('test_time_augmentation'):  # set in the _ms recipes
         _use_tta(cfg)
     build_dump_metric = _dump_predictions(cfg, args.out) if args.out else None
     _print_summary(cfg, notes, training=False)
     with _build_runner(cfg, ('test',)) as runner:
-        model = unwrap_model(runner.model)  # from DistributedDataParallel and augmentation
+        model: Any = unwrap_model(runner.model)  # from DistributedDataParallel and augmentation
         checkpoints.check_complete(model, args.checkpoint)
         speed.enable_packed_inference(model)
+        if hasattr(model, 'progress') and is_first_process():
+            model.progress = track_rows
         if build_dump_metric is not None:
             runner.test_evaluator.metrics.append(build_dump_metric())
-        runner.test()
+        try:
+            runner.test()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f'the disk is full ({error}). The results, in '
+                            f'{", ".join(filter(None, (cfg.work_dir, args.out, args.show_dir)))}, '
+                            'are incomplete: make room, and run the test again') from error
 
 
 def check_dataset(args: argparse.Namespace) -> None:
@@ -248,7 +258,7 @@ def _dump_predictions(cfg: Config, out: str) -> Callable | None:
         UserError: The file name does not end in .pkl (mmdet).
     """
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.output_dir = out
+        cfg.test_evaluator.output_dir = str(writable_folder(out))
         if cfg.test_evaluator.type == 'CityscapesMetric':  # it deletes them otherwise
             cfg.test_evaluator.keep_results = True
         return None

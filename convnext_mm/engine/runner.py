@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
@@ -17,6 +18,7 @@ from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..utils import unwrap_model
 from . import speed
+from .evaluation import count_in_blocks
 from .fallbacks import CPUAmpOptimWrapper
 
 
@@ -60,6 +62,12 @@ class ConvNeXtRunner(Runner):
             built = super().build_optim_wrapper(optim_wrapper)
         if isinstance(built, (AmpOptimWrapper, CPUAmpOptimWrapper)):
             keep_outputs_in_fp32(unwrap_model(self.model))
+        return built
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build the evaluator, which counts the pixels of large class maps exactly."""
+        built = super().build_evaluator(evaluator)
+        count_in_blocks(built)
         return built
 
     def dump_config(self) -> None:

@@ -82,8 +82,8 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
 
     Args:
         logits_of: The logits of a row of windows, (H, W of all windows side by side, classes).
-            Called in order, once for each; only the rows that overlap are kept.
-        first: Those that are known already.
+            Called in order, once for each; of the rows before, only what overlaps is kept.
+        first: Those that are known already; changed.
         rows: The vertical direction.
         columns: The horizontal direction.
         classify: Logits (..., classes) → classes (...).
@@ -91,8 +91,9 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
     Yields:
         The rows, and their classes (rows, W).
     """
-    kept = dict(first)
-    device = next(iter(kept.values())).device
+    device = next(iter(first.values())).device
+    kept = first  # a copy would keep the first row for as long as the caller's
+    tops = dict.fromkeys(kept, 0)  # how much of each row is gone
     height, width = CPU_BLOCK if device.type == 'cpu' else GPU_BLOCK
     blocks = axis_blocks(columns, width, device)
     for lines, used, matrix in axis_blocks(rows, height, device):
@@ -101,19 +102,26 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
             if i not in needed:
                 del kept[i]
         for i in needed:
-            if i not in kept:
-                kept[i] = logits_of(i)
+            if i in kept:
+                continue
+            for above in () if rows.flipped else kept:
+                top = max(used.start - above * rows.length, 0)
+                kept[above] = kept[above][top - tops[above]:].clone()
+                tops[above] = top
+            kept[i], tops[i] = logits_of(i), 0
         source = torch.cat([
-            kept[i][max(used.start - i * rows.length, 0):used.stop - i * rows.length]
+            kept[i][max(used.start - i * rows.length, 0) - tops[i]:
+                    used.stop - i * rows.length - tops[i]]
             for i in needed]).float()
         out = None
-        for block, logits, values in blocks:
-            part = torch.matmul(values, source[:, logits])  # (logits' rows, block, classes)
-            pixels = (matrix @ part.flatten(1)).view(-1, *part.shape[1:])
-            classes = classify(pixels)
-            if out is None:
-                out = classes.new_empty(len(classes), columns.out)
-            out[:, block] = classes
+        with torch.autocast(device.type, enabled=False):  # interpolation and averages in fp32
+            for block, logits, values in blocks:
+                part = torch.matmul(values, source[:, logits])  # (logits' rows, block, classes)
+                pixels = (matrix @ part.flatten(1)).view(-1, *part.shape[1:])
+                classes = classify(pixels)
+                if out is None:
+                    out = classes.new_empty(len(classes), columns.out)
+                out[:, block] = classes
         assert out is not None
         yield lines, out
 

@@ -1,9 +1,13 @@
 """Hooks that draw figures during a run."""
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tifffile
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from PIL import Image
 
 from convnext_mm.engine import hooks
 from tests.helpers import log_line, write_log
@@ -24,7 +28,7 @@ def test_a_failed_figure_does_not_stop_the_run(tmp_path, monkeypatch):
 def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(hooks, 'draw_sample',
-                        lambda sample, meta, path, load: drawn.append(path.stem))
+                        lambda sample, meta, path, **_: drawn.append(path.stem))
     samples = [SimpleNamespace(img_path=f'{i}.jpg') for i in range(20)]
     loader = SimpleNamespace(dataset=samples, batch_size=batch_size)
     runner = SimpleNamespace(work_dir=str(tmp_path), val_loop=SimpleNamespace(dataloader=loader),
@@ -34,6 +38,29 @@ def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeyp
         hook.after_val_iter(runner, batch,
                             outputs=samples[batch * batch_size:(batch + 1) * batch_size])
     assert drawn == ['0', '5', '10', '15']
+
+
+def test_all_images_of_any_number_of_bands_are_drawn(tmp_path):
+    load = LoadImageFromFile(color_type='unchanged', imdecode_backend='tifffile')
+    dataset = SimpleNamespace(pipeline=SimpleNamespace(transforms=[load]),
+                              data_prefix=dict(img_path=str(tmp_path / 'images')),
+                              metainfo=dict(classes=('a', 'b'), palette=[[255, 0, 0], [0, 0, 255]]))
+    runner = SimpleNamespace(visualizer=None, test_loop=SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=dataset, batch_size=1)))
+    hook = hooks.PredictionsHook(num_pictures=None, folder=str(tmp_path / 'out'), width=None)
+    for index, (folder, label) in enumerate((('one', 0), ('two', 1))):
+        path = tmp_path / 'images' / folder / 'a.tif'
+        path.parent.mkdir(parents=True)
+        tifffile.imwrite(path, np.full((60, 80, 6), 99, np.uint16), photometric='minisblack',
+                         planarconfig='contig')
+        mask = PixelData(data=torch.full((1, 60, 80), label))
+        sample = BaseDataElement(pred_sem_seg=mask, metainfo=dict(img_path=str(path)))
+        hook.after_test_iter(runner, index, outputs=[sample])
+    drawn = [np.asarray(Image.open(tmp_path / 'out' / folder / 'a.png').convert('RGB'), int)
+             for folder in ('one', 'two')]
+    right = [image[100:200, -300:-100].mean((0, 1)) for image in drawn]
+    assert right[0][0] - right[1][0] > 100, 'red and blue'
+    assert right[1][2] - right[0][2] > 100
 
 
 @pytest.mark.parametrize('dtype', [torch.long, torch.float32])

@@ -44,9 +44,9 @@ def run_scripts(*commands: list) -> subprocess.CompletedProcess:
     return run_tool(sys.executable, '-c', RUN_SCRIPTS, json.dumps(commands))
 
 
-def count_images(folder: Path, suffix: str = 'png') -> int:
-    """Return the number of images in a folder and its subfolders."""
-    return len(list(folder.rglob(f'*.{suffix}')))
+def count_images(folder: Path) -> int:
+    """Return the number of PNG images in a folder and its subfolders."""
+    return len(list(folder.rglob('*.png')))
 
 
 @pytest.fixture(scope='module')
@@ -162,7 +162,7 @@ def test_detection_is_evaluated_with_tta_and_pickle(detection_run, detection_opt
     assert 'Exit status' not in tta
     for name in ('plain', 'tta'):
         assert (tmp_path / f'{name}.pkl').is_file()
-        assert count_images(tmp_path / f'{name}_shown', 'jpg') == 4
+        assert count_images(tmp_path / f'{name}_shown') == 4
         assert count_images(tmp_path / name / 'predictions') == 4
 
 

@@ -19,6 +19,7 @@ from tests.helpers import (
     ROOT,
     SEGMENTATION,
     operators_are_compiled,
+    predict,
 )
 
 
@@ -103,20 +104,6 @@ def build_model(config: str, seed: int = 0, stock_extractors: bool = False) -> n
     model = MODELS.build(cfg.model)
     model.init_weights()
     return model.eval()
-
-
-def predict(model: nn.Module, scope: str):
-    """Return the prediction for an image of noise."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 255, (3, 96, 128), generator=generator, dtype=torch.uint8)
-    shape = dict(img_shape=(96, 128), ori_shape=(96, 128), pad_shape=(96, 128),
-                 batch_input_shape=(96, 128), scale_factor=(1.0, 1.0))
-    if scope == 'mmseg':
-        from mmseg.structures import SegDataSample as Sample
-    else:
-        from mmdet.structures import DetDataSample as Sample
-    with torch.no_grad():
-        return model.test_step(dict(inputs=[image], data_samples=[Sample(metainfo=shape)]))[0]
 
 
 def test_segmentation_is_the_same_in_channels_last():

@@ -3,22 +3,19 @@
 Where mmcv has compiled operators, both give the same losses, gradients and boxes.
 """
 import random
-from pathlib import Path
 
-import mmdet
 import numpy as np
 import pytest
 import torch
 from mmdet.testing import demo_mm_inputs
-from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.logging import MessageHub
+from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 
 import convnext_mm  # noqa: F401
+from tests.ops.detectors import build
 from tests.ops.extensions import COMPILED, OURS, operators
 
-CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 DETECTORS = [
     'faster_rcnn/faster-rcnn_r50_fpn_1x_coco', 'retinanet/retinanet_r50_fpn_1x_coco',
     'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco', 'atss/atss_r50_fpn_1x_coco',
@@ -32,36 +29,6 @@ DETECTORS = [
     'tood/tood_r50_fpn_1x_coco', 'vfnet/vfnet_r50_fpn_1x_coco',
     'reppoints/reppoints-moment_r50_fpn_1x_coco', 'carafe/faster-rcnn_r50_fpn-carafe_1x_coco',
     'atss/atss_r50_fpn_dyhead', 'yolox/yolox_tiny_8xb8-300e_coco']
-DIMS = [8, 16, 24, 32]
-
-
-def build(name):
-    """A small detector of mmdet with our backbone."""
-    config = CONFIGS / f'{name}.py'
-    if 'dyhead' in name:
-        config = CONFIGS / 'dyhead' / 'atss_r50_fpn_dyhead_1x_coco.py'
-    cfg = Config.fromfile(config).model
-    stages = cfg.backbone.get('out_indices', (1, 2, 3))
-    stages = [1, 2, 3] if len(stages) == 3 else [0, 1, 2, 3]
-    cfg.data_preprocessor.batch_augments = None
-    cfg.backbone = dict(type='ConvNeXt', depths=[1, 1, 1, 1], dims=DIMS, out_indices=stages)
-    channels = [DIMS[i] for i in stages]
-    if cfg.get('neck'):
-        (cfg.neck[0] if isinstance(cfg.neck, list) else cfg.neck).in_channels = channels
-    else:
-        cfg.panoptic_head.in_channels = channels
-    if 'num_queries' in cfg:
-        cfg.num_queries = 50
-    for part in ('train_cfg', 'test_cfg'):
-        for proposals in ('rpn', 'rpn_proposal'):
-            if 'max_per_img' in (cfg.get(part) or {}).get(proposals, {}):
-                cfg[part][proposals].max_per_img = 60
-    torch.manual_seed(0)
-    model = MODELS.build(cfg)
-    model.backbone.init_cfg = None
-    MMLogger.get_instance('mmengine', log_level='WARNING')  # hide how each is initialized
-    model.init_weights()
-    return model
 
 
 def step(model, extension):

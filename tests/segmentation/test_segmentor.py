@@ -17,7 +17,8 @@ from mmseg.structures import SegDataSample
 
 from convnext_mm.engine import speed
 from convnext_mm.fused.resampling import interpolation
-from convnext_mm.segmentation import stitching
+from convnext_mm.precision import DTYPES, set_inference_dtype
+from convnext_mm.segmentation import segmentor, stitching
 from convnext_mm.segmentation.segmentor import EncoderDecoder
 from convnext_mm.segmentation.stitching import Axis, window_starts
 
@@ -204,6 +205,75 @@ def test_no_map_of_all_classes_has_the_size_of_the_image():
         ours.predict(x, samples(size, size))
     # Two rows of windows of logits at a stride of 4, both overlapping by half.
     assert max(largest) <= max(x.numel() * 4, 8 * size[0] * size[1])
+
+
+@pytest.mark.parametrize('preprocessor', [
+    dict(bgr_to_rgb=True), dict(test_cfg=dict(size=(160, 90))),
+    dict(test_cfg=dict(size_divisor=32), pad_val=7),
+    dict(type='MultiBandPreprocessor', base='SegDataPreProcessor', mean=[1., 2., 3.],
+         std=[4., 5., 6.])])
+@torch.no_grad()
+def test_windows_of_large_pictures_are_normalized_one_by_one(preprocessor, monkeypatch):
+    model = build(True, MODES[1])
+    model.data_preprocessor = MODELS.build(dict(
+        dict(type='SegDataPreProcessor', mean=[120, 110, 100], std=[60, 50, 40]), **preprocessor))
+    image = (images((133, 201), 1)[0] * 255).clip(0, 255).byte()
+
+    def predict() -> tuple[Tensor, dict]:
+        sample = samples((133, 201), (70, 210))
+        found = model.test_step(dict(inputs=[image], data_samples=sample))[0]
+        assert torch.equal(found.pred_sem_seg.data, model.val_step(
+            dict(inputs=[image], data_samples=samples((133, 201), (70, 210))))[0].pred_sem_seg.data)
+        return found.pred_sem_seg.data, found.metainfo
+    expected, meta = predict()
+    assert len(expected.unique()) > 1
+    largest, shown = [], []
+    normalize = type(model.data_preprocessor).forward
+    monkeypatch.setattr(type(model.data_preprocessor), 'forward', lambda self, data, *args: (
+        largest.append(data['inputs'][0].shape), normalize(self, data, *args))[1])
+    monkeypatch.setattr(segmentor, 'LARGE_PICTURE', 100)
+    model.progress = lambda rows, total: (shown.append(total), rows)[1]
+    found, large_meta = predict()
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+    assert max(shape[1] for shape in largest) <= 64
+    assert max(shape[2] for shape in largest) <= 96
+    assert shown == [70, 70]
+    largest.clear()
+    with torch.enable_grad():
+        model.test_step(dict(inputs=[image], data_samples=samples((133, 201), (70, 210))))
+    assert largest == [(3, 133, 201)], "mmseg's way, with gradients"
+    assert large_meta.get('img_padding_size') == meta.get('img_padding_size')
+
+
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+@torch.no_grad()
+def test_class_maps_by_rows_are_those_of_whole_pictures(dtype):
+    model = build(True, MODES[1])
+    dtypes = set()
+    model.decode_head.conv_seg.register_forward_pre_hook(
+        lambda layer, args: dtypes.add(args[0].dtype))
+    set_inference_dtype(model, dtype)
+    image = (images((133, 201), 1)[0] * 255).clip(0, 255).byte()
+    expected = model.test_step(dict(inputs=[image], data_samples=samples(
+        (133, 201), (133, 201))))[0].pred_sem_seg.data[0]
+    tops = []
+
+    def read(top, bottom, left, right):
+        tops.append(top)
+        return image[:, top:bottom, left:right]
+    assert model.reads_windows()
+    rows = list(model.class_rows(read, 133, 201))
+    assert dtypes == {DTYPES[dtype]}
+    assert torch.equal(torch.cat([classes for _, classes in rows]), expected)
+    assert [block.start for block, _ in rows] == list(range(0, 133, stitching.CPU_BLOCK[0]))
+    assert tops == sorted(tops)
+    assert set(tops) == {0, 43, 69}
+    for change in (lambda: model.test_cfg.update(seg_logits=True),
+                   lambda: model.register_forward_hook(print)):
+        change()
+        assert not model.reads_windows()
+        model.test_cfg.pop('seg_logits', None)
 
 
 @pytest.mark.parametrize(('length', 'crop', 'stride', 'expected'), [
