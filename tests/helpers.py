@@ -15,9 +15,13 @@ from unittest import mock
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 from benchmarks.measuring import saved_activation_memory
 from convnext_mm import ConvNeXt
+from convnext_mm.engine.checks import read_config
+from convnext_mm.engine.fallbacks import adapt_to_device
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / 'tests' / 'data'
@@ -137,7 +141,20 @@ def call_tool(script: str, *args: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
-def predict(model: torch.nn.Module, scope: str):
+def build_model(config: str, options: dict | None = None) -> nn.Module:
+    """Build a demo model with random weights and options, in eval mode."""
+    cfg = read_config(config, {'model.backbone.init_cfg': None, **(options or {})})
+    if 'decode_head' in cfg.model:
+        cfg.model.test_cfg.seg_logits = True
+    adapt_to_device(cfg)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model.eval()
+
+
+def predict(model: nn.Module, scope: str):
     """Return the prediction for an image of noise."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 255, (3, 96, 128), generator=generator, dtype=torch.uint8)

@@ -2,32 +2,32 @@
 import pytest
 import torch
 from mmdet.apis import DetInferencer
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.apis import MMSegInferencer
 
 from convnext_mm import UserError
 from convnext_mm.engine.checks import read_config
-from convnext_mm.engine.fallbacks import adapt_to_device
 from convnext_mm.engine.runner import ConvNeXtRunner
 from convnext_mm.engine.speed import enable_packed_inference
 from convnext_mm.fused.packed import PackedBlock
 from convnext_mm.precision import check_dtype, reset_inference_dtype, set_inference_dtype
 from convnext_mm.resolution import resolve
-from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, predict, run_tool
-from tests.ops.detectors import build as build_detector
+from tests.detectors import build_detector
+from tests.helpers import (
+    DEMO_DETECTION,
+    DEMO_SEGMENTATION,
+    ROOT,
+    build_model,
+    predict,
+    run_tool,
+)
 
 CASES = [(DEMO_SEGMENTATION, 'mmseg'), (DEMO_DETECTION, 'mmdet')]
 
 
 def build(config, **options):
-    cfg = read_config(config, {'model.backbone.init_cfg': None, **options})
-    adapt_to_device(cfg)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    return model.eval()
+    return build_model(config, options)
 
 
 def dtypes_of(model, name):

@@ -125,8 +125,10 @@ class FusedLinear(nn.Linear, Packable):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) → (N, C')."""
+        if x.dim() != 2 or torch.compiler.is_compiling() or not fusible(x, self):
+            return super().forward(x)
         y = x.to(functions.compute_dtype(x))
-        if x.dim() != 2 or not fusible(x, self) or not self.uses_packed(y, self.weight):
+        if not self.uses_packed(y, self.weight):
             return super().forward(x)
         with functions.without_autocast(y):
             return self.current_packed((self.weight, self.bias), PackedLinear, y.dtype)(y)

@@ -146,6 +146,18 @@ def uses_mixed_precision(values: dict[str, Any]) -> bool:
     return bool(values.get('fp16')) or bool(hook.get('use_fp16')) or 'Fp16' in hook.get('type', '')
 
 
+def use_variants(old: Any, inherited: Any) -> None:
+    """Name our variant of a class where the inherited fragment has it, in place."""
+    if isinstance(old, dict) and isinstance(inherited, dict):
+        if inherited.get('type') == f'convnext_mm.{old.get("type")}':
+            old['type'] = inherited['type']
+        for key in old.keys() & inherited.keys():
+            use_variants(old[key], inherited[key])
+    elif isinstance(old, list) and isinstance(inherited, list):
+        for one, other in zip(old, inherited, strict=False):
+            use_variants(one, other)
+
+
 class Conversion:
     """Converts one config, with one method per subject.
 
@@ -215,6 +227,7 @@ class Conversion:
             pretrained = model['backbone'].pop('pretrained') or pretrained
         if model.get('backbone'):
             model['backbone'] = self.convert_backbone(model['backbone'])
+        use_variants(model, inherited)
         self.fill_box_heads(model, inherited)
         if pretrained:
             model.setdefault('backbone', {})['init_cfg'] = dict(

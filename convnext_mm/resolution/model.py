@@ -112,8 +112,9 @@ def backbone_strides_and_anchors(edits: Edits) -> None:
         UserError: The user has set others.
     """
     maps, neck = backbone_maps(edits.get('model.backbone')), edits.get('model.neck')
-    if maps is None or not isinstance(neck, dict) or neck.get('type') != 'FPN' or neck.get(
-            'start_level') or not isinstance(neck.get('num_outs'), int):
+    if maps is None or not isinstance(neck, dict) or str(neck.get('type')).removeprefix(
+            'convnext_mm.') != 'FPN' or neck.get('start_level') or not isinstance(
+            neck.get('num_outs'), int):
         return
     strides = list(maps.strides)
     while strides and len(strides) < neck['num_outs']:

@@ -6,7 +6,6 @@ import torch
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
 
 from convnext_mm import UserError
 from convnext_mm.engine import speed
@@ -18,9 +17,13 @@ from tests.helpers import (
     DEMO_SEGMENTATION,
     ROOT,
     SEGMENTATION,
+    build_model,
     operators_are_compiled,
     predict,
 )
+
+STOCK_EXTRACTORS = {f'model.roi_head.{part}_roi_extractor.type': 'SingleRoIExtractor'
+                    for part in ('bbox', 'mask')}
 
 
 def read_fast_config(tmp_path, text: str = '') -> Config:
@@ -89,23 +92,6 @@ def test_wrong_keys_are_named(tmp_path, text, message):
         read_fast_config(tmp_path, text)
 
 
-def build_model(config: str, seed: int = 0, stock_extractors: bool = False) -> nn.Module:
-    """Build a demo model with random weights, in eval mode."""
-    options = {'model.backbone.init_cfg': None}
-    if stock_extractors:
-        options |= {f'model.roi_head.{part}_roi_extractor.type': 'SingleRoIExtractor'
-                    for part in ('bbox', 'mask')}
-    cfg = read_config(config, options)
-    if 'decode_head' in cfg.model:
-        cfg.model.test_cfg.seg_logits = True
-    adapt_to_device(cfg)
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(seed)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    return model.eval()
-
-
 def test_segmentation_is_the_same_in_channels_last():
     model = build_model(DEMO_SEGMENTATION)
     before = predict(model, 'mmseg')
@@ -141,7 +127,7 @@ def test_packed_inference_is_the_same(config, scope):
 
 def test_detection_is_the_same_in_channels_last():
     """RoIAlign reads memory as contiguous, so that other layouts give wrong results."""
-    model = build_model(DEMO_DETECTION, stock_extractors=True)
+    model = build_model(DEMO_DETECTION, STOCK_EXTRACTORS)
     before = predict(model, 'mmdet').pred_instances
     speed.use_channels_last(model)
     after = predict(model, 'mmdet').pred_instances

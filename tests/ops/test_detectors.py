@@ -12,8 +12,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 
-import convnext_mm  # noqa: F401
-from tests.ops.detectors import build
+from tests.detectors import build_detector
 from tests.ops.extensions import COMPILED, OURS, operators
 
 DETECTORS = [
@@ -59,7 +58,7 @@ def step(model, extension):
 def test_detector(name):
     init_default_scope('mmdet')
     MessageHub.get_current_instance().update_info('epoch', 0)  # TOOD asks for it
-    model = build(name)
+    model = build_detector(name)
     log, gradients, results = step(model, OURS)
     assert all(torch.as_tensor(value).isfinite().all() for value in log.values())
     assert gradients.isfinite().all()

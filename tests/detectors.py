@@ -1,8 +1,5 @@
-"""Small detectors of mmdet's own configs on this backbone."""
-from __future__ import annotations
-
+"""mmdet's own detectors with our backbone, small."""
 from pathlib import Path
-from typing import Any
 
 import mmdet
 import torch
@@ -10,11 +7,13 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 
+import convnext_mm  # noqa: F401
+
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 DIMS = [8, 16, 24, 32]
 
 
-def build(name: str) -> Any:
+def build_detector(name):
     """A small detector of mmdet with our backbone."""
     config = CONFIGS / f'{name}.py'
     if 'dyhead' in name:
