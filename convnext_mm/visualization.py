@@ -1,6 +1,7 @@
 """Draws training curves, and images beside their annotations and predictions."""
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -111,7 +112,8 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     if width is None:
         width = min(max(size[1], PANEL_WIDTH[0]), PANEL_WIDTH[1])
     step = drawn_step(size)
-    image = image[::step, ::step]
+    if step > 1:
+        image = image[::step, ::step].copy()  # so that the whole image can be freed
     image = to_picture(image) if load else image
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
@@ -140,6 +142,8 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.4 / total,
                            bottom=(0.2 + 0.25 * lines) / total, wspace=0.03)
     save_figure(figure, path)
+    if step > 1:
+        gc.collect()  # figures are in circles of references
 
 
 def drawn_step(size: Sequence[int]) -> int:
@@ -209,10 +213,10 @@ def draw_labels(axis: Any, mask: Any, colors: np.ndarray, step: int = 1) -> Coun
         return Counter()
     # mmseg's binary maps are floats.
     labels = mask.data.squeeze(0)[::step, ::step].long().cpu().numpy()
-    overlay = np.zeros((*labels.shape, 4))
     known = labels < len(colors)
-    overlay[known] = np.concatenate(
-        [colors[labels[known]], np.full((known.sum(), 1), 0.65)], axis=1)
+    rgba = np.zeros((len(colors) + 1, 4))  # the last is of labels without a color
+    rgba[:-1, :3], rgba[:-1, 3] = colors, 0.65
+    overlay = (rgba * 255).astype(np.uint8)[np.where(known, labels, len(colors))]
     axis.imshow(overlay, interpolation='nearest')
     counts = np.bincount(labels[known].ravel())
     return Counter({int(label): int(counts[label]) for label in np.flatnonzero(counts)})

@@ -13,7 +13,7 @@ from mmengine.dist import all_reduce, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
-from ..datasets.loading import loader_of
+from ..datasets.loading import ImageLoader, loader_of
 from ..visualization import draw_curves, draw_sample, read_log
 
 
@@ -149,12 +149,24 @@ class PredictionsHook(Hook):
         steps = getattr(getattr(loader.dataset, 'pipeline', None), 'transforms', None)
         step = 1 if count is None else max(1, len(loader.dataset) // max(1, count))
         meta = getattr(runner.visualizer, 'dataset_meta', None) or loader.dataset.metainfo
-        for index, sample in enumerate(outputs, batch_idx * (loader.batch_size or 1)):
+        start = batch_idx * (loader.batch_size or 1)
+        for index, sample in enumerate(outputs, start):
             if index % step == 0 and (count is None or index // step < count):
                 path = self._folder(runner) / self._name(sample.img_path, loader.dataset)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw_sample(sample, meta, path, width=self.width,
-                            load=loader_of(steps) if steps else None)
+                            load=self._loader(steps, data_batch, index - start))
+
+    @staticmethod
+    def _loader(steps: Sequence[Any] | None, batch: Any, index: int) -> ImageLoader | None:
+        """Reads an image of a batch; nothing is read again if the batch has it as it was loaded."""
+        if not steps:
+            return None
+        names = {type(step).__name__ for step in steps}
+        if batch is None or not names <= {'LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs'}:
+            return loader_of(steps)
+        image = batch['inputs'][index].permute(1, 2, 0).cpu().numpy()
+        return lambda path: image
 
     @staticmethod
     def _name(image: str, dataset: Any) -> Path:

@@ -1,7 +1,9 @@
 """IoUMetric on large class maps."""
+import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
+from PIL import Image
 
 pytest.importorskip('mmseg')
 from mmseg.evaluation import IoUMetric
@@ -29,6 +31,32 @@ def test_blocks_add_up_to_what_mmseg_counts(monkeypatch):
                             strict=True):
         assert theirs.sum() > 100
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(('classes', 'label', 'ignored', 'dtype'), [
+    (150, 255, 255, torch.uint8), (150, 255, -1, torch.long), (256, 255, 255, torch.long),
+    (150, 300, 255, torch.long), (150, -1, 255, torch.long)])
+def test_large_class_maps_are_copied_in_8_bits_if_they_fit(classes, label, ignored, dtype, tmp_path,
+                                                          monkeypatch):
+    monkeypatch.setattr(evaluation, 'LARGE_PICTURE', 100)
+    metric = IoUMetric(ignore_index=ignored, output_dir=str(tmp_path))
+    metric.dataset_meta = dict(classes=[str(i) for i in range(classes)])
+    seen = []
+    count = IoUMetric.intersect_and_union
+    count_in_blocks(Evaluator(metric))
+    by_blocks = metric.intersect_and_union
+    metric.intersect_and_union = lambda *args: (seen.append(args[0].dtype), by_blocks(*args))[1]
+    prediction = torch.arange(classes).repeat(3)[None]
+    labels = prediction.flip(1).clone()
+    labels[0, 0] = label
+    metric.process({}, [dict(pred_sem_seg=dict(data=prediction), reduce_zero_label=True,
+                             img_path='a.png', gt_sem_seg=dict(data=labels))])
+    assert seen == [dtype]
+    for ours, theirs in zip(metric.results[0], count(prediction[0], labels[0], classes, ignored),
+                            strict=True):
+        assert torch.equal(ours, theirs.double())
+    written = np.asarray(Image.open(tmp_path / 'a.png')).squeeze()
+    assert np.array_equal(written, ((prediction[0] + 1) % 256).byte().numpy())
 
 
 def test_classes_of_more_than_16777216_pixels_are_counted():

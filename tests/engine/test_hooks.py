@@ -40,7 +40,8 @@ def test_drawn_images_are_spread_over_the_data_set(batch_size, tmp_path, monkeyp
     assert drawn == ['0', '5', '10', '15']
 
 
-def test_all_images_of_any_number_of_bands_are_drawn(tmp_path):
+@pytest.mark.parametrize('loaded', [False, True])
+def test_all_images_of_any_number_of_bands_are_drawn(loaded, tmp_path):
     load = LoadImageFromFile(color_type='unchanged', imdecode_backend='tifffile')
     dataset = SimpleNamespace(pipeline=SimpleNamespace(transforms=[load]),
                               data_prefix=dict(img_path=str(tmp_path / 'images')),
@@ -55,7 +56,11 @@ def test_all_images_of_any_number_of_bands_are_drawn(tmp_path):
                          planarconfig='contig')
         mask = PixelData(data=torch.full((1, 60, 80), label))
         sample = BaseDataElement(pred_sem_seg=mask, metainfo=dict(img_path=str(path)))
-        hook.after_test_iter(runner, index, outputs=[sample])
+        batch = None
+        if loaded:  # then the file is not read again
+            path.unlink()
+            batch = dict(inputs=[torch.full((6, 60, 80), 99)])
+        hook.after_test_iter(runner, index, batch, outputs=[sample])
     drawn = [np.asarray(Image.open(tmp_path / 'out' / folder / 'a.png').convert('RGB'), int)
              for folder in ('one', 'two')]
     right = [image[100:200, -300:-100].mean((0, 1)) for image in drawn]
