@@ -644,3 +644,11 @@ def test_anchors_have_the_strides_of_the_maps(text, strides, featmaps, resolved)
 def test_parts_that_do_not_exist(text, message, resolved):
     with pytest.raises(UserError, match=message):
         resolved(text)
+
+
+@pytest.mark.parametrize(('text', 'layout'), [
+    ('', True),
+    ("model = dict(roi_head=dict(bbox_roi_extractor=dict(type='SingleRoIExtractor')))", False),
+    ("model = dict(rpn_head=dict(type='RPNHead'))", False)])
+def test_maps_are_in_channels_last_only_for_parts_that_take_them(text, layout, resolved):
+    assert resolved(text, f'configs/{MASK}.py').model.neck.channels_last == layout
