@@ -14,8 +14,21 @@ from ..fused.layers import FusedLinear
 from ..registry import MODELS
 
 
+class WithFusedConvModules(nn.Module):
+    """A base to put before a class of mmdet, whose ConvModules are then fused.
+
+    Args:
+        args: As for that class.
+        kwargs: As for that class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fuse_conv_modules(self)
+
+
 @MODELS.register_module()
-class FPN(necks.FPN):
+class FPN(WithFusedConvModules, necks.FPN):
     """mmdet's FPN (Lin et al., "Feature Pyramid Networks", 2017).
 
     Args:
@@ -28,7 +41,6 @@ class FPN(necks.FPN):
     def __init__(self, *args: Any, channels_last: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.channels_last = channels_last
-        fuse_conv_modules(self)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Maps of the backbone → ``num_outs`` maps (N, out_channels, H_i, W_i)."""
@@ -38,18 +50,18 @@ class FPN(necks.FPN):
 
 
 @MODELS.register_module()
-class RPNHead(dense_heads.RPNHead):
+class RPNHead(WithFusedConvModules, dense_heads.RPNHead):
     """mmdet's RPNHead (Ren et al., "Faster R-CNN", 2015)."""
 
     def _init_layers(self) -> None:
         super()._init_layers()
         if type(self.rpn_conv) is nn.Conv2d:
             self.rpn_conv.__class__ = FusedConv2d
-        fuse_conv_modules(self)
 
 
-class FusedBBoxHead(bbox_heads.ConvFCBBoxHead):
-    """A box head whose convolutions and linear layers are fused.
+@MODELS.register_module()
+class ConvFCBBoxHead(WithFusedConvModules, bbox_heads.ConvFCBBoxHead):
+    """mmdet's ConvFCBBoxHead, whose linear layers are fused as well.
 
     Args:
         args: As for mmdet's head.
@@ -58,31 +70,18 @@ class FusedBBoxHead(bbox_heads.ConvFCBBoxHead):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        fuse_conv_modules(self)
-        for layer in (*self.shared_fcs, *self.cls_fcs, *self.reg_fcs):
-            if type(layer) is nn.Linear:
-                layer.__class__ = FusedLinear
+        parts: list[Any] = [self.shared_fcs, self.cls_fcs, self.reg_fcs]
+        for layers in parts:
+            for layer in layers:
+                if type(layer) is nn.Linear:
+                    layer.__class__ = FusedLinear
 
 
 @MODELS.register_module()
-class ConvFCBBoxHead(FusedBBoxHead):
-    """mmdet's ConvFCBBoxHead."""
-
-
-@MODELS.register_module()
-class Shared2FCBBoxHead(FusedBBoxHead, bbox_heads.Shared2FCBBoxHead):
+class Shared2FCBBoxHead(ConvFCBBoxHead, bbox_heads.Shared2FCBBoxHead):
     """mmdet's Shared2FCBBoxHead."""
 
 
 @MODELS.register_module()
-class FCNMaskHead(mask_heads.FCNMaskHead):
-    """mmdet's FCNMaskHead (He et al., "Mask R-CNN", 2017).
-
-    Args:
-        args: As for mmdet's head.
-        kwargs: As for mmdet's head.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        fuse_conv_modules(self)
+class FCNMaskHead(WithFusedConvModules, mask_heads.FCNMaskHead):
+    """mmdet's FCNMaskHead (He et al., "Mask R-CNN", 2017)."""

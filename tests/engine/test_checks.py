@@ -145,3 +145,17 @@ def test_a_run_that_is_resumed_for_longer_than_its_schedule(length, fails):
     with pytest.raises(UserError, match='trains for 12 iterations, but iter_6.pth.* ends at 6.*'
                                         'load_from=iter_6.pth'):
         checks.check_resumed_schedule(cfg, 'iter_6.pth', dict(param_schedulers=states))
+
+
+def test_only_unknown_structures_are_not_checked(monkeypatch, capsys):
+    cfg = Config(dict(default_scope='mmseg'))
+
+    def inspect(*args):
+        raise error
+    monkeypatch.setattr(checks.inspection, 'inspect_splits', inspect)
+    error: Exception = KeyError('img_path')
+    checks.check_data_sample(cfg, ('train',))
+    assert "Data: not checked (KeyError: 'img_path')" in capsys.readouterr().out
+    error = UserError('a mistake')
+    with pytest.raises(UserError, match='a mistake'):
+        checks.check_data_sample(cfg, ('train',))
