@@ -51,17 +51,19 @@ def test_bf16_maps_are_computed_in_fp32():
 
 
 def test_only_convolutions_that_are_faster_so_are_chosen(monkeypatch):
-    x = torch.randn(1, 32, 32, 32)
-    assert winograd.suits(x, 32) == eager.uses_onednn(x)
-    assert not winograd.suits(x.double(), 32)
-    boxes = torch.zeros(64, 32, 7, 7)
-    assert winograd.suits(boxes, 32) == eager.uses_onednn(x)
-    assert not winograd.suits(boxes.bfloat16(), 32), 'a quarter of the tiles is empty'
-    assert not winograd.suits(x.half(), 32)
-    assert not winograd.suits(x, 16)
-    assert not winograd.suits(x[:, :16], 32)
-    assert not winograd.suits(x[:, :, :8, :8], 32), 'few tiles'
-    assert winograd.suits(x[:, :, :8, :8].expand(16, -1, -1, -1), 32) == eager.uses_onednn(x)
+    least = winograd.MIN_CHANNELS
+    x = torch.randn(1, least, 48, 48)
+    assert winograd.suits(x, least) == eager.uses_onednn(x)
+    assert not winograd.suits(x.double(), least)
+    boxes = torch.zeros(64, least, 7, 7)
+    assert winograd.suits(boxes, least) == eager.uses_onednn(x)
+    assert not winograd.suits(boxes.bfloat16(), least), 'a quarter of the tiles is empty'
+    assert not winograd.suits(x.half(), least)
+    assert not winograd.suits(x, least - 1)
+    assert not winograd.suits(x[:, 1:], least)
+    assert not winograd.suits(x[:, :, :8, :8], least), 'few tiles'
+    assert winograd.suits(x[:, :, :8, :8].expand(32, -1, -1, -1), least) == eager.uses_onednn(x)
     for amx in (False, True):
         monkeypatch.setattr(eager, 'has_amx', lambda amx=amx: amx)
-        assert winograd.suits(x.bfloat16(), 32) == (not amx and eager.uses_onednn(x.bfloat16()))
+        assert winograd.suits(x.bfloat16(), least) == (
+            not amx and eager.uses_onednn(x.bfloat16()))
