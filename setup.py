@@ -25,6 +25,8 @@ OPENMMLAB = dict(
 # What to build for compiled operators.
 COMPILED = dict(forks=FORKS['mmcv'], openmmlab='mmcv>=2.1,<2.2')
 TIFF = 'tifffile>=2024.8.10,<2027'  # large images, and those of many bands
+# Python runs it when it starts, so that mmdet's own scripts work without compiled operators.
+STARTUP = Path('convnext_mm', 'ops', 'convnext_mm_operators.pth')
 EXTRAS = {
     'tiff': [TIFF],
     'forks': [*FORKS.values()],
@@ -45,13 +47,17 @@ if __name__ == '__main__':
     from setuptools.command.build_py import build_py
 
     class BuildWithRecipes(build_py):
-        """Adds configs/, tools/ and model-index.yml to the package in .mim, where mim expects them.
+        """Adds what lies elsewhere in a checkout.
 
-        An editable install links to them instead.
+        configs/, tools/ and model-index.yml go to .mim in the package, where mim expects them, and
+        STARTUP beside the package. An editable install links to the former; tools/install.py copies
+        the latter.
         """
 
         def run(self) -> None:
             super().run()
+            if not self.editable_mode:
+                shutil.copy(HERE / STARTUP, self.build_lib)
             target = (HERE if self.editable_mode else Path(self.build_lib)) / 'convnext_mm' / '.mim'
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
@@ -80,7 +86,7 @@ if __name__ == '__main__':
                   'instance segmentation', 'UPerNet', 'Mask R-CNN', 'Cascade Mask R-CNN',
                   'OpenMMLab', 'mmsegmentation', 'mmdetection', 'PyTorch'],
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
-        package_data={'convnext_mm': ['py.typed']},
+        package_data={'convnext_mm': ['py.typed', 'ops/*.pth']},
         cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import convnext_mm
+from setup import STARTUP
 from tests.helpers import DEMO_SEGMENTATION, ROOT, SMALL_SEGMENTATION
 
 NOT_IN_A_CHECKOUT = shutil.ignore_patterns(
@@ -79,7 +80,8 @@ def test_wheel_has_the_package_the_recipes_and_the_tools(distributions):
                if not name.startswith('.mim/')}
     mim = {f'convnext_mm/.mim/{folder}/{name}' for folder in ('configs', 'tools')
            for name in files(ROOT / folder)} | {'convnext_mm/.mim/model-index.yml'}
-    assert {name for name in wheel if '.dist-info/' not in name} == package | mim
+    assert {name for name in wheel if '.dist-info/' not in name} == package | mim | {
+        STARTUP.name}
     assert wheel['convnext_mm/.mim/tools/dist_train.sh'][0] & 0o111, 'executable'
 
 

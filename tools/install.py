@@ -28,7 +28,7 @@ TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 TORCH_TESTED = '2.13.0'
 
 sys.path.insert(0, str(ROOT))
-from setup import BUILD, COMPILED, FORKS, OPENMMLAB, TORCH  # noqa: E402
+from setup import BUILD, COMPILED, FORKS, OPENMMLAB, STARTUP, TORCH  # noqa: E402
 
 
 class Failed(Exception):
@@ -263,6 +263,13 @@ def build_ops(requirement: str, progress: Progress) -> None:
     raise Failed(f"mmcv's ops were built but cannot be imported. Full log: {LOG}")
 
 
+def copy_startup_file() -> None:
+    """Copy to site-packages the file that a wheel has beside the package, unlike an editable one."""
+    code = 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+    found = subprocess.run([str(PYTHON), '-c', code], capture_output=True, text=True, check=True)
+    shutil.copy(ROOT / STARTUP, found.stdout.strip())
+
+
 def install(args: argparse.Namespace) -> None:
     """Run all steps, skipping those that are complete.
 
@@ -328,10 +335,11 @@ def install(args: argparse.Namespace) -> None:
     progress.start('convnext-mm')
     # The stack, whose mmcv may be another, is installed.
     pip(progress, 'install', '--no-build-isolation', '-e', '.[test]' if args.tests else '.')
+    copy_startup_file()
     modules = 'mmseg.apis' if args.segmentation_only else 'mmseg.apis, mmdet.apis, mmcv.ops'
-    if not works(PYTHON, f'import convnext_mm, {modules}'):
+    if not works(PYTHON, f'import {modules}'):
         raise Failed('Everything is installed, but this command fails: '
-                     f'{PYTHON} -c "import convnext_mm, {modules}"')
+                     f'{PYTHON} -c "import {modules}"')
     progress.done()
     print(f'Done. Activate the environment with: source {VENV.relative_to(ROOT)}/bin/activate')
 

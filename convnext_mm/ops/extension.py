@@ -4,6 +4,7 @@ mmcv's Python files load their operators from the module of that name, and stay 
 """
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -55,6 +56,17 @@ class ExtensionFinder(MetaPathFinder):
         compiled = PathFinder.find_spec(fullname, path)
         return ModuleSpec(fullname, ExtensionLoader(compiled),
                           origin=compiled.origin if compiled else __file__)
+
+
+def find_when_missing(path: Sequence[str] | None) -> ModuleSpec | None:
+    """Find ours for a process that imported mmcv's operators before convnext_mm.
+
+    Called by the finder in convnext_mm_operators.pth, after all others have found nothing. The
+    import of this module has applied the patches; with that of the operators switched off, there is
+    no finder of ours.
+    """
+    return next((finder.find_spec(NAME, path) for finder in sys.meta_path
+                 if isinstance(finder, ExtensionFinder)), None)
 
 
 class ExtensionLoader(Loader):

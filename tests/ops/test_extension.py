@@ -1,5 +1,6 @@
 """Which operators mmcv gets: its compiled ones, ours, or an error that says how to get one."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,16 @@ spec = importlib.machinery.ModuleSpec('mmcv._ext', loader, origin=file)
 import types
 extension.PathFinder = types.SimpleNamespace(find_spec=lambda name, path: spec)
 """
+LATE = """
+import importlib.machinery, site, sys
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *args: None if name == 'mmcv._ext' else find(name, *args))
+site.addsitedir(sys.argv[1])  # as Python does with site-packages when it starts
+assert not {'convnext_mm', 'torch'} & sys.modules.keys()
+import mmdet.apis, mmcv.ops
+print(mmcv.ops.get_compiler_version())
+"""
 
 
 def run(change='', patches=None):
@@ -51,6 +62,18 @@ def test_toolboxes_are_imported_without_compiled_operators(change, message):
     assert log.count("convnext_mm's in PyTorch are used") == 1
     assert message in log
     assert 'not compiled' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('patches', 'found'), [('operators', True), ('none', False)])
+def test_a_script_that_does_not_import_this_package(tmp_path, patches, found):
+    from setup import STARTUP
+    shutil.copy(ROOT / STARTUP, tmp_path)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', LATE, tmp_path], cwd=ROOT,
+                          env={**os.environ, 'CONVNEXT_MM_PATCHES': patches}, capture_output=True,
+                          text=True)
+    assert (done.returncode == 0) == found, done.stderr
+    assert 'not compiled' in done.stdout if found else "'mmcv._ext'" in done.stderr
 
 
 @pytest.mark.slow
