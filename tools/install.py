@@ -264,7 +264,7 @@ def build_ops(requirement: str, progress: Progress) -> None:
 
 
 def copy_startup_file() -> None:
-    """Copy to site-packages the file that a wheel has beside the package, unlike an editable one."""
+    """Copy the file to site-packages that an editable install, unlike a wheel, lacks there."""
     code = 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
     found = subprocess.run([str(PYTHON), '-c', code], capture_output=True, text=True, check=True)
     shutil.copy(ROOT / STARTUP, found.stdout.strip())
