@@ -159,7 +159,7 @@ if __name__ == '__main__':
     for operator, case, make in cases():
         if not operator.startswith(args.only):
             continue
-        times = measuring.time_interleaved(make(), args.repeats, min)
+        times = measuring.time_interleaved(make(), args.repeats, summary=min)
         if OURS not in times:
             continue
         cells = [f'{1e3 * times[BASELINE]:.2f}', f'{times[BASELINE] / times[OURS]:.2f}'] if (
