@@ -4,9 +4,10 @@
     python benchmarks/ops.py --only nms --repeats 20
 
 Both run interleaved in one process, so mmcv must have its compiled operators (make OPS=compiled).
-Times are the fastest of the repetitions. "large" are the feature maps of an image of 1280×800
-(256 channels, strides 4 to 32) and 1000 boxes over the four levels; "demo" those of the demo's
-detector (160×160, 64 channels). Results go to benchmarks/results.
+Times are the processor's, in all threads together, and the least of the repetitions. "large" are
+the feature maps of an image of 1280×800 (256 channels, strides 4 to 32) and 1000 boxes over the
+four levels; "demo" those of the demo's detector (160×160, 64 channels).
+Results go to benchmarks/results.
 """
 from __future__ import annotations
 
@@ -159,7 +160,7 @@ if __name__ == '__main__':
     for operator, case, make in cases():
         if not operator.startswith(args.only):
             continue
-        times = measuring.time_interleaved(make(), args.repeats, summary=min)
+        times = measuring.time_interleaved(make(), args.repeats, measuring.processor_time_once, min)
         if OURS not in times:
             continue
         cells = [f'{1e3 * times[BASELINE]:.2f}', f'{times[BASELINE] / times[OURS]:.2f}'] if (

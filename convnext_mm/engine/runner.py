@@ -13,7 +13,9 @@ from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ..datasets.transforms import use_faster_transforms
 from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..utils import unwrap_model
@@ -62,6 +64,14 @@ class ConvNeXtRunner(Runner):
             built = super().build_optim_wrapper(optim_wrapper)
         if isinstance(built, (AmpOptimWrapper, CPUAmpOptimWrapper)):
             keep_outputs_in_fp32(unwrap_model(self.model))
+        return built
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, seed: int | None = None,
+                         diff_rank_seed: bool = False) -> DataLoader:
+        """Build a data loader, with faster transforms in place of equal ones."""
+        built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        use_faster_transforms(built.dataset)
         return built
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
