@@ -54,7 +54,7 @@ class RandomCrop(transforms.RandomCrop):
         box = self._draw_box(results['img'])
         for _ in range(10):
             crop = self.crop(results['gt_seg_map'], box)
-            counts = cv2.calcHist([crop], [0], None, [256], [0, 256])[:, 0].astype(int)
+            counts = cv2.calcHist([crop], [0], None, [256], [0, 256]).ravel().astype(int)
             if 0 <= self.ignore_index < 256:
                 counts[self.ignore_index] = 0
             if (counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
