@@ -90,8 +90,8 @@ if __name__ == '__main__':
         cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[
-            TORCH, 'numpy>=2.0.1,<3', 'matplotlib>=3.8.4,<4', 'pillow>=10,<14', 'rich>=13,<16',
-            'safetensors>=0.5,<1', 'filelock>=3.12,<5'],
+            TORCH, 'numpy>=2.0.1,<3', 'matplotlib>=3.8.4,<4', 'pillow>=10,<14', 'pyyaml>=6,<7',
+            'rich>=13,<16', 'safetensors>=0.5,<1', 'filelock>=3.12,<5'],
         extras_require=EXTRAS,
         classifiers=[
             'Development Status :: 4 - Beta',

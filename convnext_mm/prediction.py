@@ -25,7 +25,7 @@ from . import checkpoints, visualization
 from .datasets import dataset_metainfo, dataset_registry, datasets_of_split
 from .datasets.completion import find_transforms
 from .datasets.findings import failure_reason, read_image_facts
-from .datasets.loading import loader_of, reads_colors
+from .datasets.loading import loader_of
 from .engine import checks, fallbacks, speed
 from .engine.launch import dtype_options
 from .errors import UserError
@@ -163,7 +163,7 @@ class Predictor:
         self.meta = dataset_metainfo(dataset, cfg.default_scope)
         self.steps = [step for step in dataset['pipeline'] if step['type'] != 'LoadAnnotations']
         self.pipeline = Compose(self.steps)
-        self.load = None if reads_colors(self.steps) else loader_of(self.pipeline.transforms)
+        self.load = loader_of(self.pipeline.transforms)
         loader = next(find_transforms(dataset['pipeline'], 'LoadAnnotations'), {})
         kind = dataset['type']
         if isinstance(kind, str):
@@ -206,9 +206,8 @@ class Predictor:
         if not picture.large:
             notes.clear()
         elif by_rows and self._keeps(picture.size):
-            load = self.load or loader_of(self.pipeline.transforms)
             every = visualization.drawn_step(picture.size)
-            return picture._replace(reader=LoadedRows(load(path), every))
+            return picture._replace(reader=LoadedRows(self.load(path), every))
         elif resize := self._resize():
             height, width = self._resized(resize, picture.size)
             notes[:] = [f'the test pipeline scales it from {facts.size[0]}×{facts.size[1]} to '

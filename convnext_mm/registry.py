@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope, Registry
 
@@ -28,3 +30,5 @@ class VariantRegistry(Registry):
 
 
 MODELS = VariantRegistry('model', parent=MMENGINE_MODELS, scope='convnext_mm')
+DATASETS = VariantRegistry('dataset', parent=MMENGINE_DATASETS, scope='convnext_mm')
+METRICS = VariantRegistry('metric', parent=MMENGINE_METRICS, scope='convnext_mm')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import math
 from collections import Counter
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine import fileio
 
 from .utils import LARGE_PICTURE, atomic_path
 
@@ -107,14 +105,15 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
         score_threshold: Detections with a lower score are not drawn.
         load: Reads the image as the model's pipeline does; None: as an ordinary image file.
     """
-    image = load(sample.img_path) if load else _read_picture(sample.img_path)
+    from mmcv import imread
+    image = (load or imread)(sample.img_path)
     size = image.shape
     if width is None:
         width = min(max(size[1], PANEL_WIDTH[0]), PANEL_WIDTH[1])
     step = drawn_step(size)
     if step > 1:
         image = image[::step, ::step].copy()  # so that the whole image can be freed
-    image = to_picture(image) if load else image
+    image = to_picture(image)
     classes = meta.get('classes') or ()
     colors = class_colors(meta.get('palette'), len(classes))
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)  # boxes count pixels of the whole image
@@ -186,12 +185,6 @@ def to_picture(image: np.ndarray) -> np.ndarray:
         low, high = np.percentile(bands, (2, 98))
         bands = (bands.astype(float) - low) * (255 / max(high - low, 1e-9))
     return bands.clip(0, 255).astype(np.uint8)
-
-
-def _read_picture(path: str) -> np.ndarray:
-    from PIL import Image, ImageOps
-    file = Image.open(io.BytesIO(fileio.get(path)))
-    return np.asarray(ImageOps.exif_transpose(file).convert('RGB'))  # as mmcv reads it
 
 
 def to_grayscale(image: np.ndarray) -> np.ndarray:

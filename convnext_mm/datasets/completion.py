@@ -15,13 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config
 
 from ..bases import inherited_configs
 from ..errors import UserError
+from .coco import read_categories
 
 SPLITS = ('train', 'val', 'test')
-DATA_KEYS = ('data_root', 'classes', 'palette', 'reduce_zero_label', 'img_suffix',
+DATA_KEYS = ('data_root', 'classes', 'palette', 'reduce_zero_label', 'ignore', 'img_suffix',
              'seg_map_suffix')
 """Top-level keys of a config that :func:`complete_config` copies to where they are used."""
 
@@ -31,8 +33,8 @@ def complete_config(cfg: Config) -> None:
 
     - ``data_root`` replaces the recipe's in every dataset and evaluator.
     - Paths of ``val_dataloader`` are copied to ``test_dataloader`` and the evaluators.
-    - ``classes`` (a sequence, or a text file with one name per line) and ``palette`` are copied
-      to the datasets.
+    - ``classes`` (a sequence, or a file: :func:`class_names`) and ``palette`` are copied to the
+      datasets.
     - The number of classes, from ``classes`` or from a dataset's ``metainfo``, is copied to every
       head.
     - ``reduce_zero_label``, ``img_suffix`` and ``seg_map_suffix`` (segmentation) are copied to
@@ -47,15 +49,21 @@ def complete_config(cfg: Config) -> None:
     """
     if cfg.get('default_scope') not in ('mmseg', 'mmdet') or not find_spec(cfg.default_scope):
         return
+    follow_data_root(cfg)
     inherited = list(inherited_configs(cfg.filename))
-    if cfg.get('data_root') is not None:
-        for root in {base.get('data_root') for base in inherited} - {None, cfg.data_root}:
-            replace_data_root(cfg, root, cfg.data_root)
     _follow_validation(cfg, inherited)
     _set_classes(cfg, inherited)
     if cfg.default_scope == 'mmseg':
         _set_mask_options(cfg)
     _set_num_classes(cfg, inherited)
+
+
+def follow_data_root(cfg: Config) -> None:
+    """Replace the recipe's ``data_root`` in every dataset and evaluator by the user's, in place."""
+    if cfg.get('data_root') is not None:
+        roots = {base.get('data_root') for base in inherited_configs(cfg.filename)}
+        for root in roots - {None, cfg.data_root}:
+            replace_data_root(cfg, root, cfg.data_root)
 
 
 def replace_data_root(node: Any, old: str, new: str) -> None:
@@ -97,7 +105,7 @@ def metrics_of_split(cfg: Config, split: str) -> list[dict]:
 
 def dataset_classes(dataset: dict, scope: str) -> tuple[str, ...]:
     """The classes of a dataset config, by default those of its type; () if it has none."""
-    return _class_names(dataset_metainfo(dataset, scope).get('classes') or ())
+    return class_names(dataset_metainfo(dataset, scope).get('classes') or ())
 
 
 def dataset_metainfo(dataset: dict, scope: str) -> dict:
@@ -106,7 +114,7 @@ def dataset_metainfo(dataset: dict, scope: str) -> dict:
     With classes of its own, it does not take the palette of its type.
     """
     own = dict(dataset.get('metainfo') or {})
-    return own if own.get('classes') else {**_metainfo_of_type(dataset, scope), **own}
+    return own if own.get('classes') else {**metainfo_of_type(dataset, scope), **own}
 
 
 def heads_with_classes(model: Any, path: str = 'model') -> Iterator[tuple[str, dict]]:
@@ -171,7 +179,7 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
             raise UserError('palette is set without classes: set classes=(...) as well, with one '
                             'name per color')
         return
-    classes = _class_names(classes)
+    classes = class_names(classes, cfg.get('data_root'))
     if palette is not None:
         invalid = [c for c in palette if not isinstance(c, (list, tuple)) or len(c) != 3
                    or not all(isinstance(v, int) and 0 <= v <= 255 for v in c)]
@@ -183,7 +191,7 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
                for base in inherited for dataset in datasets_of_split(base, split)]
         for dataset in datasets_of_split(cfg, split):
             own = (dataset.get('metainfo') or {}).get('classes')
-            if own is not None and own not in old and _class_names(own) != classes:
+            if own is not None and own not in old and class_names(own) != classes:
                 raise UserError(f'classes={classes!r} contradicts {split}_dataloader.dataset.'
                                 f'metainfo.classes={tuple(own)!r}: remove one of them')
             meta: dict[str, Sequence] = dict(classes=classes)
@@ -202,7 +210,7 @@ def _replace_dataset_type(cfg: Config, dataset: dict, classes: Sequence[str],
     """
     if cfg.default_scope != 'mmseg':
         return
-    type_classes = _metainfo_of_type(dataset, 'mmseg').get('classes')
+    type_classes = metainfo_of_type(dataset, 'mmseg').get('classes')
     if not type_classes:
         return
     recipe_data = [(d.get('data_root'), d.get('data_prefix')) for base in inherited
@@ -273,25 +281,54 @@ def _set_num_classes(cfg: Config, inherited: Sequence[Config]) -> None:
         head['num_classes'] = len(classes)
 
 
-def _class_names(classes: Any) -> tuple[str, ...]:
-    """Class names from a sequence, or from a text file with one name per line.
+def class_names(classes: Any, data_root: str | None = None) -> tuple[str, ...]:
+    """Class names from a sequence or a file.
+
+    Args:
+        classes: Names, or the path of a file: text with one name per line, YAML with ``names`` as
+            YOLO's data.yaml has them, or JSON in COCO format.
+        data_root: Folder in which a file is looked for as well.
 
     Raises:
         UserError: Not a sequence of unique names.
     """
     if isinstance(classes, str):
-        if not os.path.isfile(classes):
+        file = classes
+        if not os.path.isfile(file) and data_root:
+            file = os.path.join(data_root, classes)
+        if not os.path.isfile(file):
             raise UserError(f"classes={classes!r} is not a file: write ('{classes}',), with a "
                             'comma, for a single class, or the path of a text file with one name '
-                            'per line')
-        lines = Path(classes).read_text(encoding='utf-8').splitlines()
-        classes = [line.strip() for line in lines if line.strip()]
+                            "per line, of YOLO's data.yaml, or of a file in COCO format")
+        classes = _names_of_file(file)
     if not isinstance(classes, (list, tuple)) or not all(isinstance(c, str) for c in classes):
         raise UserError(f"classes={classes!r} must be names, such as classes=('road', 'car')")
     repeated = sorted({name for name in classes if classes.count(name) > 1})
     if repeated:
         raise UserError(f'classes: {", ".join(repeated)} occurs more than once')
     return tuple(classes)
+
+
+def _names_of_file(file: str) -> list:
+    """The names in a text, YAML or COCO file.
+
+    Raises:
+        UserError: There are none.
+    """
+    if file.endswith('.json'):
+        return read_categories(file)
+    text = Path(file).read_text(encoding='utf-8')
+    if not file.endswith(('.yaml', '.yml')):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        names = (yaml.safe_load(text) or {}).get('names')
+    except (yaml.YAMLError, AttributeError):
+        names = None
+    if isinstance(names, dict):  # {index: name}
+        names = [names[index] for index in sorted(names)]
+    if not isinstance(names, list) or not names:
+        raise UserError(f'{file} has no list names, which YOLO writes the classes in')
+    return [str(name) for name in names]
 
 
 def _join_names(names: Sequence[str], count: int = 8) -> str:
@@ -309,7 +346,7 @@ def find_transforms(pipeline: Any, kind: str) -> Iterator[dict]:
         yield from find_transforms(transform, kind)
 
 
-def _metainfo_of_type(dataset: dict, scope: str) -> dict:
+def metainfo_of_type(dataset: dict, scope: str) -> dict:
     """The ``METAINFO`` of a dataset config's class."""
     kind = dataset.get('type')
     kind = dataset_registry(scope).get(kind) if isinstance(kind, str) else kind

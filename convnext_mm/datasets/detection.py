@@ -1,16 +1,18 @@
-"""Inspects the images and COCO annotations of an mmdetection dataset."""
+"""Inspects the images and annotations of an mmdetection dataset."""
 from __future__ import annotations
 
 import functools
-import json
-import math
 import os
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from mmengine.config import Config
 
 from ..utils import describe, suggest
+from .coco import read_coco
 from .completion import dataset_registry, find_transforms, metrics_of_split
 from .findings import (
     CHECK_COMMAND,
@@ -20,10 +22,12 @@ from .findings import (
     read_image_facts,
     sample_indices,
 )
-from .loading import ImageLoader, image_loader
+from .loading import ImageLoader, build_step, image_loader
 
 QUICK_CHECK_BYTES = 64 * 2**20
 """The quick check skips larger annotation files, since reading them takes seconds."""
+FAR = 0.05
+"""Overlap (IoU) of an object's mask and its box below which they are of different places."""
 
 
 class Box(NamedTuple):
@@ -39,52 +43,151 @@ class Box(NamedTuple):
 
 
 class ImageFile(NamedTuple):
-    """What was read from an image: why it failed, or a size that differs, a hash and the bands."""
+    """What was read from an image and its annotations.
+
+    Args:
+        path: The image.
+        error: Why it cannot be read.
+        size_difference: Its size beside the annotated one, if they differ.
+        digest: Hash of the file.
+        bands: Number of the image's bands.
+        annotation_error: Why the pipeline cannot load its annotations.
+        far_masks: Objects whose masks are elsewhere than their boxes.
+        objects: Number of objects that training sees.
+    """
 
     path: str
     error: str = ''
     size_difference: str = ''
     digest: str = ''
     bands: int = 3
+    annotation_error: str = ''
+    far_masks: list[str] = []  # noqa: RUF012
+    objects: int = 0
 
 
 def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
     """Inspect one dataset's images and annotations, and add the results to ``findings``."""
     findings.unit = 'boxes'
     dataset_class = dataset_registry('mmdet').get(config['type'])
-    if not any(c.__name__ == 'CocoDataset' for c in dataset_class.__mro__):
-        try:
-            findings.total = len(dataset_registry('mmdet').build(dict(
-                config, pipeline=[], serialize_data=False, _scope_='mmdet')))
-        except Exception as error:  # a dataset can raise anything
-            findings.add(f'{config["type"]} cannot load its data: {describe(error)}',
-                         'Check type, ann_file and data_prefix of the dataset')
+    content: dict[str, list] = {}
+    if any(c.__name__ == 'CocoDataset' for c in dataset_class.__mro__):
+        path = os.path.join(config.get('data_root') or '', config['ann_file'])
+        if sample is not None and os.path.getsize(path) > QUICK_CHECK_BYTES:
+            findings.add(f'{path} is large and was skipped by this quick check',
+                         f'{CHECK_COMMAND} CONFIG reads all of it', 'note')
             return
-        findings.add(f'{config["type"]} is not checked: only datasets in COCO format are',
-                     'Nothing to do', 'note')
+        content, problems = read_coco(path, labelled=_is_labelled(cfg, findings.split))
+        findings.problems += problems
+        if any(problem.level == 'error' for problem in problems):
+            findings.total = len(content.get('images', ()))
+            return
+        findings.total = len(content['images'])
+        _report_ids(content, path, findings, cfg)
+        if any(problem.level == 'error' for problem in findings.problems):
+            return
+    try:
+        # All images, with the objects as parse_data_info of the class leaves them.
+        dataset = dataset_registry('mmdet').build(dict(
+            config, filter_cfg=None, pipeline=[], serialize_data=False, _scope_='mmdet'))
+        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+        dataset.filter_cfg = config.get('filter_cfg')
+        left = len(dataset.filter_data())
+    except Exception as error:  # a dataset can raise anything
+        findings.add(f'{config["type"]} cannot load its data: {describe(error)}',
+                     'Check type, ann_file and data_prefix of the dataset')
         return
-    root = config.get('data_root') or ''
-    path = os.path.join(root, config['ann_file'])
-    if sample is not None and os.path.getsize(path) > QUICK_CHECK_BYTES:
-        findings.add(f'{path} is large and was skipped by this quick check',
-                     f'{CHECK_COMMAND} CONFIG reads all of it', 'note')
-        return
-    content = _load_annotations(path, findings)
-    if content is None:
-        return
-    findings.total = len(content['images'])
-    _report_ids(content, path, findings, cfg)
-    _report_boxes(content, config, findings)
-    _report_small_images(content, config, findings)
-    folder = os.path.join(root, (config.get('data_prefix') or {}).get('img', ''))
-    images = [content['images'][i] for i in sample_indices(findings.total, sample)]
-    read = functools.partial(_read_image, load=image_loader(config.get('pipeline'), 'mmdet'))
-    files = list(map_in_threads(
-        read, [(os.path.join(folder, str(i.get('file_name', ''))), i.get('width'),
-                i.get('height')) for i in images],
-        f'Checking {findings.split}', show_progress=sample is None))
+    findings.total = len(infos)
+    _count_objects(infos, findings)
+    if content and _is_labelled(cfg, findings.split):
+        _report_boxes(content, config, findings)
+        _report_left_out(content, infos, findings)
+    _report_small_images(infos, config, findings)
+    if not left and not findings.problems:
+        findings.add('no image is left after filter_cfg', 'Change filter_cfg of the dataset')
+    read = functools.partial(_read_image, load=image_loader(config.get('pipeline'), 'mmdet'),
+                             annotate=_annotation_loader(config))
+    files = list(map_in_threads(read, [infos[i] for i in sample_indices(len(infos), sample)],
+                                f'Checking {findings.split}', show_progress=sample is None))
     findings.checked = len(files)
     findings.digests = {file.path: file.digest for file in files if file.digest}
+    _report_files(files, config, findings)
+    findings.add_wrong_bands({file.path: file.bands for file in files if not file.error},
+                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
+
+
+def _is_labelled(cfg: Config, split: str) -> bool:
+    """Whether a split must have annotations: a test that only writes results needs none."""
+    metrics = metrics_of_split(cfg, split)
+    return split != 'test' or not metrics or not all(one.get('format_only') for one in metrics)
+
+
+def _annotation_loader(config: dict) -> Callable[[dict], dict] | None:
+    """The pipeline's own LoadAnnotations, on what the data set knows of an image and its size."""
+    step = next(find_transforms(config.get('pipeline'), 'LoadAnnotations'), None)
+    if step is None:
+        return None
+    built = build_step(step, 'mmdet')
+
+    def load(info: dict) -> dict:
+        result = built(dict(info))
+        assert result is not None
+        return result
+    return load
+
+
+def _read_image(info: dict, load: ImageLoader, annotate: Callable[[dict], dict] | None
+                ) -> ImageFile:
+    file = ImageFile(info['img_path'])
+    try:
+        size, bands, digest = read_image_facts(file.path, load)
+    except Exception as error:  # decoders raise errors of any type
+        return file._replace(error=failure_reason(error))
+    file = file._replace(digest=digest, bands=bands)
+    annotated = info.get('width', size[0]), info.get('height', size[1])
+    if annotated != size:
+        file = file._replace(size_difference='{}×{}, annotated as {}×{}'.format(*size, *annotated))
+    if annotate is None:
+        return file
+    try:
+        result = annotate(dict(info, ori_shape=(size[1], size[0]), img_shape=(size[1], size[0])))
+    except KeyError as error:
+        if error.args == ('mask',):  # reported for the whole file
+            return file
+        return file._replace(annotation_error=describe(error))
+    except Exception as error:
+        return file._replace(annotation_error=describe(error))
+    kept = ~result.get('gt_ignore_flags', np.zeros(0, bool))
+    file = file._replace(objects=int(kept.sum()))
+    masks, boxes = result.get('gt_masks'), result.get('gt_bboxes')
+    if masks is None or boxes is None or len(masks) != len(kept):
+        return file
+    boxes = np.asarray(getattr(boxes, 'tensor', boxes))
+    return file._replace(far_masks=[
+        f'{file.path}: box {[round(float(v)) for v in box]}, mask {extent}'
+        for mask, box, keep in zip(masks.to_ndarray(), boxes, kept, strict=True) if keep
+        if _overlap(extent := _extent(mask), box) < FAR])
+
+
+def _extent(mask: np.ndarray) -> list[int]:
+    """[left, top, right, bottom] of a mask (H, W); [0, 0, 0, 0] of an empty one."""
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _overlap(a: list[int], b: np.ndarray) -> float:
+    """Intersection over union of two boxes [left, top, right, bottom]."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return float(shared / max(sum(areas) - shared, 1e-9))
+
+
+def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> None:
+    """Report what was found in images and what the pipeline loads of their annotations."""
+    folder = os.path.join(config.get('data_root') or '',
+                          (config.get('data_prefix') or {}).get('img', ''))
     findings.add('image missing or unreadable',
                  f'Images are expected in {folder or "."}, under the file_name in the annotation '
                  'file: add them, or set data_prefix.img',
@@ -94,48 +197,57 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
                  'rotation: save the image rotated, or rotate its boxes',
                  where=[f'{file.path}: {file.size_difference}' for file in files
                         if file.size_difference])
-    findings.add_wrong_bands({file.path: file.bands for file in files if not file.error},
-                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
+    findings.add('image whose annotations the pipeline cannot load',
+                 'Correct the masks of this image in the annotation file',
+                 where=[f'{file.path}: {file.annotation_error}' for file in files
+                        if file.annotation_error])
+    far = [one for file in files for one in file.far_masks]
+    objects = sum(file.objects for file in files)
+    findings.add(f'object whose mask is elsewhere than its box ({len(far)} of {objects})',
+                 'Compute the boxes from the masks, or check the coordinates of the polygons: x '
+                 'comes first, and they are pixels of the image at its annotated size',
+                 'error' if len(far) > objects / 20 else 'warning', where=far)
 
 
-def _read_image(job: tuple[str, Any, Any], load: ImageLoader | None) -> ImageFile:
-    path, width, height = job
-    try:
-        size, bands, digest = read_image_facts(path, load)
-    except Exception as error:  # decoders raise errors of any type
-        return ImageFile(path, failure_reason(error))
-    difference = ''
-    if (width, height) != size:
-        difference = '{}×{}, annotated as {}×{}'.format(*size, width, height)
-    return ImageFile(path, '', difference, digest, bands)
+def _count_objects(infos: list[dict], findings: Findings) -> None:
+    """Count the objects that training sees, per class and per image."""
+    for info in infos:
+        labels = [one['bbox_label'] for one in info.get('instances', ())
+                  if not one.get('ignore_flag')]
+        findings.label_counts.update(labels)
+        findings.image_counts.update(set(labels))
 
 
-def _load_annotations(path: str, findings: Findings) -> dict[str, list] | None:
-    """Read an annotation file; None, with problems in ``findings``, if mmdet cannot use it."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-    except (ValueError, OSError) as error:
-        findings.add(f'{path} is not valid JSON: {error}', 'Export it again in COCO format')
-        return None
-    keys = ('images', 'annotations', 'categories')
-    missing = [key for key in keys if not isinstance(content, dict)
-               or not isinstance(content.get(key), list)]
-    if missing:
-        findings.add(f'{path} has no list {", ".join(map(repr, missing))}',
-                     'COCO format is a dict with the lists images, annotations and categories')
-        return None
-    for key, required in (('images', ('id', 'file_name', 'width', 'height')),
-                          ('annotations', ('id', 'image_id', 'category_id', 'bbox', 'area')),
-                          ('categories', ('id', 'name'))):
-        for name in required:
-            incomplete = [str(one.get('id', i) if isinstance(one, dict) else i)
-                          for i, one in enumerate(content[key])
-                          if not isinstance(one, dict) or name not in one]
-            findings.add(f'{key} without {name!r}, which mmdet requires',
-                         'Add it; width × height of the box is enough' if name == 'area' else
-                         'Add it', where=[f'id {i}' for i in incomplete])
-    return None if findings.problems else content
+def _report_left_out(content: dict[str, list], infos: list[dict], findings: Findings) -> None:
+    """Say how many of the objects of these classes the data set leaves out, and why."""
+    images = {image['id']: image for image in content['images']}
+    known = {one['id'] for one in content['categories'] if one['name'] in findings.classes}
+    total = [one for one in content['annotations']
+             if one['image_id'] in images and one['category_id'] in known]
+    kept = sum(findings.label_counts.values())
+    if not total or kept == len(total):
+        return
+    reasons = Counter(filter(None, (_why_left_out(one, images[one['image_id']])
+                                    for one in total)))
+    listed = ', '.join(f'{count} {reason}' for reason, count in reasons.most_common())
+    out = len(total) - kept
+    findings.add(f'{out} of {len(total)} objects are left out: {listed or "by the data set"}',
+                 'Correct the annotation file: training learns from the others only',
+                 'error' if not kept else 'warning' if out > len(total) / 4 else 'note')
+
+
+def _why_left_out(annotation: dict, image: dict) -> str:
+    """Why mmdet's CocoDataset leaves out an object; '': it does not."""
+    x, y, w, h = annotation['bbox']
+    if annotation.get('ignore'):
+        return 'with "ignore"'
+    if w < 1 or h < 1:
+        return 'with a box of less than a pixel'
+    if min(x + w, image['width']) <= max(x, 0) or min(y + h, image['height']) <= max(y, 0):
+        return 'with a box outside the image'
+    if annotation['area'] <= 0:
+        return 'with an area of 0'
+    return 'with "iscrowd"' if annotation.get('iscrowd') else ''
 
 
 def _report_ids(content: dict[str, list], path: str, findings: Findings, cfg: Config) -> None:
@@ -181,29 +293,26 @@ def _report_ids(content: dict[str, list], path: str, findings: Findings, cfg: Co
 def _report_boxes(content: dict[str, list], config: dict, findings: Findings) -> None:
     """Report empty, malformed and outside boxes and masks, and count boxes per class."""
     images = {image['id']: image for image in content['images']}
-    labels = {category['id']: findings.classes.index(category['name'])
-              for category in content['categories'] if category['name'] in findings.classes}
-    malformed, boxes = [], []
-    labels_in_image: dict[Any, set[int]] = {}
+    labels = {category['id'] for category in content['categories']
+              if category['name'] in findings.classes}
+    boxes = []
+    with_objects = set()
     for annotation in content['annotations']:
         image, box = images.get(annotation['image_id']), annotation['bbox']
         if image is None:
             continue
         description = f'id {annotation["id"]} in {image["file_name"]}: {box}'
-        if not (isinstance(box, list) and len(box) == 4 and all(
-                isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
-            malformed.append(description)
-            continue
         x, y, w, h = box
         boxes.append(Box(description, x, y, w, h, image['width'], image['height']))
-        label = labels.get(annotation['category_id'])
-        if label is not None and not annotation.get('iscrowd'):
-            findings.label_counts[label] += 1
-            labels_in_image.setdefault(annotation['image_id'], set()).add(label)
-    for found in labels_in_image.values():
-        findings.image_counts.update(found)
-    findings.add('box that is not four numbers [x, y, width, height]', 'Correct it',
-                 where=malformed)
+        if annotation['category_id'] in labels and not annotation.get('iscrowd'):
+            with_objects.add(annotation['image_id'])
+    fractions = [b for b in boxes if max(b.x, b.y, b.w, b.h) <= 1 < min(
+        b.image_width, b.image_height) and max(b.w, b.h) > 0]
+    if len(fractions) > len(boxes) / 2:
+        findings.add('box in fractions of its image, from 0 to 1', 'COCO boxes are [x, y, width, '
+                     'height] in pixels: multiply by width and height of the image',
+                     where=[b.description for b in fractions])
+        return
     findings.add('box with a width or height below 1, which mmdet ignores',
                  'Remove or correct it', 'warning',
                  where=[b.description for b in boxes if b.w < 1 or b.h < 1])
@@ -221,7 +330,7 @@ def _report_boxes(content: dict[str, list], config: dict, findings: Findings) ->
     findings.add('annotation with an area of 0, which mmdet ignores',
                  'Write the area of the mask, or width × height', 'warning',
                  where=[f'id {a["id"]}' for a in content['annotations']
-                        if not isinstance(a['area'], (int, float)) or a['area'] <= 0])
+                        if a['area'] <= 0])
     if any(transform.get('with_mask')
            for transform in find_transforms(config.get('pipeline'), 'LoadAnnotations')):
         findings.add('annotation without a mask (segmentation), which this model requires',
@@ -235,7 +344,7 @@ def _report_boxes(content: dict[str, list], config: dict, findings: Findings) ->
                             if isinstance(a.get('segmentation'), list) and a['segmentation'] and
                             all(len(p) < 6 or len(p) % 2 for p in a['segmentation']
                                 if isinstance(p, list))])
-    if not labels_in_image:
+    if not with_objects:
         findings.add('no image has a box of these classes',
                      'Check classes, and the category_id of the annotations')
         return
@@ -243,15 +352,15 @@ def _report_boxes(content: dict[str, list], config: dict, findings: Findings) ->
     findings.add('image without a box of these classes', 'Nothing, if this is intended; training '
                  'skips these images if filter_cfg.filter_empty_gt is True', 'note',
                  where=[str(image['file_name']) for i, image in images.items()
-                        if i not in labels_in_image])
+                        if i not in with_objects])
 
 
-def _report_small_images(content: dict[str, list], config: dict, findings: Findings) -> None:
+def _report_small_images(infos: list[dict], config: dict, findings: Findings) -> None:
     """Report images that ``filter_cfg`` removes from training because of their size."""
     min_size = (config.get('filter_cfg') or {}).get('min_size', 0)
-    small = [str(image['file_name']) for image in content['images']
-             if min(image['width'], image['height']) < min_size]
+    small = [Path(info['img_path']).name for info in infos
+             if min(info.get('width', min_size), info.get('height', min_size)) < min_size]
     if not config.get('test_mode'):
         findings.add(f'image with a side below {min_size}, which training skips',
                      'Lower train_dataloader.dataset.filter_cfg.min_size',
-                     'error' if len(small) == len(content['images']) else 'note', where=small)
+                     'error' if len(small) == len(infos) else 'note', where=small)

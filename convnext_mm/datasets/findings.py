@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.progress import track
 
 from .loading import ImageLoader
@@ -63,6 +63,7 @@ class Findings:
         image_counts: Number of images per label.
         unit: Unit of ``label_counts``: 'pixels' or 'boxes'.
         digests: Path → hash of the file, to find an image that is in two splits.
+        ignored: Mask value → number of pixels that are ignored (segmentation).
     """
 
     split: str
@@ -74,6 +75,7 @@ class Findings:
     image_counts: Counter[int] = field(default_factory=Counter)
     unit: str = 'pixels'
     digests: dict[str, str] = field(default_factory=dict)
+    ignored: Counter[int] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, message: str, fix: str, level: str = 'error',
@@ -109,6 +111,11 @@ class Findings:
             count = self.label_counts[label]
             lines.append(f'    {name:<{width}}  {count:>10}  {count / total:>6.1%}  '
                          f'{self.image_counts[label]:>8}  {"█" * round(20 * count / most)}')
+        pixels = sum(self.ignored.values())
+        if pixels:
+            share = pixels / (pixels + sum(self.label_counts.values()))
+            values = ', '.join(map(str, sorted(self.ignored)))
+            lines.append(f'    ignored: {values}; {share:.1%} of all pixels')
         return '\n'.join(lines)
 
 
@@ -128,18 +135,6 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], de
                     else results)
 
 
-def load_image(path: str) -> tuple[Image.Image, str]:
-    """Decode an image completely, apply its EXIF rotation, and hash its file.
-
-    Raises:
-        OSError: The file is missing or truncated.
-    """
-    data = Path(path).read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        return ImageOps.exif_transpose(image), file_digest(data)
-
-
 class ImageFacts(NamedTuple):
     """(width, height), number of bands, and a hash of the file of an image."""
 
@@ -148,22 +143,34 @@ class ImageFacts(NamedTuple):
     digest: str
 
 
-def read_image_facts(path: str, load: ImageLoader | None = None) -> ImageFacts:
-    """Decode an image completely.
-
-    Args:
-        path: An image file.
-        load: The pipeline's own loader; None: one that reads three bands of 8 bits.
+def read_image_facts(path: str, load: ImageLoader) -> ImageFacts:
+    """Decode an image completely, by the pipeline's own loader.
 
     Raises:
         OSError: The file is missing or truncated; ``load`` may raise other errors.
     """
-    if load is None:
-        image, digest = load_image(path)  # mmcv fills the missing end of a truncated JPEG with gray
-        return ImageFacts(image.size, 3, digest)
-    values = load(path)
+    data = Path(path).read_bytes()
+    try:
+        values = load(path)
+    except Exception:
+        with Image.open(io.BytesIO(data)) as image:  # says more about what is wrong
+            image.load()
+        raise
+    check_complete(data)
     return ImageFacts((values.shape[1], values.shape[0]), values.shape[2] if values.ndim > 2 else 1,
-                      file_digest(Path(path).read_bytes()))
+                      file_digest(data))
+
+
+def check_complete(data: bytes) -> None:
+    """Check that the end of a JPEG or PNG file is there: OpenCV fills what is missing with gray.
+
+    Raises:
+        OSError: It is truncated.
+    """
+    end = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}.get(data[:2])
+    if end and end not in data[-1024:]:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
 
 
 def file_digest(data: bytes) -> str:
@@ -175,6 +182,9 @@ def failure_reason(error: Exception) -> str:
     """A short text that says why an image cannot be read."""
     if isinstance(error, FileNotFoundError):
         return 'file not found'
+    if isinstance(error, AssertionError) and 'failed to load image' in str(error):
+        return 'Pillow reads it, but not the first step of the pipeline: try imdecode_backend=' \
+               "'pillow' in LoadImageFromFile, or convert it"
     if isinstance(error, Image.UnidentifiedImageError):
         return 'not an image'
     if "requires the 'imagecodecs' package" in str(error):

@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 from . import detection, segmentation
 from .completion import dataset_classes, dataset_registry, datasets_of_split
 from .findings import Findings
+from .loading import image_loader
 
 
 def inspect_splits(cfg: Config, sample: int | None = None,
@@ -54,7 +55,11 @@ def format_report(results: Sequence[Findings], frequencies: bool = True) -> str:
 
 
 def image_sizes(dataset: dict) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(path, (width, height)) of every image of a segmentation dataset that Pillow can open."""
+    """(path, (width, height)) of every image of a segmentation dataset that can be read.
+
+    From its header where Pillow knows the format, otherwise by the pipeline's own loader.
+    """
+    load = image_loader(dataset.get('pipeline'), 'mmseg')
     built = dataset_registry('mmseg').build(dict(dataset, pipeline=[], _scope_='mmseg'))
     for i in range(len(built)):
         path = built.get_data_info(i)['img_path']
@@ -62,8 +67,11 @@ def image_sizes(dataset: dict) -> Iterator[tuple[str, tuple[int, int]]]:
             with Image.open(path) as image:
                 turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
                 yield path, image.size[::-1] if turned else image.size
-        except OSError:  # the inspection reports it
-            continue
+        except OSError:
+            try:
+                yield path, load(path).shape[1::-1]
+            except Exception:  # the inspection reports it
+                continue
 
 
 def _location(dataset: dict) -> str:

@@ -11,20 +11,19 @@ ImageLoader = Callable[[str], np.ndarray]
 """From a path to an image as mmcv has it: (H, W) or (H, W, bands), of three bands in BGR order."""
 
 
-def image_loader(pipeline: Sequence[dict[str, Any]] | None, scope: str) -> ImageLoader | None:
+def image_loader(pipeline: Sequence[dict[str, Any]] | None, scope: str) -> ImageLoader:
     """The loader of a pipeline: its first step.
 
     Args:
-        pipeline: Of a dataset's config.
+        pipeline: Of a dataset's config; without one, images are read as by LoadImageFromFile.
         scope: 'mmseg' or 'mmdet'.
-
-    Returns:
-        None if it reads ordinary image files as three bands of 8 bits.
     """
-    if not pipeline or reads_colors(pipeline):
-        return None
-    transforms = import_module(f'{scope}.registry').TRANSFORMS
-    return loader_of([transforms.build(dict(pipeline[0], _scope_=scope))])
+    return loader_of([build_step((pipeline or [dict(type='LoadImageFromFile')])[0], scope)])
+
+
+def build_step(step: dict[str, Any], scope: str) -> Callable[[dict], dict | None]:
+    """A step of a pipeline."""
+    return import_module(f'{scope}.registry').TRANSFORMS.build(dict(step, _scope_=scope))
 
 
 def loader_of(steps: Sequence[Callable[[dict], dict | None]]) -> ImageLoader:
@@ -35,11 +34,3 @@ def loader_of(steps: Sequence[Callable[[dict], dict | None]]) -> ImageLoader:
             raise OSError('the pipeline reads nothing')
         return loaded['img']
     return load
-
-
-def reads_colors(pipeline: Sequence[dict[str, Any]] | None) -> bool:
-    """Whether a pipeline reads ordinary image files as three bands of 8 bits."""
-    step = pipeline[0] if pipeline else {}
-    return (step.get('type', 'LoadImageFromFile') == 'LoadImageFromFile'
-            and step.get('color_type', 'color') == 'color'
-            and step.get('imdecode_backend', 'cv2') in ('cv2', 'pillow', 'turbojpeg'))

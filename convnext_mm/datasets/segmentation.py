@@ -2,26 +2,29 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
+from PIL import Image
 
 from .completion import dataset_registry, find_transforms
 from .findings import (
     Findings,
     failure_reason,
-    load_image,
     map_in_threads,
     read_image_facts,
     sample_indices,
 )
-from .loading import ImageLoader, image_loader
+from .loading import ImageLoader, build_step, image_loader
 
 IGNORED = 255
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
 
 
 class ImageMaskPair(NamedTuple):
@@ -29,13 +32,14 @@ class ImageMaskPair(NamedTuple):
 
     Args:
         image: Path of the image.
-        mask: Path of the mask.
+        mask: Path of the mask; '': a test image without one.
         image_error: Why the image cannot be read.
         mask_error: Why the mask cannot be read.
         sizes: (width, height) of image and mask, if they differ.
-        has_colors: Whether the mask has several channels.
+        colors: Colors of a mask with several channels, the most frequent first.
         mode: PIL's mode of the mask.
-        pixel_counts: Mask value → number of pixels; empty without a mask of one channel.
+        pixel_counts: (mask value, label that training sees) → number of pixels; empty without a
+            mask of one channel.
         digest: Hash of the image file.
         bands: Number of the image's bands.
     """
@@ -45,11 +49,16 @@ class ImageMaskPair(NamedTuple):
     image_error: str = ''
     mask_error: str = ''
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-    has_colors: bool = False
+    colors: list[tuple[int, ...]] = []  # noqa: RUF012
     mode: str = ''
-    pixel_counts: dict[int, int] = {}  # noqa: RUF012
+    pixel_counts: dict[tuple[int, int], int] = {}  # noqa: RUF012
     digest: str = ''
     bands: int = 3
+
+    @property
+    def values(self) -> set[int]:
+        """The values of the mask."""
+        return {value for value, _ in self.pixel_counts}
 
 
 def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: Config) -> None:
@@ -63,22 +72,22 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
         suffixes = Counter(Path(name).suffix for name in _list_files(prefix.get('img_path')))
         existing = ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3))
         findings.add(
-            f'no image ends with {dataset.img_suffix} in {prefix.get("img_path")}' +
+            f'no image ends with {_endings(dataset)} in {prefix.get("img_path")}' +
             (f', which contains {existing}' if existing else ''),
             "Set img_suffix='…' at the top of the config, and seg_map_suffix='…' for the masks"
             if existing else 'Set data_prefix.img_path to the folder of the images')
         return
     infos = [dataset.get_data_info(i) for i in sample_indices(findings.total, sample)]
-    read = functools.partial(_read_pair, load=image_loader(config.get('pipeline'), 'mmseg'))
-    pairs = list(map_in_threads(
-        read, [(i['img_path'], i.get('seg_map_path', '')) for i in infos],
-        f'Checking {findings.split}', show_progress=sample is None))
+    read = functools.partial(_read_pair, load=image_loader(config.get('pipeline'), 'mmseg'),
+                             label=_mask_loader(config))
+    pairs = list(map_in_threads(read, infos, f'Checking {findings.split}',
+                                show_progress=sample is None))
     findings.checked = len(pairs)
     findings.digests = {pair.image: pair.digest for pair in pairs if pair.digest}
-    _report_files(pairs, findings)
+    _report_files(pairs, findings, list(cfg.get('palette') or ()))
     findings.add_wrong_bands({pair.image: pair.bands for pair in pairs if not pair.image_error},
                              cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
-    _report_unpaired_masks(prefix, infos, dataset, findings, sample)
+    _report_unused_files(prefix, dataset, findings, sample)
     backend = next((transform.get('imdecode_backend') for transform in find_transforms(
         config.get('pipeline'), 'LoadAnnotations')), None)
     if backend not in (None, 'pillow'):
@@ -88,29 +97,83 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     _report_labels([pair for pair in pairs if pair.pixel_counts], findings, dataset, sample)
 
 
-def _read_pair(paths: tuple[str, str], load: ImageLoader | None) -> ImageMaskPair:
-    pair = ImageMaskPair(*paths)
+def _mask_loader(config: dict) -> Callable[[dict], np.ndarray] | None:
+    """From what a data set knows of an image to the labels that training sees; None: no masks.
+
+    The steps of the pipeline itself: its class of LoadAnnotations and its settings.
+    """
+    steps = config.get('pipeline')
+    step = next(find_transforms(steps, 'LoadAnnotations'), None if steps else
+                dict(type='LoadAnnotations'))
+    if step is None:
+        return None
+    built = build_step(step, 'mmseg')
+
+    def load(info: dict) -> np.ndarray:
+        result = built(dict(info, seg_fields=[]))
+        assert result is not None
+        return result['gt_seg_map']
+    return load
+
+
+def _read_pair(info: dict, load: ImageLoader, label: Callable[[dict], np.ndarray] | None
+               ) -> ImageMaskPair:
+    pair = ImageMaskPair(info['img_path'], info.get('seg_map_path') or '' if label else '')
     size = None
     try:
         size, bands, digest = read_image_facts(pair.image, load)
         pair = pair._replace(digest=digest, bands=bands)
     except Exception as error:  # decoders raise errors of any type
         pair = pair._replace(image_error=failure_reason(error))
+    if label is None or not pair.mask:
+        return pair
     try:
-        mask, _ = load_image(pair.mask)
+        values, mode = read_mask(pair.mask)
+        labels = np.asarray(label(info))
     except Exception as error:
         return pair._replace(mask_error=failure_reason(error))
-    values = np.asarray(mask)
-    pair = pair._replace(mode=mask.mode, has_colors=values.ndim == 3)
-    if size is not None and size != mask.size:
-        pair = pair._replace(sizes=(size, mask.size))
-    if values.ndim == 2:
-        counts = np.bincount(values.astype(np.int64).ravel().clip(0))
-        pair = pair._replace(pixel_counts={int(v): int(counts[v]) for v in np.flatnonzero(counts)})
-    return pair
+    pair = pair._replace(mode=mode)
+    mask_size = (labels.shape[1], labels.shape[0])
+    if size is not None and size != mask_size:
+        pair = pair._replace(sizes=(size, mask_size))
+    if labels.ndim == 3:
+        colors, counts = np.unique(labels.reshape(-1, labels.shape[2])[:, ::-1], axis=0,
+                                   return_counts=True)
+        return pair._replace(colors=[tuple(map(int, colors[i])) for i in np.argsort(-counts)])
+    if values.shape != labels.shape:  # a loader of the user's own
+        values = labels
+    both = values.astype(np.int64).ravel().clip(0) * 65536 + labels.astype(np.int64).ravel()
+    keys, counts = np.unique(both, return_counts=True)
+    return pair._replace(pixel_counts={
+        divmod(int(key), 65536): int(count) for key, count in zip(keys, counts, strict=True)})
 
 
-def _report_files(pairs: list[ImageMaskPair], findings: Findings) -> None:
+def read_mask(path: str) -> tuple[np.ndarray, str]:
+    """The values of a mask's file, as Pillow reads them, and Pillow's mode."""
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
+        return np.asarray(image), image.mode
+
+
+def describe_first_masks(dataset: dict, count: int = 4) -> str:
+    """The values in the first masks of a data set's config, as a sentence; '' without masks."""
+    prefix = dataset.get('data_prefix') or {}
+    folder = os.path.join(dataset.get('data_root') or '', prefix.get('seg_map_path') or '')
+    suffix = dataset.get('seg_map_suffix') or '.png'
+    files = [name for name in _list_files(folder) if name.endswith(suffix)][:count]
+    found: set[int] = set()
+    for name in files:
+        try:
+            values, _ = read_mask(os.path.join(folder, name))
+        except Exception:  # the check of the data says why
+            continue
+        if values.ndim == 2:
+            found |= set(np.unique(values).tolist())
+    if not found:
+        return ''
+    return f'\nThe first masks in {folder} have the values {format_ranges(sorted(found))}.'
+
+
+def _report_files(pairs: list[ImageMaskPair], findings: Findings, palette: list) -> None:
     """Report missing and unreadable files, different sizes, and color masks."""
     findings.add('image missing or unreadable', 'Replace the file, or remove it from the dataset',
                  where=[f'{p.image} ({p.image_error})' for p in pairs if p.image_error])
@@ -124,38 +187,87 @@ def _report_files(pairs: list[ImageMaskPair], findings: Findings) -> None:
                  'lacks',
                  where=['{}: image {}×{}, mask {}×{}'.format(p.mask, *p.sizes[0], *p.sizes[1])
                         for p in pairs if p.sizes])
-    findings.add('color mask; expected one channel with class indices',
-                 'Save masks with one channel: mask = np.zeros(rgb.shape[:2], np.uint8), and for '
-                 'each class mask[(rgb == color).all(-1)] = index',
-                 where=[f'{p.mask} ({p.mode})' for p in pairs if p.has_colors])
+    colored = [pair for pair in pairs if pair.colors]
+    if colored:
+        _report_colors(colored, findings, palette)
 
 
-def _report_unpaired_masks(prefix: dict, infos: list[dict], dataset: Any, findings: Findings,
-                           sample: int | None) -> None:
+def _report_colors(pairs: list[ImageMaskPair], findings: Findings, palette: list) -> None:
+    """Say what masks of several channels are: gray, colors of a map, or photographs."""
+    colors = list(dict.fromkeys(color for pair in pairs for color in pair.colors))
+    known = {tuple(color) for color in palette}
+    listed = ', '.join(map(str, colors[:6])) + (', …' if len(colors) > 6 else '')
+    if all(len(set(color[:3])) == 1 for color in colors):
+        kind, fix = 'whose channels are equal', 'Save one channel: mask = rgb[..., 0]'
+    elif known and known >= {color[:3] for color in colors}:
+        kind = 'in the colors of palette'
+        fix = ('Convert them to class indices, the position of a color in palette: python '
+               'tools/convert_dataset.py MASKS OUT --colors CONFIG')
+    elif len(colors) > 256:
+        kind = f'of {len(colors)} colors, which are no classes'
+        fix = ('Such masks come from blending, from JPEG or from resizing with interpolation: '
+               'export them again as PNG with one channel of class indices')
+    else:
+        kind = f'in {len(colors)} colors: {listed}'
+        fix = ('Save masks with one channel: mask = np.zeros(rgb.shape[:2], np.uint8), and for '
+               'each class mask[(rgb == color).all(-1)] = index')
+    findings.add(f'color mask {kind}; expected one channel with class indices', fix,
+                 where=[f'{p.mask} ({p.mode})' for p in pairs])
+
+
+def _report_unused_files(prefix: dict, dataset: Any, findings: Findings, sample: int | None
+                         ) -> None:
+    """Report masks without an image, and images that the data set passes over."""
     # An annotation file may list only some of the images in a folder.
     lists_images = bool(dataset.ann_file) and not os.path.isdir(dataset.ann_file)
-    if sample is not None or lists_images or not prefix.get('seg_map_path'):
+    if lists_images or not prefix.get('seg_map_path'):
         return
-    used = {os.path.normpath(info['seg_map_path']) for info in infos}
-    masks = [os.path.join(prefix['seg_map_path'], name)
-             for name in _list_files(prefix['seg_map_path'])
-             if name.endswith(dataset.seg_map_suffix)]
-    findings.add(f'mask without an image that ends with {dataset.img_suffix}',
-                 'Add the image, or remove the mask', 'warning',
-                 where=[mask for mask in masks if os.path.normpath(mask) not in used])
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    masks = {os.path.normpath(info['seg_map_path']) for info in infos}
+    images = {os.path.normpath(info['img_path']) for info in infos}
+    passed_over = []
+    for name in _list_files(prefix['img_path']):
+        stem, suffix = os.path.splitext(name)
+        path = os.path.normpath(os.path.join(prefix['img_path'], name))
+        mask = os.path.normpath(os.path.join(prefix['seg_map_path'], stem + dataset.seg_map_suffix))
+        if suffix.lower() in IMAGE_SUFFIXES and path not in images | masks and mask not in masks \
+                and os.path.isfile(mask):
+            passed_over.append((path, mask, suffix))
+    endings = sorted({suffix for _, _, suffix in passed_over})
+    findings.add(f'image passed over, since its name does not end with {_endings(dataset)}',
+                 'Name all endings at the top of the config: img_suffix=' + repr(
+                     (*([dataset.img_suffix] if isinstance(dataset.img_suffix, str) else
+                        dataset.img_suffix), *endings)), where=[path for path, _, _ in passed_over])
+    if sample is None:
+        taken = masks | {mask for _, mask, _ in passed_over}
+        found = [os.path.normpath(os.path.join(prefix['seg_map_path'], name))
+                 for name in _list_files(prefix['seg_map_path'])
+                 if name.endswith(dataset.seg_map_suffix)]
+        findings.add(f'mask without an image that ends with {_endings(dataset)}',
+                     'Add the image, or remove the mask', 'warning',
+                     where=[mask for mask in found if mask not in taken | images])
+
+
+def _endings(dataset: Any) -> str:
+    suffixes = dataset.img_suffix
+    return suffixes if isinstance(suffixes, str) else ' or '.join(suffixes)
 
 
 def _report_labels(pairs: list[ImageMaskPair], findings: Findings, dataset: Any,
                    sample: int | None) -> None:
-    """Compare mask values with the classes, as mmseg's LoadAnnotations maps them to labels."""
+    """Compare mask values with the classes, by the labels that the pipeline makes of them."""
     classes, reduce = findings.classes, dataset.reduce_zero_label
     masks_of_value: dict[int, list[str]] = {}
+    label_of_value: dict[int, int] = {}
     without_labels = []
     for pair in pairs:
         counts: Counter[int] = Counter()
-        for value, count in pair.pixel_counts.items():
+        for (value, label), count in pair.pixel_counts.items():
             masks_of_value.setdefault(value, []).append(pair.mask)
-            counts[training_label(value, reduce, dataset.label_map)] += count
+            label_of_value[value] = label
+            counts[label] += count
+            if label == IGNORED:
+                findings.ignored[value] += count
         del counts[IGNORED]
         if not counts:
             without_labels.append(pair.mask)
@@ -164,11 +276,11 @@ def _report_labels(pairs: list[ImageMaskPair], findings: Findings, dataset: Any,
     if not masks_of_value:
         return
     found = sorted(masks_of_value)
-    outside = [v for v in found if v > IGNORED or len(classes) <= training_label(
-        v, reduce, dataset.label_map) < IGNORED]
+    outside = [v for v in found if v > IGNORED or len(classes) <= label_of_value[v] < IGNORED]
     indices = [v for v in found if v != IGNORED]
     values = f'mask values: {format_ranges(found)}; classes: {len(classes)}; ' \
              f'reduce_zero_label={reduce}'
+    binary = [pair.mask for pair in pairs if pair.values == {0, IGNORED}]
     if found == [0, IGNORED]:
         # At most one class is left to learn. In a sample, the other classes may be missing.
         certain = reduce or sample is None
@@ -184,9 +296,17 @@ def _report_labels(pairs: list[ImageMaskPair], findings: Findings, dataset: Any,
                      'If 0 is a class, set reduce_zero_label = False' if reduce else
                      'Check how the masks were written')
     else:
+        if binary:
+            # Others may mark borders with 255, so that 0 and 255 can be a mask of background.
+            others = any(IGNORED in pair.values and pair.values != {0, IGNORED} for pair in pairs)
+            findings.add('mask that contains only 0 and 255, where 255 means "ignore", while other '
+                         f'masks have classes ({values})',
+                         'Write these masks as the others are: mask[mask == 255] = 1, or the '
+                         'class that 255 stands for', 'warning' if others else 'error',
+                         where=binary)
         findings.add('mask without a pixel of any class: all its pixels are ignored',
                      'Remove these images; training cannot learn from them', 'warning',
-                     where=without_labels)
+                     where=[mask for mask in without_labels if mask not in binary])
         if reduce and dataset.label_map is None and 0 in found and (
                 indices[-1] == len(classes) - 1 or (sample is None and indices[-1] < len(classes))):
             findings.add(
@@ -196,13 +316,6 @@ def _report_labels(pairs: list[ImageMaskPair], findings: Findings, dataset: Any,
                 'shifted: set reduce_zero_label = False at the top of the config', 'warning')
         elif sample is None:
             findings.add_absent_classes()
-
-
-def training_label(value: int, reduce: bool, label_map: dict[int, int] | None) -> int:
-    """The label that mmseg's LoadAnnotations maps a mask value to; 255 is ignored."""
-    if reduce:
-        value = IGNORED if value in (0, IGNORED) else value - 1
-    return (label_map or {}).get(value, value)
 
 
 def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduce: bool,
@@ -219,6 +332,9 @@ def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduc
                     'top of the config')
         return ('If 0 means "no class", set reduce_zero_label = True at the top of the config; '
                 'if 0 is a class, one is missing from classes')
+    if any(pair.mask.lower().endswith('.gif') for pair in pairs):
+        return ('The masks are GIFs, whose values are indices of a palette, or gray: convert them '
+                'to PNG with the class indices, and set seg_map_suffix')
     if any(pair.mode == 'P' for pair in pairs):
         return ('The masks are palette PNGs whose indices are not the class indices: remap them '
                 '(new = table[np.asarray(mask)]), or list a name for every index in classes')

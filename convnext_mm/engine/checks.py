@@ -265,8 +265,11 @@ def check_resumed_schedule(cfg: Config, path: str, content: dict[str, Any]) -> N
 def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:
     """Yield each path in a data set's config, and what it contains."""
     root = dataset.get('data_root') or ''
+    loads_masks = not dataset.get('pipeline') or any(
+        find_transforms(dataset['pipeline'], 'LoadAnnotations'))
     for key, value in dataset.get('data_prefix', {}).items():
-        if isinstance(value, str) and value and '://' not in value:
+        if isinstance(value, str) and value and '://' not in value and (
+                loads_masks or 'seg' not in key):
             yield os.path.join(root, value), 'masks' if 'seg' in key else 'images'
     if dataset.get('ann_file'):
         yield os.path.join(root, dataset['ann_file']), 'annotation file'

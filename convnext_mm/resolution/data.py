@@ -2,12 +2,26 @@
 from __future__ import annotations
 
 import inspect
+import os
 
-from ..datasets import complete_config, dataset_classes, dataset_registry, datasets_of_split
-from ..datasets.completion import find_transforms
+from ..datasets import (
+    complete_config,
+    dataset_classes,
+    dataset_registry,
+    datasets_of_split,
+    metrics_of_split,
+)
+from ..datasets.coco import read_categories
+from ..datasets.completion import (
+    class_names,
+    find_transforms,
+    follow_data_root,
+    metainfo_of_type,
+)
+from ..datasets.segmentation import describe_first_masks
 from ..errors import UserError
 from ..utils import require_package
-from .edits import PIPELINES, Edits
+from .edits import PIPELINES, Edits, lookup, same
 
 SPLITS = ('train', 'val', 'test')
 
@@ -31,6 +45,215 @@ def dataset_type_and_reduce_zero_label(edits: Edits) -> None:
             if isinstance(default, bool):
                 dataset['reduce_zero_label'] = default
                 edits.note(f': reduce_zero_label={default}, as {kind} has it', split)
+
+
+COCO_TYPES = ('CocoDataset', 'convnext_mm.CocoDataset')
+
+
+def data_root_and_classes(edits: Edits) -> None:
+    """Data of the user's own has classes of its own.
+
+    Categories of COCO files are read from them. Data in the recipe's folders below another
+    ``data_root`` is the recipe's.
+
+    Raises:
+        UserError: Masks, which have no names, without ``classes``.
+    """
+    scope = edits.get('default_scope')
+    if not edits.recipe or scope not in ('mmseg', 'mmdet'):
+        return
+    follow_data_root(edits.cfg)
+    if edits.get('classes') is not None:
+        return
+    for split in ('train', 'val', 'test'):
+        before = edits.inherited(f'{split}_dataloader.dataset') or {}
+        for dataset in datasets_of_split(edits.cfg, split):
+            kind = dataset.get('type')
+            if (dataset.get('metainfo') or {}).get('classes') or kind not in (
+                    before.get('type'), 'BaseSegDataset', *COCO_TYPES):
+                continue
+            if scope == 'mmseg':
+                if kind == 'BaseSegDataset' or not same(
+                        dataset.get('data_prefix'), before.get('data_prefix')):
+                    raise UserError(
+                        f'{split}_dataloader reads masks of your own, but classes is not set: '
+                        "write classes=('road', 'car', …) at the top of the config, a name for "
+                        'each mask value from 0 (from 1, if 0 is no class)')
+            elif kind in COCO_TYPES and not (same(dataset.get('data_root'), before.get('data_root'))
+                                             and same(dataset.get('ann_file'),
+                                                      before.get('ann_file'))):
+                path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+                if not os.path.isfile(path):
+                    continue
+                names = read_categories(path)
+                if set(names) != set(dataset_classes(dataset, 'mmdet')):
+                    edits.put('classes', tuple(names))
+                    edits.note(f'classes={tuple(names)!r}, the categories of {path}')
+                return
+
+
+def classes_and_reduce_zero_label(edits: Edits) -> None:
+    """Own classes come with what 0 in a mask means: the recipe's answer is that of its data set.
+
+    An answer for one split, or in one pipeline, is the answer for all.
+
+    Raises:
+        UserError: Nobody has said it; the recipe says that 0 is no class.
+    """
+    if edits.get('default_scope') != 'mmseg' or not edits.recipe or (
+            edits.get('classes') is None or edits.get('reduce_zero_label') is not None):
+        return
+    said, silent = set(), []
+    for split in SPLITS:
+        for dataset in datasets_of_split(edits.cfg, split):
+            own = _answers(edits, split, dataset)
+            answer = next((one for one in own if isinstance(one, bool)), None)
+            if answer is None:
+                silent.append((split, dataset))
+            else:
+                said.add(answer)
+    if len(said) == 1:
+        for split, dataset in silent:
+            dataset['reduce_zero_label'] = next(iter(said))
+            edits.note(f': reduce_zero_label={next(iter(said))}, as in the other data', split)
+    if said or not any(_reduces(dataset) and not _is_recipes_data(edits, split, dataset)
+                       for split, dataset in silent):
+        return
+    classes = class_names(edits.get('classes'), edits.get('data_root'))
+    seen = describe_first_masks(next((dataset for _, dataset in silent), {}))
+    raise UserError(
+        'classes is set, but not what 0 in a mask means. Write one of these lines at the top of '
+        f'the config:\n  reduce_zero_label = False  # 0 is {classes[0]!r}, the last of the '
+        f'{len(classes)} classes is {len(classes) - 1}\n  reduce_zero_label = True   # 0 is no '
+        f'class and is ignored, 1 is {classes[0]!r}, the last is {len(classes)}' + seen)
+
+
+def _answers(edits: Edits, split: str, dataset: dict) -> list:
+    """What the user, not the recipe, says about 0 in the masks of a data set."""
+    before = edits.inherited(f'{split}_dataloader.dataset') or {}
+    answers = []
+    if not same(dataset.get('reduce_zero_label'), before.get('reduce_zero_label')):
+        answers.append(dataset.get('reduce_zero_label'))
+    name = 'train_pipeline' if split == 'train' else 'test_pipeline'
+    path = f'{split}_dataloader.dataset.pipeline'
+    wrapped = lookup(edits.history[0], path) is None
+    if edits.was_set(name) or edits.was_set(path) or (
+            wrapped and not same(dataset.get('pipeline'), before.get('pipeline'))):
+        answers += [loader.get('reduce_zero_label') for loader in find_transforms(
+            dataset.get('pipeline'), 'LoadAnnotations')]
+    return answers
+
+
+def _reduces(dataset: dict) -> bool:
+    """Whether 0 is no class, as mmseg would load these masks."""
+    kind = dataset.get('type')
+    found = [dataset.get('reduce_zero_label'), *(
+        one.get('reduce_zero_label') for one in find_transforms(
+            dataset.get('pipeline'), 'LoadAnnotations')), default_argument(
+        dataset_registry('mmseg').get(kind) if isinstance(kind, str) else kind,
+        'reduce_zero_label')]
+    return bool(next((one for one in found if one is not None), False))
+
+
+def _is_recipes_data(edits: Edits, split: str, dataset: dict) -> bool:
+    """Whether some of the recipe's classes are chosen of the recipe's own data."""
+    before = edits.inherited(f'{split}_dataloader.dataset') or {}
+    own = metainfo_of_type(dataset, 'mmseg').get('classes') or ()
+    return all(same(dataset.get(key), before.get(key)) for key in ('data_root', 'data_prefix')
+               ) and set(class_names(edits.get('classes'), edits.get('data_root'))) <= set(own)
+
+
+def ignore_and_datasets(edits: Edits) -> None:
+    """``ignore`` (mask values) and several endings of images need our data set of masks.
+
+    Raises:
+        UserError: ``ignore`` is no value, or the data set's class has its own way to load masks.
+    """
+    ignore = edits.get('ignore')
+    if ignore is not None:
+        ignore = [ignore] if isinstance(ignore, int) else ignore
+        if not isinstance(ignore, (list, tuple)) or not all(
+                isinstance(one, int) and not isinstance(one, bool) and 0 <= one <= 255
+                for one in ignore):
+            raise UserError(f'ignore={edits.get("ignore")!r} must be a mask value from 0 to 255, '
+                            'or several: ignore=11, ignore=(11, 12)')
+        if edits.get('default_scope') != 'mmseg':
+            raise UserError("ignore is a setting of segmentation: a detector's objects are ignored "
+                            'by "iscrowd": 1 in the annotation file')
+    if edits.get('default_scope') != 'mmseg':
+        return
+    for split in SPLITS:
+        for dataset in datasets_of_split(edits.cfg, split):
+            several = isinstance(dataset.get('img_suffix'), (list, tuple))
+            if ignore is None and not several:
+                continue
+            if dataset.get('type') not in ('BaseSegDataset', 'convnext_mm.SegmentationDataset'):
+                raise UserError(
+                    f'{"img_suffix of several endings" if several else "ignore"} needs data of '
+                    f'your own, but {split}_dataloader.dataset.type is {dataset.get("type")}: set '
+                    'classes=(...) as well')
+            dataset['type'] = 'convnext_mm.SegmentationDataset'
+            if ignore is not None:
+                dataset['ignore'] = tuple(ignore)
+
+
+def dataset_type_and_labels(edits: Edits) -> None:
+    """Labels of own COCO data follow ``classes``, in whatever order the files have categories."""
+    if edits.get('default_scope') != 'mmdet':
+        return
+    for split in SPLITS:
+        own, before = False, edits.inherited(f'{split}_dataloader.dataset') or {}
+        for dataset in datasets_of_split(edits.cfg, split):
+            if dataset.get('type') in COCO_TYPES and not all(
+                    same(dataset.get(key), before.get(key))
+                    for key in ('data_root', 'ann_file', 'metainfo')):
+                dataset['type'], own = COCO_TYPES[1], True
+        for metric in metrics_of_split(edits.cfg, split) if own else ():
+            if metric.get('type') == 'CocoMetric':
+                metric['type'] = 'convnext_mm.CocoMetric'
+
+
+def test_data_and_annotations(edits: Edits) -> None:
+    """A test set may have no masks: they are then neither loaded nor compared."""
+    if edits.get('default_scope') != 'mmseg':
+        return
+    metrics = metrics_of_split(edits.cfg, 'test')
+    for dataset in datasets_of_split(edits.cfg, 'test'):
+        prefix = dataset.get('data_prefix')
+        images_only = isinstance(prefix, dict) and 'seg_map_path' in prefix and (
+            prefix['seg_map_path'] in (None, ''))
+        if images_only and prefix:
+            del prefix['seg_map_path']
+        if not images_only and not (metrics and all(one.get('format_only') for one in metrics)):
+            continue
+        for path, steps in (('test_dataloader.dataset.pipeline', dataset.get('pipeline')),
+                            ('tta_pipeline', edits.get('tta_pipeline'))):
+            if _drop_loaders(steps or []):
+                edits.note(' load no masks: the test data has none', path)
+        for metric in metrics if images_only else ():
+            if metric.get('type') == 'IoUMetric' and not metric.get('format_only'):
+                folder = os.path.join(edits.get('work_dir') or os.path.join(
+                    'work_dirs', os.path.splitext(os.path.basename(edits.cfg.filename or 'test'))[0]
+                ), 'test_masks')
+                metric.update(format_only=True, output_dir=metric.get('output_dir') or folder)
+                edits.note(f'test_evaluator writes class maps to {metric["output_dir"]}: the test '
+                           'data has no masks')
+
+
+def _drop_loaders(steps: list) -> bool:
+    """Remove LoadAnnotations from a pipeline, in place; whether there was one."""
+    dropped = False
+    for i in reversed(range(len(steps))):
+        if isinstance(steps[i], dict) and steps[i].get('type') == 'LoadAnnotations':
+            steps.pop(i)
+            dropped = True
+        elif isinstance(steps[i], dict):
+            dropped = _drop_loaders(steps[i].get('transforms') or []) or dropped
+        elif isinstance(steps[i], list):
+            dropped = _drop_loaders(steps[i]) or dropped
+            if not steps[i]:
+                steps.pop(i)
+    return dropped
 
 
 NEED_COLORS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'RGB2Gray', 'CLAHE')

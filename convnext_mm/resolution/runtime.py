@@ -180,7 +180,8 @@ def metric_names(edits: Edits) -> list[str] | None:
     evaluators = edits.get('val_evaluator') or []
     names: list[str] = []
     for metric in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        kind, prefix = metric.get('type'), metric.get('prefix')
+        kind = str(metric.get('type')).removeprefix('convnext_mm.')
+        prefix = metric.get('prefix')
         if kind == 'IoUMetric':
             found = {'mIoU': ['mIoU', 'mAcc', 'aAcc'], 'mDice': ['mDice', 'mAcc', 'aAcc'],
                      'mFscore': ['mFscore', 'mPrecision', 'mRecall', 'aAcc']}

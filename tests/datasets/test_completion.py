@@ -11,6 +11,7 @@ data_root = 'data/mine'
 train_dataloader = dict(dataset=dict(data_prefix=dict(img_path='a', seg_map_path='b')))
 val_dataloader = dict(dataset=dict(data_prefix=dict(img_path='c', seg_map_path='d')))
 classes = ('road', 'car', 'sky')
+reduce_zero_label = True
 '''
 DET = f'''_base_ = '{ROOT}/{DETECTION}'
 data_root = 'data/mine'

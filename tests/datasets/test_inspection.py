@@ -4,22 +4,22 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
-import cv2
 import mmcv
 import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
 
+from convnext_mm import UserError
 from convnext_mm.datasets import detection, findings, inspection
 from convnext_mm.datasets.contact_sheet import draw_contact_sheet
-from convnext_mm.datasets.segmentation import format_ranges, training_label
+from convnext_mm.datasets.segmentation import _mask_loader, _read_pair, format_ranges
 from convnext_mm.engine import checks
 from tests.helpers import DETECTION, ROOT, SEGMENTATION, call_tool
 
 RNG = np.random.default_rng(0)
+ZERO = 'reduce_zero_label = True\n'
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 30)) -> None:
@@ -80,8 +80,8 @@ seg_map_suffix = '{suffix}'
 
 @pytest.mark.parametrize(('values', 'options', 'level', 'message', 'fix'), [
     ([0, 255], {}, 'error', 'masks contain only 0 and 255', r'mask\[mask == 255\] = 1'),
-    ([0, 255], dict(extra=''), 'error', 'masks contain only 0 and 255', 'Replace 255 by 1'),
-    ([0, 1, 2], dict(extra=''), 'warning', r"no mask contains 3, which would be 'sky'",
+    ([0, 255], dict(extra=ZERO), 'error', 'masks contain only 0 and 255', 'Replace 255 by 1'),
+    ([0, 1, 2], dict(extra=ZERO), 'warning', r"no mask contains 3, which would be 'sky'",
      r"\('road'\), it is ignored and .* shifted: set reduce_zero_label = False"),
     ([0, 1, 2, 3], {}, 'error', 'mask values that are not classes: 3 ',
      'If 0 means "no class", set reduce_zero_label = True'),
@@ -93,7 +93,7 @@ seg_map_suffix = '{suffix}'
     (range(30), {}, 'error', r'not classes: 3–29', 'resizing masks with interpolation'),
     ([0, 120, 250], dict(suffix='.jpg'), 'error', 'not classes: ', 'masks are JPEGs'),
     ([0, 300], {}, 'error', 'not classes: 300', '8-bit'),
-    ([0], dict(extra=''), 'error', 'masks without a pixel of any class', 'If 0 is a class'),
+    ([0], dict(extra=ZERO), 'error', 'masks without a pixel of any class', 'If 0 is a class'),
     ([0, 2], {}, 'warning', 'classes that occur in no image: car', 'nan'),
     ([0, 1, 2], dict(extra='reduce_zero_label = False\nimg_suffix = ".png"'), 'error',
      'no image ends with .png in .*, which contains [62] .jpg', 'Set img_suffix'),
@@ -108,7 +108,7 @@ def test_mistakes_in_masks(tmp_path, values, options, level, message, fix):
 
 @pytest.mark.parametrize(('values', 'options'), [
     ([0, 1, 2], {}), ([0, 1, 2, 255], {}), ([0, 1, 2], dict(mode='P')),
-    ([0, 1, 2, 3], dict(extra='')), ([1, 2, 3, 255], dict(extra=''))])
+    ([0, 1, 2, 3], dict(extra=ZERO)), ([1, 2, 3, 255], dict(extra=ZERO))])
 @pytest.mark.parametrize('sample', [None, 2])
 def test_valid_masks_have_no_problems(tmp_path, values, options, sample):
     assert SegmentationData(tmp_path, values, **options).problems(sample) == []
@@ -170,15 +170,18 @@ def test_class_frequencies_of_masks(tmp_path):
 
 @pytest.mark.parametrize('reduce', [True, False])
 @pytest.mark.parametrize('label_map', [None, {0: 3, 1: 255, 2: 0}])
-def test_labels_are_those_of_mmseg(reduce, label_map):
-    from mmseg.datasets.transforms import LoadAnnotations
+def test_labels_are_those_of_the_pipeline(tmp_path, reduce, label_map):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    result = dict(seg_map_path='x', seg_fields=[], reduce_zero_label=reduce, label_map=label_map)
-    with mock.patch('mmengine.fileio.get',
-                    return_value=cv2.imencode('.png', values)[1].tobytes()):
-        LoadAnnotations()._load_seg_map(result)
-    assert result['gt_seg_map'].ravel().tolist() == [
-        training_label(value, reduce, label_map) for value in range(256)]
+    Image.fromarray(values).save(tmp_path / 'mask.png')
+    load = _mask_loader(dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=reduce)]))
+    info = dict(img_path='', seg_map_path=str(tmp_path / 'mask.png'), reduce_zero_label=reduce,
+                label_map=label_map)
+    pair = _read_pair(info, load=mmcv.imread, label=load)
+    assert len(pair.pixel_counts) == 256
+    for value, label in pair.pixel_counts:
+        if reduce:
+            value = 255 if value in (0, 255) else value - 1
+        assert label == (label_map or {}).get(value, value)
 
 
 def test_ranges():
@@ -290,7 +293,8 @@ def test_class_frequencies_of_boxes(detection_data):
      ['{train}/gone.jpg (file not found)']),
     (update('categories', 0, name='bal'), 'error', "'ball' (Did you mean bal?)", []),
     (lambda c: c['categories'].append(dict(id=3, name='x')), 'note', 'ignored: x', []),
-    (lambda c: c['annotations'][0].pop('area'), 'error', "annotations without 'area'", ['id 1']),
+    (lambda c: c['annotations'][0].pop('area'), 'note', 'without area, which is taken', ['id 1']),
+    (lambda c: c['annotations'][0].pop('bbox'), 'error', "annotations without 'bbox'", ['id 1']),
     (lambda c: c.pop('images'), 'error', "has no list 'images'", []),
     (lambda c: c['annotations'].clear(), 'error', 'no image has a box of these classes', []),
     (lambda c: [c['annotations'].pop(0) for _ in 'ab'], 'note', 'image without a box', ['0.jpg']),
@@ -310,8 +314,8 @@ def test_mistakes_in_annotations(detection_data, change, level, message, where):
     (update('annotations', 0, bbox=[5, 4, 0, 20]), None),
     (update('annotations', 0, segmentation=[[1, 2, 3, 4]]), None),
     (update('annotations', 0, segmentation=[]), KeyError),
-    (lambda content: content['annotations'][0].pop('area'), KeyError),
-    (update('annotations', 0, bbox=[5, 4, 20]), ValueError)])
+    (lambda content: content['annotations'][0].pop('area'), None),
+    (update('annotations', 0, bbox=[5, 4, 20]), UserError)])
 def test_errors_stop_mmdet_and_warnings_do_not(detection_data, change, error):
     from mmdet.registry import DATASETS
     detection_data.change(change)
@@ -325,6 +329,143 @@ def test_errors_stop_mmdet_and_warnings_do_not(detection_data, change, error):
         assert 'error' in levels
         with pytest.raises(error):
             DATASETS.build(dict(config, _scope_='mmdet'))[0]
+
+
+def everywhere(**values) -> Callable[[dict], object]:
+    return lambda content: [one.update(values) for one in content['annotations']]
+
+
+def shift_masks(content: dict) -> None:
+    for one in content['annotations']:
+        one['segmentation'] = [[value + 30 if i % 2 == 0 else value
+                                for i, value in enumerate(one['segmentation'][0])]]
+
+
+def divide_boxes(content: dict) -> None:
+    for one in content['annotations']:
+        x, y, w, h = one['bbox']
+        one['bbox'] = [x / 60, y / 40, w / 60, h / 40]
+
+
+@pytest.mark.parametrize(('change', 'level', 'message'), [
+    (everywhere(iscrowd=1), 'error', '12 of 12 objects are left out: 12 with "iscrowd"'),
+    (everywhere(ignore=1), 'error', '12 of 12 objects are left out: 12 with "ignore"'),
+    (everywhere(bbox=[100, 4, 20, 20]), 'error', '12 of 12 .* 12 with a box outside the image'),
+    (everywhere(area=0), 'error', '12 of 12 objects are left out: 12 with an area of 0'),
+    (update('annotations', 0, ignore=1), 'note', '1 of 12 objects are left out: 1 with "ignore"'),
+    (divide_boxes, 'error', 'box in fractions of its image, from 0 to 1'),
+    (shift_masks, 'error', r'object whose mask is elsewhere than its box \(12 of 12\)'),
+    (everywhere(segmentation=dict(size=[60, 40], counts=[0, 2400])), 'error',
+     r'size is \[width, height\]'),
+    (everywhere(segmentation=dict(size=[30, 30], counts=[0, 900])), 'error', 'of another size'),
+    (everywhere(segmentation=[[]]), 'error', 'annotation without a mask'),
+    (update('annotations', 0, segmentation=[[1, 2, float('nan'), 4, 5, 6]]), 'error',
+     'polygon with a coordinate that is no number'),
+    (lambda c: c['categories'].append(dict(id=9, name='ball')), 'note', 'has the name of another'),
+])
+def test_what_would_starve_training(detection_data, change, level, message):
+    detection_data.change(change)
+    problem, = (p for p in detection_data.problems() if re.search(message, p.message))
+    assert problem.level == level
+
+
+def test_the_order_of_categories_does_not_matter(detection_data):
+    detection_data.change(lambda c: c['categories'].reverse())
+    detection_data.change(update('annotations', 0, category_id=2))
+    assert detection_data.problems() == []
+    train, _ = inspection.inspect_splits(detection_data.cfg)
+    assert train.label_counts == {0: 5, 1: 7}
+
+
+def test_a_test_without_annotations_is_no_error(tmp_path):
+    data = DetectionData(tmp_path)
+    (tmp_path / 'val.json').write_text(json.dumps(dict(
+        images=json.loads((tmp_path / 'val.json').read_text())['images'])))
+    with open(data.config, 'a') as file:
+        file.write("test_evaluator = dict(format_only=True, outfile_prefix='x')\n")
+    found, = inspection.inspect_splits(data.cfg, splits=('test',))
+    assert (found.total, found.problems) == (2, [])
+    data = SegmentationData(tmp_path / 'masks')
+    for mask in (tmp_path / 'masks/masks/val').iterdir():
+        mask.unlink()
+    with open(data.config, 'a') as file:
+        file.write("test_dataloader = dict(dataset=dict(data_prefix=dict(\n"
+                   "    img_path='images/val', seg_map_path=None)))\n")
+    checks.check_data_exists(data.cfg, ('test',))
+    found, = inspection.inspect_splits(data.cfg, splits=('test',))
+    assert (found.total, found.problems) == (2, [])
+    assert data.cfg.test_evaluator.format_only
+
+
+def test_masks_are_judged_one_by_one(tmp_path):
+    data = SegmentationData(tmp_path, [0, 1, 2])
+    for i in (1, 4):
+        write_mask(tmp_path / f'masks/train/{i}.png', [0, 255])
+    problem, = data.problems()
+    assert (problem.level, problem.where) == (
+        'error', [f'{tmp_path}/masks/train/{i}.png' for i in (1, 4)])
+    assert problem.message.startswith('mask that contains only 0 and 255')
+    write_mask(tmp_path / 'masks/train/0.png', [0, 1, 255])
+    problem, = data.problems()
+    assert problem.level == 'warning', '255 may be the border of objects'
+
+
+def test_ignored_pixels_have_a_row(tmp_path):
+    data = SegmentationData(tmp_path, [0, 1, 2, 3], extra=ZERO)
+    write_mask(tmp_path / 'masks/train/0.png', [1, 2, 3, 255])
+    train, _ = inspection.inspect_splits(data.cfg)
+    assert train.ignored == {0: 5 * 300, 255: 300}
+    assert '    ignored: 0, 255; 25.0% of all pixels' in inspection.format_report([train])
+
+
+def test_images_of_several_endings(tmp_path):
+    data = SegmentationData(tmp_path)
+    folder = tmp_path / 'images/train'
+    (folder / '1.jpg').rename(folder / '1.JPG')
+    (folder / '2.jpg').rename(folder / '2.jpeg')
+    problem, = data.problems(sample=4)
+    assert (problem.level, problem.where) == ('error', [f'{folder}/1.JPG', f'{folder}/2.jpeg'])
+    line = re.search(r"img_suffix=\('.jpg', '.JPG', '.jpeg'\)", problem.fix).group()
+    with open(data.config, 'a') as file:
+        file.write(line + '\n')
+    data = CustomData()
+    data.config = tmp_path / 'mine.py'
+    assert data.problems() == []
+    assert [one.total for one in inspection.inspect_splits(data.cfg)] == [6, 2]
+
+
+@pytest.mark.parametrize(('mode', 'message', 'fix'), [
+    ('palette', 'in the colors of palette', 'convert_dataset.py'),
+    ('colors', r'in 2 colors: \(0, 128, 0\), \(0, 0, 0\)', 'one channel'),
+    ('photo', 'of [0-9]+ colors, which are no classes', 'export them again')])
+def test_color_masks_are_named_as_what_they_are(tmp_path, mode, message, fix):
+    extra = 'palette = [[0, 0, 0], [0, 128, 0], [9, 9, 9]]\n' if mode == 'palette' else ''
+    data = SegmentationData(tmp_path, extra='reduce_zero_label = False\n' + extra)
+    for mask in (tmp_path / 'masks').glob('*/*.png'):
+        array = np.zeros((30, 40, 3), np.uint8)
+        array[:, 10:, 1] = 128
+        if mode == 'photo':
+            array = RNG.integers(0, 255, (30, 40, 3), np.uint8)
+        Image.fromarray(array).save(mask)
+    train, val = data.problems()
+    for problem in (train, val):
+        assert problem.level == 'error'
+        assert re.search(message, problem.message)
+        assert fix in problem.fix
+
+
+def test_images_of_16_bits_and_six_bands_are_read_by_the_pipeline(tmp_path):
+    tifffile = pytest.importorskip('tifffile')
+    data = SegmentationData(tmp_path, extra="""reduce_zero_label = False
+img_suffix = '.tif'
+in_chans = 6
+model = dict(backbone=dict(init_cfg=None), data_preprocessor=dict(mean=[0.0], std=[1.0]))
+""")
+    for image in (tmp_path / 'images').glob('*/*.jpg'):
+        tifffile.imwrite(image.with_suffix('.tif'),
+                         RNG.integers(0, 60000, (30, 40, 6), dtype=np.uint16))
+        image.unlink()
+    assert data.problems() == []
 
 
 def test_invalid_json_and_an_evaluator_with_another_file(tmp_path):
@@ -392,7 +533,7 @@ def test_training_checks_a_sample_first(tmp_path, capsys, monkeypatch):
 
 
 def test_training_warns_of_an_ignored_class(tmp_path, capsys):
-    data = SegmentationData(tmp_path, extra='')
+    data = SegmentationData(tmp_path, extra=ZERO)
     checks.check_data_sample(data.cfg, ('train', 'val'))
     output = capsys.readouterr().out
     assert output.count('it is ignored and the other classes are shifted') == 2

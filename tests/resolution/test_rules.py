@@ -33,6 +33,7 @@ def resolved(tmp_path):
 
 MINE = '''data_root = 'data/mine'
 classes = ('road', 'car', 'sky')
+reduce_zero_label = True
 '''
 
 

@@ -1,0 +1,89 @@
+"""Labels of COCO data by name, in training and in evaluation."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import DATASETS, METRICS
+
+CLASSES = ('ball', 'crate', 'star')
+
+
+def annotations(order: tuple[int, ...], first_id: int = 1) -> dict:
+    """An object of each class in each of two images; category ids are 10, 20 and 30."""
+    categories = [dict(id=10, name='ball'), dict(id=20, name='crate'), dict(id=30, name='star')]
+    content = dict(images=[], annotations=[], categories=[categories[i] for i in order])
+    for image in (1, 2):
+        content['images'].append(dict(id=image, file_name=f'{image}.jpg', width=200, height=100))
+        for i, category in enumerate(categories):
+            x = 10 + 60 * i
+            content['annotations'].append(dict(
+                id=first_id + len(content['annotations']), image_id=image, iscrowd=0,
+                category_id=category['id'], bbox=[x, 10, 40, 50], area=2000,
+                segmentation=[[x, 10, x + 40, 10, x + 40, 60, x, 60]]))
+    return content
+
+
+def write(path: Path, content: dict) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def evaluate(path: str, kind: str, wrong: int = -1, **settings) -> dict:
+    """The metrics of predictions that are right, but for those of one class."""
+    metric = METRICS.build(dict(type=kind, ann_file=path, metric='bbox', **settings))
+    metric.dataset_meta = dict(classes=CLASSES)
+    samples = []
+    for image in (1, 2):
+        boxes = torch.tensor([[10. + 60 * i, 10, 50 + 60 * i, 60] for i in range(3)])
+        if wrong >= 0:
+            boxes[wrong] += 70
+        samples.append(dict(img_id=image, ori_shape=(100, 200), pred_instances=dict(
+            bboxes=boxes, scores=torch.full((3,), 0.9), labels=torch.arange(3))))
+    metric.process({}, samples)
+    return metric.evaluate(2)
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
+def test_labels_follow_classes(tmp_path, order):
+    path = write(tmp_path / 'a.json', annotations(order))
+    config = dict(type='convnext_mm.CocoDataset', ann_file=path, pipeline=[],
+                  data_prefix=dict(img=str(tmp_path)), metainfo=dict(classes=CLASSES))
+    dataset = DATASETS.build(dict(config, _scope_='mmdet'))
+    assert [one['bbox_label'] for one in dataset.get_data_info(0)['instances']] == [0, 1, 2]
+    assert dataset.metainfo['classes'] == CLASSES
+    assert evaluate(path, 'convnext_mm.CocoMetric')['coco/bbox_mAP'] == 1
+    theirs = evaluate(path, 'CocoMetric')['coco/bbox_mAP']
+    assert (theirs == 1) == (order == (0, 1, 2))
+
+
+@pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
+def test_the_table_of_classes_follows_names(tmp_path, order):
+    path = write(tmp_path / 'a.json', annotations(order))
+    found = evaluate(path, 'convnext_mm.CocoMetric', wrong=1, classwise=True)
+    assert [found[f'coco/{name}_precision'] for name in CLASSES] == [1, 0, 1]
+
+
+def test_an_annotation_0_counts(tmp_path):
+    path = write(tmp_path / 'a.json', annotations((0, 1, 2), first_id=0))
+    assert evaluate(path, 'convnext_mm.CocoMetric')['coco/bbox_mAP'] == 1
+    assert evaluate(path, 'CocoMetric')['coco/bbox_mAP'] < 1
+
+
+def test_objects_without_a_polygon_are_ignored_as_in_training(tmp_path):
+    content = annotations((0, 1, 2))
+    content['annotations'][0]['segmentation'] = [[10, 10, 12, 12]]
+    metric = METRICS.build(dict(type='convnext_mm.CocoMetric', metric=['segm'],
+                                ann_file=write(tmp_path / 'a.json', content)))
+    metric.dataset_meta = dict(classes=CLASSES)
+    masks = np.zeros((3, 100, 200), bool)
+    for i in range(3):
+        masks[i, 10:60, 10 + 60 * i:50 + 60 * i] = True
+    for image in (1, 2):
+        labels = torch.arange(3)[(1 if image == 1 else 0):]
+        kept = masks[labels.numpy()]
+        metric.process({}, [dict(img_id=image, ori_shape=(100, 200), pred_instances=dict(
+            bboxes=torch.zeros(len(labels), 4), scores=torch.ones(len(labels)), labels=labels,
+            masks=torch.from_numpy(kept)))])
+    assert metric.evaluate(2)['coco/segm_mAP'] == 1
