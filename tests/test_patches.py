@@ -72,7 +72,7 @@ TOOLBOX_LAST = ('convnext_mm', 'mmseg.engine.optimizers', 'mmdet.engine.optimize
     ('checkpoints,constructors', ['convnext_mm'], 150, 'UserError', 'ours')])
 def test_effect_of_patches(chosen, modules, classes, checkpoint, constructors, tmp_path):
     (tmp_path / 'custom.py').write_text(f"_base_ = '{ROOT}/{SEGMENTATION}'\ndata_root = 'mine'\n"
-                                        "classes = ('road', 'car')\n")
+                                        "classes = ('road', 'car')\nreduce_zero_label = False\n")
     proof = tmp_path / 'proof'
     torch.save(dict(state_dict=dict(a=torch.ones(1)), code=Code(proof)), tmp_path / 'evil.pth',
                pickle_module=pickle)

@@ -23,8 +23,8 @@ from ..errors import UserError
 from .coco import read_categories
 
 SPLITS = ('train', 'val', 'test')
-DATA_KEYS = ('data_root', 'classes', 'palette', 'reduce_zero_label', 'ignore', 'img_suffix',
-             'seg_map_suffix')
+DATA_KEYS = ('data_root', 'classes', 'palette', 'reduce_zero_label', 'ignore', 'masks',
+             'val', 'img_suffix', 'seg_map_suffix')
 """Top-level keys of a config that :func:`complete_config` copies to where they are used."""
 
 

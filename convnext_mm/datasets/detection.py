@@ -83,7 +83,8 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
             findings.total = len(content.get('images', ()))
             return
         findings.total = len(content['images'])
-        _report_ids(content, path, findings, cfg)
+        if _is_labelled(cfg, findings.split):
+            _report_ids(content, path, findings, cfg)
         if any(problem.level == 'error' for problem in findings.problems):
             return
     try:
@@ -334,8 +335,8 @@ def _report_boxes(content: dict[str, list], config: dict, findings: Findings) ->
     if any(transform.get('with_mask')
            for transform in find_transforms(config.get('pipeline'), 'LoadAnnotations')):
         findings.add('annotation without a mask (segmentation), which this model requires',
-                     'Add polygons or run-length encodings; to train with boxes alone, use a '
-                     'model without a mask head',
+                     'Add polygons or run-length encodings; to train with boxes alone, set '
+                     'masks = False at the top of the config',
                      where=[f'id {a["id"]}' for a in content['annotations']
                             if not a.get('segmentation')])
         findings.add('polygon of fewer than three points, whose object is ignored',

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from copy import deepcopy
+from pathlib import Path
 
 from ..datasets import (
     complete_config,
@@ -18,7 +20,9 @@ from ..datasets.completion import (
     follow_data_root,
     metainfo_of_type,
 )
+from ..datasets.formats import recognise
 from ..datasets.segmentation import describe_first_masks
+from ..datasets.splitting import split_coco, split_names
 from ..errors import UserError
 from ..utils import require_package
 from .edits import PIPELINES, Edits, lookup, same
@@ -63,7 +67,7 @@ def data_root_and_classes(edits: Edits) -> None:
     if not edits.recipe or scope not in ('mmseg', 'mmdet'):
         return
     follow_data_root(edits.cfg)
-    if edits.get('classes') is not None:
+    if edits.get('classes') is not None or edits.get('palette') is not None:
         return
     for split in ('train', 'val', 'test'):
         before = edits.inherited(f'{split}_dataloader.dataset') or {}
@@ -73,8 +77,8 @@ def data_root_and_classes(edits: Edits) -> None:
                     before.get('type'), 'BaseSegDataset', *COCO_TYPES):
                 continue
             if scope == 'mmseg':
-                if kind == 'BaseSegDataset' or not same(
-                        dataset.get('data_prefix'), before.get('data_prefix')):
+                own = dataset.get('data_prefix')
+                if kind == 'BaseSegDataset' or (own and not same(own, before.get('data_prefix'))):
                     raise UserError(
                         f'{split}_dataloader reads masks of your own, but classes is not set: '
                         "write classes=('road', 'car', …) at the top of the config, a name for "
@@ -120,12 +124,111 @@ def classes_and_reduce_zero_label(edits: Edits) -> None:
                        for split, dataset in silent):
         return
     classes = class_names(edits.get('classes'), edits.get('data_root'))
+    if len(classes) == 1:
+        return  # refused for another reason
     seen = describe_first_masks(next((dataset for _, dataset in silent), {}))
     raise UserError(
         'classes is set, but not what 0 in a mask means. Write one of these lines at the top of '
         f'the config:\n  reduce_zero_label = False  # 0 is {classes[0]!r}, the last of the '
         f'{len(classes)} classes is {len(classes) - 1}\n  reduce_zero_label = True   # 0 is no '
         f'class and is ignored, 1 is {classes[0]!r}, the last is {len(classes)}' + seen)
+
+
+def data_format_and_conversion(edits: Edits) -> None:
+    """Annotations of a detector are in COCO format, as far as the data set reads that.
+
+    Raises:
+        UserError: They are in another format that can be converted; says how.
+    """
+    if edits.get('default_scope') != 'mmdet' or not edits.recipe:
+        return
+    data = [one for split in SPLITS for one in datasets_of_split(edits.cfg, split)
+            if one.get('type') in COCO_TYPES]
+    before = [edits.inherited(f'{split}_dataloader.dataset') or {} for split in SPLITS]
+    if all(any(same(one.get(key), old.get(key)) for old in before)
+           for one in data for key in ('data_root', 'ann_file')):
+        return  # COCO
+    roots = dict.fromkeys(one.get('data_root') or '' for one in data)
+    files = dict.fromkeys(os.path.join(one.get('data_root') or '', one.get('ann_file') or '')
+                          for one in data)
+    for place in [file for file in files if os.path.exists(file)] or roots:
+        if place.endswith('.json') and os.path.getsize(place) > 2**24:
+            continue  # files of other formats describe one image
+        kind = recognise(place) if place else None
+        if kind not in (None, 'COCO'):
+            folder = next((root for root in roots if root and place.startswith(root)), place)
+            raise UserError(
+                f'{place} is in the format of {kind}, but detectors read COCO format. Convert it '
+                'once; the command prints the lines for the config:\n  python '
+                f'tools/convert_dataset.py {folder} {os.path.join(folder, "coco_format")}')
+
+
+def val_and_dataloaders(edits: Edits) -> None:
+    """``val=0.2`` takes validation data from the training data, and writes both lists down.
+
+    They stand in a folder ``split_0.2`` below ``data_root``, and are made again only for other
+    images. Near-duplicates of one image are on one side.
+
+    Raises:
+        UserError: It is no share, there is validation data already, or the data set has no lists.
+    """
+    share = edits.get('val')
+    if share is None or not edits.recipe:
+        return
+    if not isinstance(share, float) or not 0 < share < 1:
+        raise UserError(f'val={share!r} must be a share of the training images, such as val=0.2')
+    train, val = ([*datasets_of_split(edits.cfg, split)] for split in ('train', 'val'))
+    if len(train) != 1 or len(val) != 1:
+        raise UserError(f'val={share} needs one data set for training and one for validation: use '
+                        'tools/split_dataset.py')
+    train, val = train[0], val[0]
+    root, file = train.get('data_root') or '', train.get('ann_file') or ''
+    out = os.path.join(os.path.abspath(root), f'split_{share}')
+    if os.path.dirname(file) == out:
+        return  # resolved before
+    for key in ('ann_file', 'data_prefix'):
+        if edits.was_set(f'val_dataloader.dataset.{key}'):
+            raise UserError(f'val={share}, but val_dataloader.dataset.{key} is set: remove one of '
+                            'them')
+    detector = edits.get('default_scope') == 'mmdet'
+    prefix = train.get('data_prefix') or {}
+    images = os.path.join(root, prefix.get('img' if detector else 'img_path') or '')
+    suffix = '.json' if detector else '.txt'
+    if detector and train.get('type') not in COCO_TYPES:
+        raise UserError(f'val={share} splits COCO files, but train_dataloader.dataset.type is '
+                        f'{train.get("type")}: split it by hand')
+    if detector and os.path.isfile(os.path.join(root, file)):
+        split_coco(os.path.join(root, file), images, share, 0, Path(out))
+    elif not detector and os.path.isdir(images):
+        names = _names_of_masks(edits, train, images)
+        split_names([os.path.join(images, name) for _, name in names], [name for name, _ in names],
+                    share, 0, Path(out))
+    train['ann_file'] = os.path.join(out, f'train{suffix}')
+    val['ann_file'] = os.path.join(out, f'val{suffix}')
+    val['data_prefix'] = deepcopy(prefix)
+    edits.note(f'val={share}: the lists of training and validation images are in {out}')
+
+
+def _names_of_masks(edits: Edits, dataset: dict, images: str) -> list[tuple[str, str]]:
+    """Names without their endings, as mmseg's lists have them, and with them."""
+    suffixes = edits.get('img_suffix') or dataset.get('img_suffix') or default_argument(
+        dataset_registry('mmseg').get(dataset['type']), 'img_suffix') or '.jpg'
+    suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
+    found = [(name.removesuffix(suffix), name) for name in _files_below(images)
+             for suffix in suffixes if name.endswith(suffix)]
+    path = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    if dataset.get('ann_file') and os.path.isfile(path):
+        listed = set(Path(path).read_text(encoding='utf-8').split('\n'))
+        found = [one for one in found if one[0] in listed]
+    if not found:
+        raise UserError(f'val={edits.get("val")}: no image ends with {" or ".join(suffixes)} in '
+                        f'{images}')
+    return found
+
+
+def _files_below(folder: str) -> list[str]:
+    return sorted(os.path.relpath(os.path.join(root, name), folder)
+                  for root, _, names in os.walk(folder) for name in names)
 
 
 def _answers(edits: Edits, split: str, dataset: dict) -> list:

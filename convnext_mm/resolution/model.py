@@ -14,7 +14,7 @@ from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import Edits, nodes
+from .edits import PIPELINES, Edits, nodes
 from .signatures import find_class
 
 
@@ -359,6 +359,42 @@ def num_classes_and_losses(edits: Edits) -> None:
                     + ': give one weight per class')
 
 
+def masks_and_mask_head(edits: Edits) -> None:
+    """``masks=False`` makes a detector of boxes of a recipe with masks.
+
+    Raises:
+        UserError: It is neither True nor False, or the model has masks that are no part of its
+            RoI head.
+    """
+    masks = edits.get('masks')
+    if masks is None:
+        return
+    if not isinstance(masks, bool) or edits.get('default_scope') != 'mmdet':
+        raise UserError(f'masks={masks!r} must be False (a detector of boxes alone) or True'
+                        if not isinstance(masks, bool) else
+                        f'masks={masks} is a setting of detectors, but this config is of '
+                        f'{edits.get("default_scope")}: remove it')
+    roi_head = edits.get('model.roi_head')
+    if masks:
+        return
+    if not isinstance(roi_head, dict):
+        if makes_masks(edits.get('model')):
+            raise UserError(f'masks=False, but {edits.get("model.type")} is made for masks: start '
+                            'from a recipe of Mask R-CNN, Cascade R-CNN or Faster R-CNN')
+        return
+    if roi_head.get('mask_head'):
+        edits.note('no mask head, masks or metric of masks: masks=False')
+    for key in ('mask_head', 'mask_roi_extractor'):
+        if key in roi_head:
+            roi_head[key] = None
+    if edits.get('model.data_preprocessor.pad_mask'):
+        edits.put('model.data_preprocessor.pad_mask', False)
+    for path in PIPELINES:
+        for loader in find_transforms(edits.get(path), 'LoadAnnotations'):
+            if loader.get('with_mask'):
+                loader['with_mask'] = False
+
+
 def mask_head_and_metric(edits: Edits) -> None:
     """Without a mask head, masks are neither loaded nor evaluated.
 
@@ -372,7 +408,7 @@ def mask_head_and_metric(edits: Edits) -> None:
         kinds = [metric] if isinstance(metric, str) else list(metric or ())
         if 'segm' not in kinds:
             continue
-        if edits.was_set(f'{path}.metric'):
+        if edits.was_set(f'{path}.metric') and edits.get('masks') is not False:
             raise UserError(f'{path}.metric={metric!r}, but the model has no mask head: set '
                             f"{path}.metric='bbox'")
         edits.put(f'{path}.metric', [kind for kind in kinds if kind != 'segm'])

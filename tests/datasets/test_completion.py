@@ -117,7 +117,8 @@ seg_map_suffix = '_mask.png'
 
 def test_pipelines_follow_their_dataset(load):
     """If they differ, mmseg raises an error in the first iteration."""
-    cfg = load(SEG + 'train_dataloader["dataset"]["reduce_zero_label"] = False\n')
+    cfg = load(SEG.replace('reduce_zero_label = True\n', '')
+               + 'train_dataloader["dataset"]["reduce_zero_label"] = False\n')
     transforms = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
     assert transforms['LoadAnnotations'].reduce_zero_label is False
 

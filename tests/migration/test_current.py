@@ -42,6 +42,7 @@ def test_a_converted_config_resolves_to_the_same(path, tmp_path):
 def test_what_a_user_has_changed_is_in_the_converted_config(tmp_path):
     mine, new = tmp_path / 'mine.py', tmp_path / 'new.py'
     mine.write_text(f"_base_ = '{TINY}'\nclasses = ('road', 'car', 'sky')\ndata_root = 'data/m'\n"
+                    'reduce_zero_label = False\n'
                     'train_cfg = dict(max_iters=20000)\ntrain_dataloader = dict(batch_size=4)\n')
     migrate(mine, new)
     before, after = read_config(str(mine)), read_config(str(new))

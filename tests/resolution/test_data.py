@@ -1,6 +1,8 @@
 """What follows from data of the user's own."""
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
@@ -9,6 +11,9 @@ from convnext_mm import UserError
 from convnext_mm.bases import without_completion
 from convnext_mm.resolution import resolve
 from tests.helpers import DETECTION, ROOT, SEGMENTATION
+from tests.recipes import MASK
+
+MASK_RECIPE = f'configs/{MASK}.py'
 
 PREFIXES = '''
 train_dataloader = dict(dataset=dict(data_prefix=dict(img_path='a', seg_map_path='b')))
@@ -149,6 +154,7 @@ def test_a_test_without_masks_loads_none(resolved, text):
     ('names.txt', 'apple\npear\n'),
     ('a.json', '{"categories": [{"id": 2, "name": "pear"}, {"id": 1, "name": "apple"}]}')])
 def test_classes_from_a_file_of_the_data(resolved, tmp_path, name, text):
+    write_coco(tmp_path / 'train.json', ['apple', 'pear'])
     (tmp_path / name).write_text(text)
     cfg = resolved(DET + f"classes = '{name}'\n", DETECTION)
     assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == ('apple', 'pear')
@@ -156,3 +162,90 @@ def test_classes_from_a_file_of_the_data(resolved, tmp_path, name, text):
     if name != 'names.txt':
         with pytest.raises(UserError, match='names'):
             resolved(DET + f"classes = '{name}'\n", DETECTION)
+
+
+# ---- boxes without masks
+
+
+@pytest.mark.parametrize('recipe', [DETECTION, MASK_RECIPE])
+def test_masks_false_makes_a_detector_of_boxes(resolved, recipe):
+    from convnext_mm.complexity import build_on_meta
+    cfg = resolved(DET + "classes = ('apple', 'pear')\nmasks = False\n"
+                   "val_evaluator = dict(metric=['bbox', 'segm'], classwise=True)\n", recipe)
+    for pipeline in (*(dataset.pipeline for dataset in data_of(cfg)), cfg.tta_pipeline):
+        assert 'with_bbox' in str(pipeline)
+        assert "'with_mask': True" not in str(pipeline)
+    assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == ['bbox']
+    model = build_on_meta(cfg)
+    assert not model.with_mask
+    assert not [name for name, _ in model.named_parameters() if 'mask' in name]
+
+
+@pytest.mark.parametrize(('masks', 'recipe', 'message'), [
+    ("'no'", DETECTION, 'must be False'), ('False', SEGMENTATION, 'setting of detectors')])
+def test_wrong_values_of_masks(resolved, masks, recipe, message):
+    with pytest.raises(UserError, match=message):
+        resolved(f'masks = {masks}\n', recipe)
+
+
+# ---- splits and formats
+
+
+def make_pictures(folder, count: int) -> None:
+    """Pictures of noise; the last is a copy of the first, saved again."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(generator.integers(0, 255, (24, 32, 3), np.uint8).repeat(4, 0).repeat(
+            4, 1)).save(folder / f'{i}.jpg', quality=95)
+    Image.open(folder / '0.jpg').save(folder / 'again.jpg', quality=60)
+
+
+def test_a_share_of_the_training_images_validates(resolved, tmp_path):
+    make_pictures(tmp_path / 'a', 9)
+    text = PREFIXES.split('val_dataloader')[0] + CLASSES + 'reduce_zero_label = False\nval = 0.2\n'
+    train, val, test = data_of(resolved(text))
+    out = tmp_path / 'split_0.2'
+    assert (train.ann_file, val.ann_file, test.ann_file) == (
+        f'{out}/train.txt', f'{out}/val.txt', f'{out}/val.txt')
+    assert val.data_prefix == test.data_prefix == dict(img_path='a', seg_map_path='b')
+    lists = [(out / f'{split}.txt').read_text().split() for split in ('train', 'val')]
+    assert len(lists[1]) == 2
+    assert sorted(lists[0] + lists[1]) == [*map(str, range(9)), 'again']
+    assert {'0', 'again'} <= set(lists[0]) or {'0', 'again'} <= set(lists[1])
+    times = [(out / f'{split}.txt').stat().st_mtime_ns for split in ('train', 'val')]
+    resolved(text)
+    assert times == [(out / f'{split}.txt').stat().st_mtime_ns for split in ('train', 'val')]
+
+
+def test_a_share_of_a_coco_file(resolved, tmp_path):
+    make_pictures(tmp_path / 'a', 4)
+    (tmp_path / 'train.json').write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=f'{i}.jpg', width=128, height=96) for i in range(4)],
+        annotations=[dict(id=i + 1, image_id=i, category_id=1, bbox=[1, 2, 30, 40], area=1200)
+                     for i in range(4)], categories=[dict(id=1, name='apple')])))
+    cfg = resolved(DET.split('val_dataloader')[0] + 'val = 0.25\n', DETECTION)
+    train, val, test = data_of(cfg)
+    assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == val.ann_file
+    assert test.ann_file == val.ann_file == f'{tmp_path}/split_0.25/val.json'
+    assert test.data_prefix == dict(img='a')
+    contents = [json.loads(Path(one.ann_file).read_text()) for one in (train, val)]
+    assert [len(one['images']) for one in contents] == [3, 1]
+    for one in contents:
+        assert [a['image_id'] for a in one['annotations']] == [i['id'] for i in one['images']]
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    (PREFIXES + CLASSES + 'reduce_zero_label = False\nval = 0.2\n', 'data_prefix is set: remove'),
+    ('val = 2\n', 'must be a share'), ('val = 1.5\n', 'must be a share')])
+def test_wrong_shares(resolved, text, message):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_other_formats_are_recognised(resolved, tmp_path):
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'labels' / 'a.xml').write_text('<annotation></annotation>')
+    with pytest.raises(UserError, match=f'(?s){tmp_path}/labels is in the format of Pascal VOC.*'
+                       f'convert_dataset.py {tmp_path} {tmp_path}/coco_format'):
+        resolved(DET.replace('train.json', 'labels'), DETECTION)

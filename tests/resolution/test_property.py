@@ -92,6 +92,7 @@ TASKS: dict[str, dict[str, list[Any]]] = {
         'model.decode_head.type': ['FCNHead', 'PSPHead'],
         'model.auxiliary_head': [None], 'model.auxiliary_head.in_index': [1, 9],
         'reduce_zero_label': [True, False, 1], 'img_suffix': ['.jpg', '.tif'],
+        'ignore': [3, (3, 4), 'x'],
         'dataset_type': ['CityscapesDataset', 'BaseSegDataset', 'NoDataset'],
         'model.data_preprocessor.size': [(64, 64)],
         'model.test_cfg': [{'mode': 'whole'}, {'mode': 'slide'}],
@@ -109,12 +110,14 @@ TASKS: dict[str, dict[str, list[Any]]] = {
         'model.rpn_head.in_channels': [8], 'model.test_cfg.rcnn.score_thr': [0.5],
         'model.test_cfg.rcnn.max_per_img': [1], 'model.train_cfg.rpn_proposal.max_per_img': [3],
         'dataset_type': ['CocoDataset', 'VOCDataset'], 'crop_size': [(64, 64)],
+        'masks': [False, True, 'no'],
         'train_dataloader.dataset.filter_cfg.min_size': [1000],
         'train_dataloader.batch_sampler': [None]}}
 TASKS[V2_SEGMENTATION], TASKS[V2_DETECTION] = TASKS[SEGMENTATION], TASKS[MASK_RCNN]
 SMALL = dict.fromkeys((SEGMENTATION, V2_SEGMENTATION), '''
 data_root = '{data}/ADEChallengeData2016'
 classes = ('sand', 'water', 'brick', 'grass', 'ball', 'crate', 'star', 'leaf')
+reduce_zero_label = True
 dims = [8, 16, 24, 32]
 crop_size = (64, 64)
 scale = (96, 96)
