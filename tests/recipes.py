@@ -23,3 +23,8 @@ DETECTORS = {
 RECIPES = {
     **{f'{name}_160k_ade20k{test}': row for name, row in SEGMENTORS.items()
        for test in ('', '_ss', '_ms')}, **DETECTORS}
+BOXES = {
+    'cascade_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_giou_4conv1f_adamw_3x_coco_in1k':
+        CASCADE.format('tiny') + '1k',
+    'faster_rcnn_convnext_tiny_patch4_window7_mstrain_480-800_adamw_3x_coco_in1k': MASK}
+"""Recipes without masks, and the recipes that they are of."""

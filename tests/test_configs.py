@@ -19,7 +19,7 @@ from tests.helpers import (
     SEGMENTATION,
     build_on_meta,
 )
-from tests.recipes import CASCADE, DETECTORS, MASK, RECIPES
+from tests.recipes import BOXES, CASCADE, DETECTORS, MASK, RECIPES
 
 ALL = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').glob('*.py'))
 V2 = sorted(Path(config).stem for config in ALL if 'convnextv2' in config)
@@ -48,7 +48,7 @@ def build_recipe(name: str):
 
 
 def test_every_recipe_is_tested():
-    assert {Path(config).stem for config in ALL} == {*RECIPES, *V2}
+    assert {Path(config).stem for config in ALL} == {*RECIPES, *V2, *BOXES}
     assert {(name.split('_')[0], name.split('convnextv2_')[1].split('_')[0]) for name in V2} == {
         (task, size) for task in ('upernet', 'cascade')
         for size in ('atto', 'nano', 'tiny', 'base', 'large')}
@@ -71,6 +71,26 @@ def test_v2_recipe(name):
     text = recipe_path(name).read_text()
     assert text.startswith('# Our recipe, ')
     assert 'not trained yet' in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(('name', 'origin'), BOXES.items())
+def test_recipe_without_masks(name, origin):
+    """All but the masks is as in the recipe that it comes from."""
+    cfg, model = read_recipe(name), build_recipe(name)[1]
+    _, other = build_recipe(origin)
+    assert not model.with_mask
+    shapes = {key: value.shape for key, value in other.state_dict().items() if 'mask' not in key}
+    assert {key: value.shape for key, value in model.state_dict().items()} == shapes
+    before = read_recipe(origin)
+    assert cfg.optim_wrapper == before.optim_wrapper
+    assert cfg.param_scheduler == before.param_scheduler
+    assert (cfg.model.train_cfg, cfg.model.test_cfg) == (
+        before.model.train_cfg, before.model.test_cfg)
+    assert 'with_mask' not in str((cfg.train_dataloader, cfg.test_dataloader, cfg.tta_pipeline))
+    assert len(cfg.train_dataloader.dataset.pipeline) == len(
+        before.train_dataloader.dataset.pipeline)
+    assert cfg.val_evaluator == cfg.test_evaluator == dict(before.val_evaluator, metric=['bbox'])
+    assert recipe_path(name).read_text().startswith('# Our recipe, ')
 
 
 @pytest.mark.parametrize('name', RECIPES)

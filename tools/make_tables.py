@@ -76,7 +76,12 @@ def upernet(link: str) -> Rows:
 
 def rcnn(link: str) -> Rows:
     return [['config', 'pretrained on', 'box AP', 'mask AP', 'parameters', 'FLOPs'],
-            *recipe_rows(models('.*rcnn', 1), link, 'box AP', 'mask AP')]
+            *recipe_rows(models('(cascade_)?mask_rcnn', 1), link, 'box AP', 'mask AP')]
+
+
+def boxes(link: str) -> Rows:
+    return [['config', 'pretrained on', 'parameters', 'FLOPs'],
+            *recipe_rows(models('(cascade|faster)_rcnn', 1), link)]
 
 
 def v2(link: str) -> Rows:
@@ -150,8 +155,8 @@ def speed_of_sizes(link: str) -> Rows:
 
 
 TABLES: dict[str, Callable[[str], Rows]] = {
-    'upernet': upernet, 'rcnn': rcnn, 'v2': v2, 'sizes': sizes, 'memory': memory, 'speed': speed,
-    'speed-of-sizes': speed_of_sizes}
+    'upernet': upernet, 'rcnn': rcnn, 'boxes': boxes, 'v2': v2, 'sizes': sizes, 'memory': memory,
+    'speed': speed, 'speed-of-sizes': speed_of_sizes}
 
 
 def with_tables(page: Path) -> str:

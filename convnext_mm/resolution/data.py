@@ -5,6 +5,7 @@ import inspect
 import os
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from ..datasets import (
     complete_config,
@@ -25,7 +26,7 @@ from ..datasets.segmentation import describe_first_masks
 from ..datasets.splitting import split_coco, split_names
 from ..errors import UserError
 from ..utils import require_package
-from .edits import PIPELINES, Edits, lookup, same
+from .edits import PIPELINES, Edits, is_path_variable, lookup, same
 
 SPLITS = ('train', 'val', 'test')
 
@@ -173,15 +174,15 @@ def val_and_dataloaders(edits: Edits) -> None:
         UserError: It is no share, there is validation data already, or the data set has no lists.
     """
     share = edits.get('val')
-    if share is None or not edits.recipe:
+    if share is None or not edits.recipe or is_path_variable(edits, 'val'):
         return
     if not isinstance(share, float) or not 0 < share < 1:
         raise UserError(f'val={share!r} must be a share of the training images, such as val=0.2')
-    train, val = ([*datasets_of_split(edits.cfg, split)] for split in ('train', 'val'))
-    if len(train) != 1 or len(val) != 1:
+    found = {split: datasets_of_split(edits.cfg, split) for split in ('train', 'val')}
+    if any(len(one) != 1 for one in found.values()):
         raise UserError(f'val={share} needs one data set for training and one for validation: use '
                         'tools/split_dataset.py')
-    train, val = train[0], val[0]
+    train, val = found['train'][0], found['val'][0]
     root, file = train.get('data_root') or '', train.get('ann_file') or ''
     out = os.path.join(os.path.abspath(root), f'split_{share}')
     if os.path.dirname(file) == out:
@@ -211,7 +212,7 @@ def val_and_dataloaders(edits: Edits) -> None:
 
 def _names_of_masks(edits: Edits, dataset: dict, images: str) -> list[tuple[str, str]]:
     """Names without their endings, as mmseg's lists have them, and with them."""
-    suffixes = edits.get('img_suffix') or dataset.get('img_suffix') or default_argument(
+    suffixes: Any = edits.get('img_suffix') or dataset.get('img_suffix') or default_argument(
         dataset_registry('mmseg').get(dataset['type']), 'img_suffix') or '.jpg'
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     found = [(name.removesuffix(suffix), name) for name in _files_below(images)
@@ -272,7 +273,7 @@ def ignore_and_datasets(edits: Edits) -> None:
     Raises:
         UserError: ``ignore`` is no value, or the data set's class has its own way to load masks.
     """
-    ignore = edits.get('ignore')
+    ignore = None if is_path_variable(edits, 'ignore') else edits.get('ignore')
     if ignore is not None:
         ignore = [ignore] if isinstance(ignore, int) else ignore
         if not isinstance(ignore, (list, tuple)) or not all(

@@ -129,6 +129,14 @@ class Edits:
         return [', '.join(places) + text for text, places in self._notes.items()]
 
 
+def is_path_variable(edits: Edits, name: str) -> bool:
+    """Whether a name at the top is a variable of the user's for a folder, such as ``val = 'c/d'``.
+    """
+    value = edits.get(name)
+    return isinstance(value, str) and ('/' in value or any(
+        value in node.values() for key in edits.cfg for _, node in nodes(edits.cfg[key], key)))
+
+
 def nodes(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(path, config) of every dict in a config node."""
     if isinstance(node, dict):

@@ -14,7 +14,7 @@ from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import PIPELINES, Edits, nodes
+from .edits import PIPELINES, Edits, is_path_variable, nodes
 from .signatures import find_class
 
 
@@ -367,7 +367,7 @@ def masks_and_mask_head(edits: Edits) -> None:
             RoI head.
     """
     masks = edits.get('masks')
-    if masks is None:
+    if masks is None or is_path_variable(edits, 'masks'):
         return
     if not isinstance(masks, bool) or edits.get('default_scope') != 'mmdet':
         raise UserError(f'masks={masks!r} must be False (a detector of boxes alone) or True'

@@ -243,6 +243,12 @@ def test_wrong_shares(resolved, text, message):
         resolved(text)
 
 
+def test_variables_of_these_names_stay_variables(resolved):
+    cfg = resolved("val = 'c'\nmasks = 'all/b'\n" + PREFIXES.replace("img_path='c'", 'img_path=val')
+                   + CLASSES + 'reduce_zero_label = False\n')
+    assert cfg.val_dataloader.dataset.data_prefix.img_path == 'c'
+
+
 def test_other_formats_are_recognised(resolved, tmp_path):
     (tmp_path / 'labels').mkdir()
     (tmp_path / 'labels' / 'a.xml').write_text('<annotation></annotation>')

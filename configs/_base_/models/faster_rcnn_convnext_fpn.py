@@ -1,0 +1,5 @@
+_base_ = './mask_rcnn_convnext_fpn.py'
+model = dict(
+    type='FasterRCNN',
+    data_preprocessor=dict(pad_mask=False),
+    roi_head=dict(mask_roi_extractor=None, mask_head=None))
