@@ -39,14 +39,18 @@ class Annotations(NamedTuple):
         return [problem for problem in self.problems if problem.level == 'error']
 
 
-def load_coco(path: str) -> Annotations:
+def load_coco(path: str, labelled: bool = True) -> Annotations:
     """Read an annotation file that is going to be used.
+
+    Args:
+        path: See :func:`read_coco`.
+        labelled: See :func:`read_coco`.
 
     Raises:
         UserError: The file has errors, such as coordinates that are no numbers: some of them would
             let pycocotools take all memory, or stop it without a message.
     """
-    annotations = read_coco(path)
+    annotations = read_coco(path, labelled)
     if annotations.errors:
         raise UserError('\n'.join([f'{path} cannot be used:', *map(str, annotations.errors)]))
     return annotations

@@ -1,6 +1,7 @@
 """mmdet's data set and metric in COCO format: labels by name, files repaired when read."""
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -23,16 +24,18 @@ class NamedCOCO(COCO):
     Args:
         annotation_file: A JSON file.
         log: Whether to log what was repaired.
+        labelled: Whether the file must have annotations.
 
     Raises:
         UserError: The file has errors.
     """
 
-    def __init__(self, annotation_file: str | None = None, log: bool = True) -> None:
+    def __init__(self, annotation_file: str | None = None, log: bool = True,
+                 labelled: bool = True) -> None:
         super().__init__()
         if annotation_file is None:
             return
-        self.dataset, problems = load_coco(annotation_file)
+        self.dataset, problems = load_coco(annotation_file, labelled)
         with redirect_stdout(io.StringIO()):  # pycocotools prints its steps
             self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
@@ -57,7 +60,14 @@ class NamedCOCO(COCO):
 class CocoDataset(mmdet_coco.CocoDataset):
     """mmdet's CocoDataset whose label of an object is the position of its name in ``classes``."""
 
-    COCOAPI = NamedCOCO
+    COCOAPI: Any = NamedCOCO
+
+    def load_data_list(self) -> list[dict]:
+        """The images with their objects; those of a test need no objects."""
+        self.COCOAPI = functools.partial(NamedCOCO, labelled=not self.test_mode)
+        found = super().load_data_list()
+        del self.COCOAPI  # the class's own again, which is pickled with the data set
+        return found
 
 
 @METRICS.register_module()
