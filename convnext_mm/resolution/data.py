@@ -65,10 +65,7 @@ def data_root_and_classes(edits: Edits) -> None:
         UserError: Masks, which have no names, without ``classes``.
     """
     scope = edits.get('default_scope')
-    if not edits.recipe or scope not in ('mmseg', 'mmdet'):
-        return
-    follow_data_root(edits.cfg)
-    if edits.get('classes') is not None or edits.get('palette') is not None:
+    if not edits.recipe or edits.get('classes') is not None or edits.get('palette') is not None:
         return
     for split in ('train', 'val', 'test'):
         before = edits.inherited(f'{split}_dataloader.dataset') or {}
@@ -141,6 +138,7 @@ def data_format_and_conversion(edits: Edits) -> None:
     Raises:
         UserError: They are in another format that can be converted; says how.
     """
+    follow_data_root(edits.cfg)
     if edits.get('default_scope') != 'mmdet' or not edits.recipe:
         return
     data = [one for split in SPLITS for one in datasets_of_split(edits.cfg, split)

@@ -255,3 +255,6 @@ def test_other_formats_are_recognised(resolved, tmp_path):
     with pytest.raises(UserError, match=f'(?s){tmp_path}/labels is in the format of Pascal VOC.*'
                        f'convert_dataset.py {tmp_path} {tmp_path}/coco_format'):
         resolved(DET.replace('train.json', 'labels'), DETECTION)
+    (tmp_path / 'data.yaml').write_text('names: [apple]\n')
+    with pytest.raises(UserError, match='data.yaml is in the format of YOLO'):
+        resolved(DET.replace('train.json', 'data.yaml'), DETECTION)
