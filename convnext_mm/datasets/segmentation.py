@@ -187,6 +187,10 @@ def _report_files(pairs: list[ImageMaskPair], findings: Findings, palette: list)
                  'lacks',
                  where=['{}: image {}×{}, mask {}×{}'.format(p.mask, *p.sizes[0], *p.sizes[1])
                         for p in pairs if p.sizes])
+    findings.add('mask that is a GIF, whose values are positions in a palette of this file alone',
+                 'Convert it to PNG with class indices, and set seg_map_suffix: encoders renumber '
+                 'the palette of each GIF by the colors that occur in it', 'warning',
+                 where=[p.mask for p in pairs if p.mask.lower().endswith('.gif') and p.mode])
     colored = [pair for pair in pairs if pair.colors]
     if colored:
         _report_colors(colored, findings, palette)
@@ -332,9 +336,6 @@ def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduc
                     'top of the config')
         return ('If 0 means "no class", set reduce_zero_label = True at the top of the config; '
                 'if 0 is a class, one is missing from classes')
-    if any(pair.mask.lower().endswith('.gif') for pair in pairs):
-        return ('The masks are GIFs, whose values are indices of a palette, or gray: convert them '
-                'to PNG with the class indices, and set seg_map_suffix')
     if any(pair.mode == 'P' for pair in pairs):
         return ('The masks are palette PNGs whose indices are not the class indices: remap them '
                 '(new = table[np.asarray(mask)]), or list a name for every index in classes')

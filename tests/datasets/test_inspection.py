@@ -92,7 +92,7 @@ seg_map_suffix = '{suffix}'
     ([0, 1, 2], dict(mode='RGB'), 'error', 'color mask', 'one channel'),
     (range(30), {}, 'error', r'not classes: 3–29', 'resizing masks with interpolation'),
     ([0, 120, 250], dict(suffix='.jpg'), 'error', 'not classes: ', 'masks are JPEGs'),
-    ([0, 120, 250], dict(suffix='.gif'), 'error', 'not classes: ', 'masks are GIFs'),
+    ([0, 120, 250], dict(suffix='.gif'), 'warning', 'mask that is a GIF', 'to PNG'),
     ([0, 300], {}, 'error', 'not classes: 300', '8-bit'),
     ([0], dict(extra=ZERO), 'error', 'masks without a pixel of any class', 'If 0 is a class'),
     ([0, 2], {}, 'warning', 'classes that occur in no image: car', 'nan'),
