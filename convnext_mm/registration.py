@@ -20,6 +20,8 @@ from .engine.speed import SpeedHook
 from .optimizer_constructor import LearningRateDecayOptimizerConstructor
 from .precision import model_in_dtype
 from .preprocessing import multi_band_preprocessor
+from .runs.guards import FiniteLossHook
+from .runs.saving import SafeCheckpointHook
 
 
 def register() -> None:
@@ -29,7 +31,8 @@ def register() -> None:
     """
     for registry, classes in (
             (MODELS, (ConvNeXt,)), (RUNNERS, (ConvNeXtRunner,)), (PARAM_SCHEDULERS, (PolicyLR,)),
-            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, AbsentClassesHook, SpeedHook)),
+            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, AbsentClassesHook, SpeedHook,
+                     SafeCheckpointHook, FiniteLossHook)),
             (OPTIM_WRAPPERS, (CPUAmpOptimWrapper,)),
             (OPTIM_WRAPPER_CONSTRUCTORS, (LearningRateDecayOptimizerConstructor,))):
         for cls in classes:

@@ -1,6 +1,7 @@
 """torchrun without its own traceback, because the processes have printed their errors already."""
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
@@ -10,3 +11,5 @@ if __name__ == '__main__':
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException:  # which the processes got as well, and waited for
+        sys.exit(75)

@@ -90,11 +90,47 @@ def read_checkpoint(source: str, map_location: Any = 'cpu') -> dict[str, Any]:
         map_location: As in :func:`torch.load`; .safetensors files are read to the CPU.
 
     Raises:
-        UserError: The file does not exist, is not a checkpoint, or contains code.
+        UserError: The file does not exist, is damaged or not a checkpoint, or contains code.
     """
+    check_whole(source)
+    return _read(source, map_location)
+
+
+def peek_checkpoint(source: str) -> dict[str, Any]:
+    """Read a checkpoint without its tensors, whose memory is mapped from the file where it can be.
+
+    Raises:
+        UserError: See :func:`read_checkpoint`; damage of tensors is not noticed.
+    """
+    return _read(source, 'cpu', mmap=True)
+
+
+def check_whole(source: str | Path) -> None:
+    """Check a file of torch.save against the checksums (CRC-32) that it has of all its contents.
+
+    Files of PyTorch before 1.6 and .safetensors files have none, and pass.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = locate_checkpoint(str(source))
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises many types, depending on the damage
+        raise _unusable_error(path, f'is damaged ({error})') from error
+    if damaged is not None:
+        raise _unusable_error(path, f'is damaged: {damaged} differs from its checksum')
+
+
+def _read(source: str, map_location: Any, mmap: bool = False) -> dict[str, Any]:
+    """See :func:`read_checkpoint` and :func:`peek_checkpoint`."""
     path = locate_checkpoint(source)
     with open(path, 'rb') as file:
         head = file.read(512)
+    mmap = mmap and zipfile.is_zipfile(path)
     problem = _recognize_other_file(path, head)
     if problem:
         raise _unusable_error(path, problem)
@@ -106,8 +142,9 @@ def read_checkpoint(source: str, map_location: Any = 'cpu') -> dict[str, Any]:
             print_log(f'{path.absolute()} is trusted ({TRUST_VARIABLE}): code in it may run',
                       logger='current')
         try:
-            with open(path, 'rb') as file, torch.serialization.safe_globals(_allowed_globals()):
-                content = torch.load(file, map_location=map_location, weights_only=not trusted)
+            with torch.serialization.safe_globals(_allowed_globals()):
+                content = torch.load(path, map_location=map_location, weights_only=not trusted,
+                                     mmap=mmap)
         except Exception as error:  # torch.load raises many types, depending on the damage
             raise _unusable_error(path, *_explain_failure(path, error, head)) from error
     if not isinstance(content, dict) or not extract_weights(content):

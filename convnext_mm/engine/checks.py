@@ -9,11 +9,11 @@ from typing import Any
 
 from mmcv.image import rescale_size
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 from mmengine.utils import import_modules_from_strings
 
 from .. import checkpoints, datasets, migration
 from ..bases import without_completion
+from ..checkpoints.files import peek_checkpoint
 from ..datasets import inspection
 from ..datasets.completion import find_transforms
 from ..datasets.findings import CHECK_COMMAND
@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..resolution import resolve
 from ..resolution.mmpretrain import needed_imports
 from ..resolution.schedule import run_length
+from ..runs import resuming
 from ..utils import is_first_process, suggest
 from . import speed
 from .cfg_options import apply_options
@@ -220,10 +221,10 @@ def check_weights(cfg: Config, training: bool) -> None:
         return  # the first process of the node checks for all, before the process group opens
     load_from, resume = cfg.get('load_from'), training and cfg.get('resume')
     if resume and not load_from:
-        load_from = find_latest_checkpoint(cfg.work_dir)
-        if not load_from or not os.path.isfile(load_from):
-            load_from = None  # mmengine starts from scratch
-    content = checkpoints.read_checkpoint(load_from) if load_from else {}
+        load_from = resuming.find_checkpoint(cfg)
+        content = peek_checkpoint(load_from) if load_from else {}
+    else:
+        content = checkpoints.read_checkpoint(load_from) if load_from else {}
     if load_from and cfg.get('resume') and 'optimizer' not in content:
         raise UserError(f'--resume {load_from}: it contains weights, but no optimizer state to '
                         'resume from. To start a new run from its weights: '

@@ -58,13 +58,18 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``action(args)``; on a :class:`UserError`, print its message and exit with status 2."""
+    """Call ``action(args)``; on a :class:`UserError`, print its message and exit with status 2.
+
+    Ctrl-C before or after a training, which saves itself, ends with status 130.
+    """
     try:
         action(args)
     except UserError as error:
         if is_first_process():
             print(f'\nError: {error}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, master_only
 from mmengine.evaluator import Evaluator
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..checkpoints.files import check_whole, peek_checkpoint
 from ..datasets.transforms import use_faster_transforms
+from ..errors import UserError
 from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
+from ..runs import resuming
+from ..runs.guards import FiniteLossHook, WorkerGuard
+from ..runs.loops import LOOPS, ResumableLoop
+from ..runs.random_state import run_seed
+from ..runs.saving import STATE, SafeCheckpointHook, durable_path, is_local
 from ..utils import unwrap_model
 from . import speed
 from .evaluation import count_in_blocks
@@ -29,8 +38,11 @@ class ConvNeXtRunner(Runner):
 
     So ``data_root``, ``classes`` and ``fast`` work with the train and test scripts of mmseg and
     mmdet as well as with the tools of this package. The environment, the config and the parameter
-    groups, hundreds of lines, go to the log file only.
+    groups, hundreds of lines, go to the log file only. Runs are saved and resumed as
+    :mod:`convnext_mm.runs` describes.
     """
+
+    _resumed_from: str | None = None
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> ConvNeXtRunner:
@@ -66,13 +78,113 @@ class ConvNeXtRunner(Runner):
             keep_outputs_in_fp32(unwrap_model(self.model))
         return built
 
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        """Register a hook; in place of mmengine's CheckpointHook, the one that loses nothing."""
+        if isinstance(hook, dict) and hook.get('type') in ('CheckpointHook', CheckpointHook):
+            hook = {**hook, 'type': SafeCheckpointHook}
+        super().register_hook(hook, priority)
+
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
+        """Register the config's hooks, and the one that ends a run whose loss is not finite."""
+        super().register_hooks(default_hooks, custom_hooks)
+        if not any(isinstance(hook, FiniteLossHook) for hook in self.hooks):
+            self.register_hook(FiniteLossHook())
+
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None,
                          diff_rank_seed: bool = False) -> DataLoader:
-        """Build a data loader, with faster transforms in place of equal ones."""
+        """Build a data loader with faster transforms, whose workers do not outlive the run."""
         built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         use_faster_transforms(built.dataset)
+        if not isinstance(built.worker_init_fn, WorkerGuard):
+            built.worker_init_fn = WorkerGuard(built.worker_init_fn)
         return built
+
+    def build_train_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop that can be resumed at any iteration, with the seed of the resumed run."""
+        if isinstance(loop, dict):
+            self._restore_seed()
+            loop = dict(loop)
+            if 'type' not in loop:
+                loop['type'] = ('EpochBasedTrainLoop' if loop.pop('by_epoch')
+                                else 'IterBasedTrainLoop')
+            loop['type'] = LOOPS.get(getattr(loop['type'], '__name__', loop['type']), loop['type'])
+        return super().build_train_loop(loop)
+
+    def _restore_seed(self) -> None:
+        """Seed the run with its own seed, drawn or given, before data are shuffled with it."""
+        seed = run_seed(self)
+        path = self._find_resumed()
+        if path is not None:
+            saved = (peek_checkpoint(path).get('meta') or {}).get('seed')
+            given = self._randomness_cfg.get('seed')
+            if saved is not None and given not in (None, saved):
+                self.logger.warning(f'randomness.seed={given}, but {path}, which is resumed, was '
+                                    f'trained with {saved}, which is kept')
+            seed = seed if saved is None else saved
+        self._randomness_cfg.update(seed=seed)
+        self.set_randomness(**self._randomness_cfg)
+
+    def _find_resumed(self) -> str | None:
+        """The checkpoint to resume from, the same in all processes; None: none.
+
+        Raises:
+            UserError: See :func:`convnext_mm.runs.resuming.find_checkpoint`.
+        """
+        if not self._resume or self._resumed_from:
+            return self._resumed_from
+        found: list[str | None] = [None, None]
+        if self.rank == 0:
+            try:
+                if self._load_from:
+                    check_whole(self._load_from)
+                found[0] = self._load_from or resuming.find_checkpoint(
+                    {**self.cfg, 'work_dir': self.work_dir})
+            except UserError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise UserError(found[1])
+        self._resumed_from = found[0]
+        return found[0]
+
+    def load_or_resume(self) -> None:
+        """Load or resume a checkpoint, as the config says."""
+        if self._has_loaded or not self._resume:
+            super().load_or_resume()
+            return
+        path = self._find_resumed()
+        if path is None:
+            self.logger.warning(f'There is no checkpoint in {self.work_dir}: training starts from '
+                                'the beginning')
+            return
+        self.logger.info(f'Resuming from {path}')
+        self.resume(path)
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume a checkpoint, see mmengine's method."""
+        self._resume = True  # hooks ask for it
+        super().resume(filename, *args, **kwargs)
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; if it is resumed, hand its place in the run to the loop."""
+        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
+        if self._resume and isinstance(self._train_loop, ResumableLoop):
+            self._train_loop.resumed = checkpoint.get(STATE) or {}
+        return checkpoint
+
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, which replaces a file of its name when it is whole on the disk.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        if not is_local(out_dir):
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        with durable_path(Path(out_dir, filename)) as part:
+            super().save_checkpoint(out_dir, part.name, *args, **kwargs)
 
     def build_evaluator(self, evaluator: Any) -> Evaluator:
         """Build the evaluator, which counts the pixels of large class maps exactly."""
