@@ -1,0 +1,83 @@
+"""Batches carry seeds that depend on their place in the run only."""
+import itertools
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler
+from torch.utils.data import BatchSampler
+
+from convnext_mm.runs import batches
+from convnext_mm.runs.random_state import seed_generators
+
+
+def draws(start: int = 0, epoch: int = 0, size: int = 2, rank: int = 0, processes: int = 1,
+          monkeypatch=None) -> list:
+    if monkeypatch is not None:
+        for module in ('mmengine.dataset.sampler', 'convnext_mm.runs.batches'):
+            monkeypatch.setattr(f'{module}.get_dist_info', lambda: (rank, processes))
+    sampler = DefaultSampler(range(8), seed=3)
+    numbered = batches.NumberedBatches(BatchSampler(sampler, size, drop_last=False), seed=5)
+    numbered.start_at(epoch, start)
+    return list(numbered)
+
+
+def test_a_later_start_gives_the_same_rest():
+    assert draws(start=2) == draws()[2:]
+    assert draws(start=4) == []
+    assert len(draws()) == 4
+
+
+def test_epochs_draw_differently_and_samples_too():
+    places = [place for epoch in (0, 1) for batch in draws(epoch=epoch) for _, place in batch]
+    assert len(set(places)) == 16
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_more_processes_draw_the_same_in_total(processes, monkeypatch):
+    wanted = draws(size=4)
+    parts = [draws(size=4 // processes, rank=rank, processes=processes, monkeypatch=monkeypatch)
+             for rank in range(processes)]
+    assert [sorted(itertools.chain(*batch)) for batch in zip(*parts, strict=True)] == [
+        sorted(batch) for batch in wanted]
+
+
+def test_a_seeded_dataset_is_the_dataset_in_all_else():
+    class Data:
+        names = ('a',)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return index, random.random(), np.random.rand(), float(torch.rand(()))
+    data = Data()
+    seeded = batches.SeededDataset(data)
+    assert seeded[1, (0, 2, 0, 7)] == seeded[1, (0, 2, 0, 7)]
+    assert seeded[1, (0, 2, 0, 7)] != seeded[1, (0, 2, 0, 8)]
+    assert seeded[1] != seeded[1]
+    assert (len(seeded), seeded.names) == (3, ('a',))
+    seeded.names = ('b',)
+    assert data.names == ('b',)
+    with pytest.raises(AttributeError):
+        seeded.nothing  # noqa: B018
+
+
+def test_they_can_be_sent_to_workers():
+    seeded = pickle.loads(pickle.dumps(batches.SeededDataset([1, 2])))
+    assert seeded[0, (0, 0)] == 1
+    numbered = pickle.loads(pickle.dumps(batches.NumberedBatches([[0, 1]], seed=0)))
+    assert [index for index, _ in next(iter(numbered))] == [0, 1]
+
+
+def test_all_generators_are_seeded():
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+    seed_generators(1, 2, 3)
+    first = draw()
+    seed_generators(1, 2, 4)
+    assert all(a != b for a, b in zip(first, draw(), strict=True))
+    seed_generators(1, 2, 3)
+    assert draw() == first
