@@ -221,7 +221,8 @@ def _count_objects(infos: list[dict], findings: Findings) -> None:
 
 def _report_left_out(content: dict[str, list], infos: list[dict], findings: Findings) -> None:
     """Say how many of the objects of these classes the data set leaves out, and why."""
-    images = {image['id']: image for image in content['images']}
+    loaded = {info.get('img_id') for info in infos}  # fewer with `indices` of the data set
+    images = {image['id']: image for image in content['images'] if image['id'] in loaded}
     known = {one['id'] for one in content['categories'] if one['name'] in findings.classes}
     total = [one for one in content['annotations']
              if one['image_id'] in images and one['category_id'] in known]
