@@ -56,7 +56,8 @@ def test_losses_and_gradients_are_those_of_mmseg(options, fused, size, monkeypat
     torch.manual_seed(0)
     logits = 3 * torch.randn(2, 19, 23, 33)
     labels = torch.randint(0, 19, (2, *size))
-    labels[:, :5, 3:20] = options.get('ignore_index', 255)
+    if 'class_weight' not in str(options):  # mmseg 1.2.2 looks the weight of ignored pixels up
+        labels[:, :5, 3:20] = options.get('ignore_index', 255)
     (expected, g), (found, dlogits) = (losses(build(ours, **options), logits, labels)
                                        for ours in (False, True))
     assert bool(calls) == fused
