@@ -306,9 +306,10 @@ def dataset_type_and_labels(edits: Edits) -> None:
     for split in SPLITS:
         own, before = False, edits.inherited(f'{split}_dataloader.dataset') or {}
         for dataset in datasets_of_split(edits.cfg, split):
-            if dataset.get('type') in COCO_TYPES and not all(
-                    same(dataset.get(key), before.get(key))
-                    for key in ('data_root', 'ann_file', 'metainfo')):
+            changed = before and not all(same(dataset.get(key), before.get(key))
+                                         for key in ('data_root', 'ann_file', 'metainfo'))
+            named = (dataset.get('metainfo') or {}).get('classes')
+            if dataset.get('type') in COCO_TYPES and (changed or named):
                 dataset['type'], own = COCO_TYPES[1], True
         for metric in metrics_of_split(edits.cfg, split) if own else ():
             if metric.get('type') == 'CocoMetric':
