@@ -17,6 +17,9 @@ class Arch(NamedTuple):
         return (f'arch={name} ({size})' if name else size) + (', V2 (GRN)' * self.use_grn)
 
 
+CLIP_XXLARGE = (3, 4, 30, 3), (384, 768, 1536, 3072)
+"""Depths and dims of the image tower of OpenCLIP's largest ConvNeXt."""
+
 ARCHS = {
     # V1: Liu et al., "A ConvNet for the 2020s", 2022, Section 3
     'tiny': Arch((3, 3, 9, 3), (96, 192, 384, 768)),

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import checkpoints, fused, layer_decay
+from .archs import CLIP_XXLARGE
 from .layers import Block, Downsample, LayerNorm2d
 from .options import check_options
 
@@ -51,6 +52,8 @@ class ConvNeXt(BaseModule):
         triton: Use the package's Triton kernels on GPUs that support them.
         packed: Whether inference on a CPU also holds the weights in oneDNN's layout: faster, at
             twice their memory. Changed parameters are noticed, except writes through ``.data``.
+        norm_eps: Epsilon of all LayerNorms. Default: 1e-6, or 1e-5 in the size of CLIP's largest
+            tower (timm's xxlarge), as it was trained.
         init_cfg: ``dict(type='Pretrained', checkpoint=PATH_OR_URL)`` loads backbone weights in any
             published naming (:func:`convnext_mm.checkpoints.load_backbone`). Without it:
             truncated normal with std 0.02, zero biases (Liu et al., Section 3).
@@ -79,6 +82,7 @@ class ConvNeXt(BaseModule):
                  memory: str = 'lean',
                  triton: bool = False,
                  packed: bool = False,
+                 norm_eps: float | None = None,
                  init_cfg: dict[str, Any] | None = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self.arch, layer_scale, self.out_indices, self.with_cp = check_options(
@@ -112,6 +116,10 @@ class ConvNeXt(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(dims[i], eps=1e-6))
 
+        eps = norm_eps or (1e-5 if self.arch[:2] == CLIP_XXLARGE else 1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
         for module in self._frozen():
             module.requires_grad_(False)
         # Every loader (torch, mmengine, a toolbox) accepts every published naming.

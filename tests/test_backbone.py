@@ -330,3 +330,14 @@ def test_import_without_optional_packages(missing, found):
     done = run_tool(sys.executable, '-c', IMPORT, *missing)
     assert [line for line in done.stdout.splitlines() if 'optimizer_constructor' in line] == [
         f'{scope} convnext_mm.optimizer_constructor' for scope in found]
+
+
+def test_the_epsilon_of_norms():
+    """CLIP's largest tower was trained with 1e-5; timm's ConvNeXt has that for this size only."""
+    def epsilons(**kwargs) -> set[float]:
+        with torch.device('meta'):
+            backbone = ConvNeXt(**kwargs)
+        return {module.eps for module in backbone.modules() if hasattr(module, 'eps')}
+    assert epsilons() == {1e-6}
+    assert epsilons(depths=[3, 4, 30, 3], dims=[384, 768, 1536, 3072]) == {1e-5}
+    assert epsilons(norm_eps=1e-3, memory='plain') == {1e-3}

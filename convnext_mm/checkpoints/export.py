@@ -57,8 +57,7 @@ def convert_checkpoint(source: str, target: str | Path, to: str | None = None,
         raise UserError(f'Target {target} is the source itself and would be overwritten: choose '
                         'another name')
     content = read_checkpoint(source)
-    state = {name.removeprefix('module.'): value
-             for name, value in extract_weights(content).items()}
+    state = naming.without_wrappers(extract_weights(content))
     report = []
     if to:
         state, lost, summary = translate_names(state, source, to)

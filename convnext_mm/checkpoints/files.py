@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import urljoin, urlparse
 
 import numpy as np
 import torch
@@ -23,8 +23,12 @@ from torch import Tensor
 from ..errors import UserError
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
-WEIGHTS_KEYS = ('state_dict', 'model', 'state_dict_ema', 'model_ema')
-"""Keys under which mmengine and the authors' code store the weights."""
+INDEX_SUFFIX = '.index.json'
+"""Ending of a file that says in which of several files each parameter is."""
+WEIGHTS_KEYS = ('state_dict', 'model', 'model_state_dict', 'net', 'network', 'module', 'weights',
+                'teacher', 'student', 'backbone', 'state_dict_ema', 'model_ema', 'ema_state_dict',
+                'ema')
+"""Keys under which training code stores the weights, the first of them that a file has."""
 TRUST_VARIABLE = 'CONVNEXT_MM_TRUST'
 """Environment variable with the files (separated by ':') that are allowed to run code."""
 
@@ -33,20 +37,30 @@ def locate_checkpoint(source: str) -> Path:
     """Return the local file of a path or URL; download a URL once, to torch hub's cache.
 
     One process per node downloads while the others wait. A hash in the file name, as in OpenMMLab's
-    files, is verified.
+    files, is verified. With an index, all files that it names are located.
 
     Raises:
         UserError: The file does not exist or cannot be downloaded.
     """
-    if urlparse(source).scheme not in ('http', 'https'):
+    path = _locate_file(source)
+    if path.name.endswith(INDEX_SUFFIX):
+        _locate_shards(source, path)
+    return path
+
+
+def _locate_file(source: str) -> Path:
+    """See :func:`locate_checkpoint`."""
+    if not _is_url(source):
         path = Path(source).expanduser()
         if path.is_dir():
-            files = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+            files = sorted(file.name for file in path.iterdir()
+                           if file.name.endswith((*SUFFIXES, INDEX_SUFFIX)))
             raise UserError(f'Checkpoint is a folder: {path.absolute()}\nGive a file instead. '
                             f'Checkpoints in this folder: {", ".join(files[:8]) or "none"}')
         if not path.is_file():
             raise UserError(f'Checkpoint not found: {path.absolute()}\n'
-                            'Expected a .pth, .pt, .bin or .safetensors file (training writes '
+                            'Expected a .pth, .pt, .bin or .safetensors file, or the .index.json '
+                            'of several (training writes '
                             '.pth files to work_dirs/CONFIG/).')
         return path
     path = Path(torch.hub.get_dir(), 'checkpoints', _cache_file_name(source))
@@ -65,6 +79,57 @@ def locate_checkpoint(source: str) -> Path:
                         'train from scratch with --cfg-options model.backbone.init_cfg=None.'
                         ) from error
     return path
+
+
+def _is_url(source: str) -> bool:
+    return urlparse(source).scheme in ('http', 'https')
+
+
+def _locate_shards(source: str, path: Path) -> dict[str, tuple[Path, list[str]]]:
+    """The files that an index names, and the parameters that each should have.
+
+    Raises:
+        UserError: The index is damaged, or a file does not exist or cannot be downloaded.
+    """
+    try:
+        places = json.loads(path.read_text(encoding='utf-8'))['weight_map']
+        shards: dict[str, list[str]] = {}
+        for name, file in places.items():
+            shards.setdefault(str(file), []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable_error(path, 'is no index of checkpoint files: it has no weight_map'
+                              ) from error
+    found = {}
+    for file, names in shards.items():
+        if Path(file).name != file:
+            raise _unusable_error(path, f'names {file!r}, which is outside of its folder')
+        if _is_url(source):
+            found[file] = _locate_file(urljoin(source, file)), names
+        elif (path.parent / file).is_file():
+            found[file] = path.parent / file, names
+        else:
+            raise UserError(f'Checkpoint not found: {(path.parent / file).absolute()}\n'
+                            f'{path.name} names it, as one of {len(shards)} files: put all of '
+                            'them in one folder.')
+    return found
+
+
+def _read_shards(source: str, path: Path, map_location: Any, mmap: bool) -> dict[str, Any]:
+    """Read all files that an index names as one.
+
+    Raises:
+        UserError: One of them cannot be read, or lacks parameters.
+    """
+    state: dict[str, Tensor] = {}
+    for file, names in _locate_shards(source, path).values():
+        found = extract_weights(peek_checkpoint(str(file)) if mmap else
+                                read_checkpoint(str(file), map_location))
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise _unusable_error(file, f'lacks {len(missing)} parameters that {path.name} says it '
+                                  f'has, such as {missing[0]}')
+        state.update(found)
+    return dict(state_dict=state, meta={})
 
 
 def _cache_file_name(url: str) -> str:
@@ -127,7 +192,9 @@ def check_whole(source: str | Path) -> None:
 
 def _read(source: str, map_location: Any, mmap: bool = False) -> dict[str, Any]:
     """See :func:`read_checkpoint` and :func:`peek_checkpoint`."""
-    path = locate_checkpoint(source)
+    path = _locate_file(source)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(source, path, map_location, mmap)
     with open(path, 'rb') as file:
         head = file.read(512)
     mmap = mmap and zipfile.is_zipfile(path)
@@ -150,16 +217,16 @@ def _read(source: str, map_location: Any, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict) or not extract_weights(content):
         raise UserError(f'Not a checkpoint: {path.absolute()} contains no weights.\nExpected a '
                         'dictionary of tensors, at the top level or under the key '
-                        f'{" or ".join(WEIGHTS_KEYS)}.')
+                        f'{", ".join(WEIGHTS_KEYS)}.')
     return content
 
 
 def extract_weights(content: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the {parameter name: tensor} part of a checkpoint's contents."""
+    """Return the {parameter name: tensor} part of a checkpoint's contents, at any depth."""
     for key in WEIGHTS_KEYS:
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+        inner = content.get(key)
+        if isinstance(inner, dict) and (found := extract_weights(inner)):
+            return found
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
@@ -54,7 +55,7 @@ class FittedWeights:
 
 
 def fit_backbone_weights(state: StateDict, backbone: Backbone, source: str,
-                         prefix: str | None = None) -> FittedWeights:
+                         prefix: str | None = None, place: str = '') -> FittedWeights:
     """Select the weights in ``state`` that belong to ``backbone``, and give them its names.
 
     Classifiers, heads of whole models, and stages and norms excluded by ``out_indices`` are
@@ -65,17 +66,17 @@ def fit_backbone_weights(state: StateDict, backbone: Backbone, source: str,
         state: Weights with a published naming.
         backbone: The backbone to fill; it is not changed.
         source: Their origin, for messages.
-        prefix: Prefix of the backbone's names, see :func:`naming.find_convnext`.
+        prefix, place: Of the backbone's names, see :func:`naming.find_convnext`.
 
     Raises:
-        UserError: A parameter is missing, unexpected or has another shape.
+        UserError: A parameter is missing, unexpected or has another shape, or the weights are of
+            a variant that is not built.
     """
-    state = naming.sparse_to_dense(
-        {name.removeprefix('module.'): value for name, value in state.items()})
-    convnext = naming.find_convnext(state, source, prefix)
+    own = backbone.state_dict()
+    state = naming.sparse_to_dense(naming.without_wrappers(state, own))
+    convnext = naming.find_convnext(state, source, prefix, place)
     ours, beside, outside = naming.to_official(state, convnext)
     arch = naming.infer_arch(ours)
-    own = backbone.state_dict()
     # Modules that a subclass adds, and parameters that already have the backbone's own names.
     ours.update({name: beside.pop(name) for name in [*beside] if name in own})
     unused = [name for name in ours if name not in own and _is_unused(name, backbone)]
@@ -89,6 +90,10 @@ def fit_backbone_weights(state: StateDict, backbone: Backbone, source: str,
               and not any(other.startswith(name.rpartition('.')[0] + '.') for other in fitted)]
     stem = adapt_stem(fitted, own)
     problems += find_mismatches({name: own[name] for name in own if name not in random}, fitted)
+    variant = naming.describe_variant(ours) if problems else ''
+    if variant:
+        raise UserError(f'{source} ({convnext}) is a variant of ConvNeXt that is not built here: '
+                        f'{variant}.\nUse weights of one of the sizes in docs/recipes.md.')
     if problems:
         advice = (f'The weights are of {arch}, the backbone is of {backbone.arch}.\nUse the same '
                   'size for both.' if arch != backbone.arch else
@@ -143,8 +148,12 @@ def load_backbone(backbone: Backbone, init_cfg: dict[str, Any]) -> None:
     if init_cfg.get('type') != 'Pretrained' or not source:
         raise UserError(f'ConvNeXt: init_cfg={init_cfg}: expected '
                         "dict(type='Pretrained', checkpoint='PATH or URL')")
-    fitted = fit_backbone_weights(extract_weights(read_checkpoint(source)), backbone, source,
-                                  init_cfg.get('prefix'))
+    content, prefix = read_checkpoint(source), init_cfg.get('prefix')
+    # The prefix may begin with the key of one of several models, such as a teacher's.
+    key, _, rest = (prefix or '').rstrip('.').partition('.')
+    if isinstance(content.get(key), dict) and extract_weights(content[key]):
+        content, prefix = content[key], rest or None
+    fitted = fit_backbone_weights(extract_weights(content), backbone, source, prefix)
     backbone.load_state_dict(fitted.state, strict=False)
     print_log(f'ConvNeXt: loaded from {source}: {fitted}', logger='current')
 
@@ -187,8 +196,9 @@ def fit_model_weights(content: dict[str, Any], model: nn.Module, source: str
                       ) -> tuple[StateDict, str]:
     """Return a checkpoint's weights under the names of a whole ``model``.
 
-    Backbone weights with any naming get the prefix of the model's backbone; in a checkpoint of a
-    whole model the backbone is renamed. For a model without our ConvNeXt the weights are unchanged.
+    Backbone weights with any naming get the prefix of the model's backbone. Neck and heads get the
+    model's names whatever stands before them in the file, and if they are of transformers' UperNet.
+    For a model without our ConvNeXt the weights are unchanged.
 
     Returns:
         The weights, and a line for the log ('' if nothing was changed).
@@ -196,23 +206,79 @@ def fit_model_weights(content: dict[str, Any], model: nn.Module, source: str
     Raises:
         UserError: The backbone's weights do not fit.
     """
-    state = {name.removeprefix('module.'): value
-             for name, value in extract_weights(content).items()}
+    own = model.state_dict()
+    state = naming.without_wrappers(extract_weights(content), own)
     located = _find_backbone(model)
     if located is None:
         return state, ''
-    prefix, backbone = located
-    # If the file has a ConvNeXt at this place, further ones belong to other parts of the model.
-    same_place = any(found.prefix == prefix for found in naming.detect_convnexts(state))
-    fitted = fit_backbone_weights(state, backbone, source, prefix if same_place else None)
-    if fitted.convnext == naming.DetectedConvNeXt('official', prefix) and not fitted.stem:
+    place, backbone = located
+    fitted = fit_backbone_weights(state, backbone, source, place=place)
+    prefix = fitted.convnext.prefix
+    if fitted.convnext == naming.DetectedConvNeXt('official', place) and not fitted.stem:
         return state, ''
-    others = {}
-    if fitted.convnext.prefix == prefix:
-        others = {name: value for name, value in state.items() if not name.startswith(prefix)}
-        fitted.ignored = [name for name in fitted.ignored if name not in others]
-    return {**{prefix + name: value for name, value in fitted.state.items()}, **others}, (
+    rename = naming.to_mmseg if fitted.convnext.scheme == 'transformers' else str
+    renamed = {name: rename(name) for name in state if prefix and not name.startswith(prefix)}
+    wrapper = _find_wrapper([*renamed.values()], [name for name in own
+                                                  if not name.startswith(place)])
+    renamed = {name: new.removeprefix(wrapper) for name, new in renamed.items()
+               if new.startswith(wrapper)}
+    if own.keys().isdisjoint(renamed.values()):  # such as a classifier
+        renamed = {}
+    fitted.ignored = [name for name in fitted.ignored if name not in renamed]
+    others = {new: state[name] for name, new in renamed.items()}
+    return {**{place + name: value for name, value in fitted.state.items()}, **others}, (
         f'ConvNeXt: loaded from {source}: {fitted}')
+
+
+def _find_wrapper(names: Sequence[str], own: Sequence[str]) -> str:
+    """What stands before the most of the names ``own`` in a checkpoint."""
+    counts = Counter({'': 0})
+    for ending in own:
+        counts.update(name.removesuffix(ending) for name in names
+                      if name == ending or name.endswith('.' + ending))
+    return counts.most_common(1)[0][0]
+
+
+def describe_parts(own: StateDict, state: StateDict) -> list[str]:
+    """Say for each part of a model what it gets from weights, for the log.
+
+    Args:
+        own: The state dict of the model.
+        state: Weights under the model's names.
+
+    Returns:
+        A line for each part of the model: loaded, fresh (it keeps its random initialization), or
+        both and why; and one for the weights that are not used.
+    """
+    lines = []
+    for part, names in _by_part(own).items():
+        loaded = [name for name in names if name in state and state[name].shape == own[name].shape]
+        fresh = {name: 'not in the file' if name not in state else
+                 f'{list(state[name].shape)} in the file, {list(own[name].shape)} in the model'
+                 for name in names if name not in loaded}
+        if not fresh:
+            lines.append(f'{part}: loaded')
+        elif not loaded and set(fresh.values()) == {'not in the file'}:
+            lines.append(f'{part}: fresh, not in the file')
+        else:
+            reasons = [f'{name.removeprefix(part + ".")} ({reason})'
+                       for name, reason in fresh.items()]
+            lines.append(f'{part}: {len(loaded)} of {len(names)} tensors loaded, fresh: '
+                         f'{", ".join(reasons[:4])}{", …" if len(reasons) > 4 else ""}')
+    unused = _by_part([name for name in state if name not in own])
+    if unused:
+        lines.append('dropped, the model has no place for it: ' + ', '.join(
+            f'{part} ({len(names)})' for part, names in unused.items()))
+    return lines
+
+
+def _by_part(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by the part of a model that they belong to, the heads of RoIs apart."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        path = name.split('.')
+        parts.setdefault('.'.join(path[:2 if path[0] == 'roi_head' else 1]), []).append(name)
+    return parts
 
 
 def _is_convnext(module: nn.Module) -> TypeGuard[Backbone]:
@@ -282,8 +348,14 @@ class FitCheckpointHook(Hook):
         state, line = fit_model_weights(checkpoint, model, source)
         if runner._resume:
             _require_complete(model, state, source)
-        elif line:
-            print_log(line, logger='current')
+        else:
+            if line:
+                print_log(line, logger='current')
+            own = model.state_dict()
+            print_log('\n  '.join([f'Weights of {source}:', *describe_parts(own, state)]),
+                      logger='current')
+            state = {name: value for name, value in state.items()
+                     if name in own and value.shape == own[name].shape}
         checkpoint['state_dict'] = state
 
 

@@ -116,6 +116,13 @@ SCHEMES = {
 EXPORT_SCHEMES = ('official', 'mmpretrain', 'timm', 'transformers', 'torchvision')
 """The schemes that checkpoints can be converted to."""
 
+WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
+"""Names of modules that wrap others: DistributedDataParallel and averages of weights,
+torch.compile, FSDP, and activation checkpointing."""
+
+AVERAGED = re.compile(r'(?:^|[._])(?:ema|swa|averaged?|shadow)(?=[._]|$)')
+"""In a prefix: a copy of a model with averaged weights."""
+
 KNOWN_EXTRAS = ('mask_token', 'proj', 'decoder', 'pred', 'norms', 'norm_pre', 'head')
 """Modules in backbone checkpoints that are ignored: FCMAE's decoder (ConvNeXt V2, Section 3),
 DINOv3's copies of norms, the heads of timm's variants."""
@@ -132,6 +139,19 @@ class DetectedConvNeXt:
         return SCHEMES[self.scheme].title
 
 
+def without_wrappers(state: StateDict, own: Iterable[str] = ()) -> StateDict:
+    """The weights under their names without :data:`WRAPPERS`, at any place.
+
+    Args:
+        state: Weights.
+        own: Names of the model; wrappers in them are kept.
+    """
+    wrappers = set(WRAPPERS).difference(*(name.split('.') for name in own))
+    short = {'.'.join(part for part in name.split('.') if part not in wrappers): value
+             for name, value in state.items()}
+    return short if len(short) == len(state) else state  # both a module and its wrapped copy
+
+
 def detect_convnexts(names: Iterable[str]) -> list[DetectedConvNeXt]:
     """Return every ConvNeXt whose first block is among the ``names``."""
     first_blocks = {key: next(theirs for ours, theirs in scheme.name_pairs(1, 1)
@@ -141,14 +161,18 @@ def detect_convnexts(names: Iterable[str]) -> list[DetectedConvNeXt]:
             for key, block in first_blocks.items() if name == block or name.endswith('.' + block)]
 
 
-def find_convnext(state: StateDict, source: str, prefix: str | None = None) -> DetectedConvNeXt:
+def find_convnext(state: StateDict, source: str, prefix: str | None = None,
+                  place: str = '') -> DetectedConvNeXt:
     """Return the only ConvNeXt of a checkpoint, or the one with ``prefix``.
+
+    A model takes precedence over its copy with averaged weights.
 
     Args:
         state: The checkpoint's weights.
         source: Their origin, for messages.
-        prefix: Prefix of the backbone's names. Default: detected; no prefix and 'backbone.' take
-            precedence over others.
+        prefix: Prefix of the backbone's names. Default: detected; ``place``, with or without a
+            prefix of its own, no prefix and 'backbone.' take precedence over others.
+        place: Prefix of the backbone in the model that is filled.
 
     Raises:
         UserError: There is none, or there are several and ``prefix`` does not choose one.
@@ -173,7 +197,12 @@ def find_convnext(state: StateDict, source: str, prefix: str | None = None) -> D
             raise UserError(f'{source} contains no ConvNeXt with the prefix {prefix!r}, but with '
                             f'{prefixes}. Use that, or no prefix.')
     else:
-        chosen = with_prefix('') or with_prefix('backbone.') or detected
+        chosen = (with_prefix(place)
+                  or [convnext for convnext in detected if convnext.prefix.endswith('.' + place)
+                      and place]
+                  or with_prefix('') or with_prefix('backbone.') or detected)
+        chosen = [convnext for convnext in chosen
+                  if not AVERAGED.search(convnext.prefix)] or chosen
     if len(chosen) > 1:
         raise UserError(f'{source} contains {len(chosen)} ConvNeXts, with the prefixes {prefixes}: '
                         "choose with init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)")
@@ -230,6 +259,29 @@ def infer_arch(state: StateDict) -> Arch:
             dims[stage] = len(value)
     return Arch(tuple(depths[i] for i in sorted(depths)), tuple(dims[i] for i in sorted(dims)),
                 any('.grn.' in name for name in state))
+
+
+def describe_variant(state: StateDict) -> str:
+    """What distinguishes a variant of timm's from ConvNeXt; '' if nothing is known to.
+
+    Args:
+        state: Weights with the authors' names.
+    """
+    stem = state.get('downsample_layers.0.0.weight')
+    differences = []
+    if infer_arch(state)[:2] == ((2, 2, 4, 2), (32, 64, 128, 256)):
+        differences.append('the size zepto')
+    if stem is not None and stem.ndim == 4 and stem.shape[2:] == (3, 3):
+        differences.append('a stem of overlapping 3x3 convolutions (_ols)')
+    norms = [name for name in state if re.fullmatch(r'stages\.\d+\.\d+\.norm\.\w+', name)]
+    if norms and not any(name.endswith('.bias') for name in norms):
+        differences.append('norms without mean and bias (_rms)')
+    return ', '.join(differences)
+
+
+def to_mmseg(name: str) -> str:
+    """The name in mmseg of a parameter of the heads in transformers' UperNet."""
+    return re.sub(r'head\.classifier\.', 'head.conv_seg.', name.replace('.batch_norm.', '.bn.'))
 
 
 def sparse_to_dense(state: StateDict) -> StateDict:

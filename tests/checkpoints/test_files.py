@@ -267,3 +267,48 @@ def test_files_with_one_name_in_different_repositories_are_distinguished(monkeyp
             for size in ('tiny', 'base')]
     assert [list(extract_weights(read_checkpoint(url))) for url in urls] == [[url] for url in urls]
     assert (tmp_path / 'checkpoints/facebook--convnext-tiny-224--model.safetensors').is_file()
+
+
+def write_shards(folder, stem: str = 'model') -> dict[str, torch.Tensor]:
+    """Two files and their index, as transformers writes them."""
+    state = golden('v1_official_downstream')['checkpoint']['model']
+    names = list(state)
+    files = {f'{stem}-{i + 1:05}-of-00002.safetensors': names[i::2] for i in range(2)}
+    for file, part in files.items():
+        save_file({name: state[name] for name in part}, folder / file)
+    (folder / f'{stem}.safetensors.index.json').write_text(json.dumps(dict(
+        metadata=dict(total_size=1),
+        weight_map={name: file for file, part in files.items() for name in part})))
+    return state
+
+
+def test_files_named_by_an_index_are_read_as_one(tmp_path):
+    state = write_shards(tmp_path)
+    path = tmp_path / 'model.safetensors.index.json'
+    found = extract_weights(read_checkpoint(str(path)))
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    with pytest.raises(UserError, match='model.safetensors.index.json'):
+        read_checkpoint(str(tmp_path))
+    save_file({'a': torch.zeros(1)}, tmp_path / 'model-00002-of-00002.safetensors')
+    with pytest.raises(UserError, match='00002.safetensors lacks .* parameters that model'):
+        read_checkpoint(str(path))
+    (tmp_path / 'model-00001-of-00002.safetensors').unlink()
+    with pytest.raises(UserError, match='not found: .*model-00001-of-00002.*\n.*one of 2 files'):
+        locate_checkpoint(str(path))
+    for text, message in (('{}', 'is no index'), ('[', 'is no index'),
+                          ('{"weight_map": {"a": "../b.pth"}}', 'outside of its folder')):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(str(path))
+
+
+def test_files_named_by_an_index_are_downloaded(web_server, tmp_path):
+    folder, address, requests = web_server
+    (folder / 'me/net/resolve/main').mkdir(parents=True)
+    state = write_shards(folder / 'me/net/resolve/main')
+    url = f'{address}/me/net/resolve/main/model.safetensors.index.json'
+    locate_checkpoint(url)
+    assert len(requests) == 3
+    assert extract_weights(read_checkpoint(url)).keys() == state.keys()
+    assert len(requests) == 3, 'from the cache'

@@ -207,6 +207,135 @@ def test_load_from_accepts_backbone_weights(name):
     assert torch.equal(model.decode_head.weight, head)
 
 
+@pytest.mark.parametrize('wrap', [
+    lambda s: dict(state_dict={f'model.{k}': v for k, v in s.items()}),
+    lambda s: dict(model_state_dict={f'_orig_mod.module.{k}': v for k, v in s.items()}, epoch=3),
+    lambda s: dict(net=dict(state_dict={f'net.model._orig_mod.{k}': v for k, v in s.items()})),
+    lambda s: dict(teacher={f'module.{k}': v for k, v in s.items()},
+                   student={f'module.{k}': v + 1 for k, v in s.items()}),
+    lambda s: dict(ema={k.replace('backbone.', 'backbone.module._orig_mod.'): v
+                        for k, v in s.items()}),
+    lambda s: {**{f'model.{k}': v for k, v in s.items()},
+               **{f'model_ema.module.{k}': v + 1 for k, v in s.items()}}],
+    ids=['Lightning', 'compile', 'nested', 'teacher', 'backbone', 'beside an average'])
+@pytest.mark.parametrize('name', ['v1_official_downstream', 'v1_mmpretrain'])
+def test_whole_models_keep_their_heads_whatever_wraps_them(wrap, name, tmp_path):
+    content, trained = golden(name), Segmentor()
+    inner = content['checkpoint'].get('model') or {
+        k.removeprefix('backbone.'): v for k, v in content['checkpoint']['state_dict'].items()
+        if 'head' not in k}
+    state = {**{f'backbone.{k}': v for k, v in inner.items()},
+             **{f'decode_head.{k}': v for k, v in trained.decode_head.state_dict().items()}}
+    torch.save(wrap(state), tmp_path / 'file.pth')
+    model = Segmentor().eval()
+    load_model(model, str(tmp_path / 'file.pth'))
+    assert torch.equal(model.decode_head.weight, trained.decode_head.weight)
+    model, checkpoint = Segmentor().eval(), wrap(state)
+    FitCheckpointHook().after_load_checkpoint(Runner(model), checkpoint)
+    model.load_state_dict(checkpoint['state_dict'], strict=True)
+    assert torch.equal(model.decode_head.weight, trained.decode_head.weight)
+    with torch.no_grad():
+        assert_close(model.backbone(content['input']), content['features'])
+    backbone = ConvNeXt(**GOLDEN_SIZE)
+    load_backbone(backbone, dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth')))
+    assert torch.equal(backbone.norm0.weight, model.backbone.norm0.weight)
+
+
+def test_a_prefix_may_begin_with_the_key_of_a_model(tmp_path):
+    torch.save(dict(teacher=official(), student={k: v + 1 for k, v in official().items()}),
+               tmp_path / 'file.pth')
+    gamma = official()['stages.0.0.gamma']
+    for prefix, expected in ((None, gamma), ('student', gamma + 1)):
+        backbone = ConvNeXt(**GOLDEN_SIZE)
+        load_backbone(backbone, dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'),
+                                     prefix=prefix))
+        assert torch.equal(backbone.stages[0][0].gamma, expected)
+
+
+def test_load_from_says_for_every_part_what_it_gets(monkeypatch):
+    lines = []
+    monkeypatch.setattr(loading, 'print_log', lambda line, logger: lines.append(line))
+    model = Segmentor()
+    model.neck = nn.Conv2d(1, 1, 1)
+    state = {f'backbone.{k}': v for k, v in ConvNeXt(**GOLDEN_SIZE).state_dict().items()}
+    state |= {'decode_head.weight': torch.zeros(5, 32, 1, 1), 'decode_head.bias': torch.ones(2),
+              'auxiliary_head.weight': torch.zeros(1)}
+    checkpoint = dict(state_dict=state)
+    FitCheckpointHook().after_load_checkpoint(Runner(model), checkpoint)
+    assert lines == ["""Weights of file.pth:
+  backbone: loaded
+  decode_head: 1 of 2 tensors loaded, fresh: weight ([5, 32, 1, 1] in the file, [2, 32, 1, 1] in \
+the model)
+  neck: fresh, not in the file
+  dropped, the model has no place for it: auxiliary_head (1)"""]
+    assert 'decode_head.bias' in checkpoint['state_dict']
+    assert not {'decode_head.weight', 'auxiliary_head.weight'} & checkpoint['state_dict'].keys()
+
+
+def timm_variant(change) -> dict:
+    return change({**golden('v1_timm')['checkpoint']})
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda s: {**s, 'stem.0.weight': torch.zeros(8, 3, 3, 3), 'stem.1.weight':
+                torch.zeros(8, 8, 3, 3), 'stem.2.weight': torch.zeros(8)}, 'overlapping.*_ols'),
+    (lambda s: {k: v for k, v in s.items() if not k.endswith('norm.bias')}, 'without mean.*_rms')])
+def test_variants_that_are_not_built_are_named(change, message):
+    with pytest.raises(UserError, match=f'is a variant of ConvNeXt that is not built.*{message}'):
+        fit_backbone_weights(timm_variant(change), ConvNeXt(**GOLDEN_SIZE), 'it')
+
+
+def test_zepto_is_named():
+    from convnext_mm.checkpoints.naming import from_official
+    zepto = ConvNeXt(depths=[2, 2, 4, 2], dims=[32, 64, 128, 256]).state_dict()
+    state = from_official({k: v for k, v in zepto.items() if not k.endswith('norm.bias')},
+                          'timm', '')[0]
+    with pytest.raises(UserError, match='the size zepto, norms without'):
+        fit_backbone_weights(state, ConvNeXt('tiny'), 'it')
+
+
+def test_upernet_of_transformers_as_a_whole_model(tmp_path):
+    """Its logits, with norms and weights that have an effect."""
+    from mmseg.registry import MODELS
+    from safetensors.torch import save_file
+    from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+    torch.manual_seed(0)
+    names = ['stage1', 'stage2', 'stage3', 'stage4']
+    theirs = UperNetForSemanticSegmentation(UperNetConfig(
+        backbone_config=ConvNextConfig(depths=GOLDEN_SIZE['depths'], out_features=names,
+                                       hidden_sizes=GOLDEN_SIZE['dims'],
+                                       layer_scale_init_value=0.5),
+        hidden_size=16, num_labels=5, auxiliary_in_channels=24, auxiliary_channels=8)).eval()
+    for name, value in theirs.state_dict().items():
+        if name.endswith('running_var'):
+            value.uniform_(0.5, 2)
+        elif 'norm' in name and value.is_floating_point():
+            value.normal_(1, 0.3)
+        elif 'head' in name and value.is_floating_point():
+            value.normal_(0, 0.1)
+    save_file(theirs.state_dict(), tmp_path / 'model.safetensors')
+    head = dict(num_classes=5, norm_cfg=dict(type='BN'), align_corners=False)
+    ours = MODELS.build(dict(
+        type='EncoderDecoder', backbone=dict(type='ConvNeXt', **GOLDEN_SIZE),
+        decode_head=dict(type='UPerHead', in_channels=GOLDEN_SIZE['dims'], channels=16,
+                         in_index=[0, 1, 2, 3], **head),
+        auxiliary_head=dict(type='FCNHead', in_channels=24, in_index=2, channels=8, num_convs=1,
+                            concat_input=False, **head))).eval()
+    load_model(ours, str(tmp_path / 'model.safetensors'))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs(image).logits
+        logits = ours.encode_decode(image, [dict(img_shape=(64, 96))])
+        features = ours.backbone(image)
+        aux = nn.functional.interpolate(ours.auxiliary_head(features), (64, 96), mode='bilinear')
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        theirs_aux = theirs.auxiliary_head([*features])
+    torch.testing.assert_close(aux, nn.functional.interpolate(
+        theirs_aux, (64, 96), mode='bilinear'), rtol=1e-4, atol=1e-4)
+
+
 def test_resuming_requires_the_whole_model():
     checkpoint = dict(state_dict={f'backbone.{k}': v for k, v in official().items()})
     with pytest.raises(UserError, match='missing decode_head.weight'):
