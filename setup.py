@@ -87,6 +87,7 @@ if __name__ == '__main__':
                   'OpenMMLab', 'mmsegmentation', 'mmdetection', 'PyTorch'],
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
         package_data={'convnext_mm': ['py.typed', 'ops/*.pth']},
+        entry_points={'console_scripts': ['convnext-mm = convnext_mm.cli:main']},
         cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[

@@ -69,6 +69,22 @@ def find_base(base: str, path: str) -> str:
     return str(file)
 
 
+def find_recipe(config: str | Path) -> str:
+    """The file of a recipe of this package that is given by its name; other paths stay."""
+    name = str(config).removeprefix('convnext_mm::').removesuffix('.py')
+    folder = config_folder('convnext_mm')
+    if not Path(config).is_file() and folder and (folder / f'{name}.py').is_file():
+        return str(folder / f'{name}.py')
+    return str(config)
+
+
+def recipe_files() -> list[str]:
+    """All recipes of this package, without their variants for testing."""
+    folder = config_folder('convnext_mm')
+    return sorted(str(path) for path in (folder.glob('*.py') if folder else ())
+                  if not path.stem.endswith(('_ss', '_ms')))
+
+
 def config_folder(package: str) -> Path | None:
     """Where the configs of an installed package are."""
     spec = find_spec(package)

@@ -179,10 +179,27 @@ class Predictor:
         self.model.to(device).eval()
         speed.enable_packed_inference(self.model)
 
+    @property
+    def channels(self) -> str:
+        """The order of three bands as the pipeline loads them: 'rgb' or 'bgr'."""
+        return 'rgb' if self.steps[0].get('imdecode_backend') == 'tifffile' else 'bgr'
+
     @torch.no_grad()
-    def __call__(self, path: str) -> Any:
-        """The SegDataSample or DetDataSample of an image, at its original size."""
-        packed = self.pipeline(dict(img_path=path, img_id=0))
+    def __call__(self, image: str | np.ndarray) -> Any:
+        """The SegDataSample or DetDataSample of an image, at its original size.
+
+        Args:
+            image: Its file, or the image as the first step of the pipeline loads it.
+        """
+        if isinstance(image, str):
+            packed = self.pipeline(dict(img_path=image, img_id=0))
+        else:
+            if self.steps[0].get('to_float32'):
+                image = image.astype(np.float32)
+            packed = dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2],
+                          img_path='', img_id=0)
+            for step in self.pipeline.transforms[1:]:
+                packed = step(packed)
         return self.model.test_step(
             dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]))[0]
 

@@ -1,4 +1,5 @@
 """The recipes compared with the published settings."""
+import argparse
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 
 from convnext_mm.archs import ARCHS
+from convnext_mm.cli import add_config
 from convnext_mm.engine import launch
 from convnext_mm.layer_decay import convnext_layer_id
 from tests.helpers import (
@@ -319,7 +321,8 @@ def test_multi_scale_recipes_use_tta_without_an_option(suffix, model, monkeypatc
         raise Stop
     built = []
     monkeypatch.setattr(launch, '_build_runner', build)
-    parser = launch.common_parser('')
+    parser = argparse.ArgumentParser()
+    add_config(parser)
     args = parser.parse_args([SEGMENTATION.replace('.py', f'{suffix}.py')])
     for key in ('show', 'show_dir', 'tta', 'out'):
         setattr(args, key, None)

@@ -117,12 +117,37 @@ def test_every_file_names_the_same_version():
     assert date == str(citation['date-released'])
 
 
-@pytest.mark.slow
-def test_installed_wheel_trains_in_an_empty_folder(distributions, demo_data, tmp_path):
-    site, folder = tmp_path / 'site', tmp_path / 'empty'
-    folder.mkdir()
+@pytest.fixture(scope='module')
+def site(distributions, tmp_path_factory) -> Path:
+    """A folder in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp('site')
     run('-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--no-compile', '--target',
-        site, distributions[0])
+        folder, distributions[0])
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_of_the_wheel_finds_recipes_by_name(site, demo_data, tmp_path):
+    def command(*args: object) -> str:
+        return run(site / 'bin' / 'convnext-mm', *args, cwd=tmp_path, PYTHONPATH=str(site))
+    data = f'data_root={demo_data}/ADEChallengeData2016'
+    shown = command('table', 'upernet_convnext_tiny_512_160k_ade20k')
+    assert '60.24' in shown
+    command('train', 'demo/upernet_convnext_demo', '--cfg-options', *SMALL_SEGMENTATION, data,
+            'train_cfg.max_iters=2')
+    folder = tmp_path / 'work_dirs' / 'upernet_convnext_demo'
+    config, checkpoint = folder / 'upernet_convnext_demo.py', folder / 'iter_2.pth'
+    shown = command('test', config, checkpoint, '--work-dir', tmp_path / 'test')
+    assert 'mIoU' in shown
+    image = next((demo_data / 'ADEChallengeData2016/images/validation').glob('*.jpg'))
+    command('predict', image, config, checkpoint, '--out', tmp_path / 'seen')
+    assert (tmp_path / 'seen' / f'{image.stem}.png').is_file()
+
+
+@pytest.mark.slow
+def test_installed_wheel_trains_in_an_empty_folder(site, demo_data, tmp_path):
+    folder = tmp_path / 'empty'
+    folder.mkdir()
     mim = site / 'convnext_mm' / '.mim'
     script = ('import runpy, sys, convnext_mm; print("package:", convnext_mm.__file__); '
               'del sys.argv[0]; runpy.run_path(sys.argv[0], run_name="__main__")')

@@ -1,5 +1,5 @@
 """Check all images and annotations of a config's datasets, and draw dataset.png."""
-from convnext_mm.engine.launch import check_dataset, common_parser, run_cli
+from convnext_mm.cli import main
 
 if __name__ == '__main__':
-    run_cli(check_dataset, common_parser(__doc__, launcher=False).parse_args())
+    main('check')

@@ -1,8 +1,8 @@
 """Generate the demo's images in the layouts of ADE20K and COCO."""
 import argparse
 
+from convnext_mm.cli import run
 from convnext_mm.demo_data import make
-from convnext_mm.engine.launch import run_cli
 
 
 def main(args: argparse.Namespace) -> None:
@@ -16,4 +16,4 @@ if __name__ == '__main__':
     parser.add_argument('--num-train', type=int, default=400, help='training images (400)')
     parser.add_argument('--num-val', type=int, default=80, help='validation images (80)')
     parser.add_argument('--seed', type=int, default=0, help='the same seed, the same images (0)')
-    run_cli(main, parser.parse_args())
+    run(main, parser.parse_args())

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from .. import checkpoints, datasets, migration
-from ..bases import without_completion
+from ..bases import find_recipe, recipe_files, without_completion
 from ..checkpoints.files import peek_checkpoint
 from ..datasets import inspection
 from ..datasets.completion import find_transforms
@@ -68,13 +68,15 @@ def load_config(path: str) -> Config:
     Raises:
         UserError: The file does not exist, is for mmcv 0.x or 1.x, or cannot be read.
     """
-    file = Path(path)
+    file = Path(find_recipe(path))
     if not file.is_file():
         known = [str(p) for folder in (file.parent, Path('configs'), Path('configs/demo'))
                  if folder.is_dir() for p in folder.glob('*.py')]
-        hint = suggest(file, known, count=3).strip() or (
-            'The recipes are in configs/, such as '
-            'configs/upernet_convnext_tiny_512_160k_ade20k.py.')
+        names = [Path(recipe).stem for recipe in recipe_files()]
+        hint = suggest(file, known, count=3).strip() or suggest(file.stem, names, count=3).strip() \
+            or ('The recipes are in configs/, such as '
+                'configs/upernet_convnext_tiny_512_160k_ade20k.py. A name alone, such as '
+                'upernet_convnext_tiny_512_160k_ade20k, is found everywhere.')
         raise UserError(f'Config not found: {file.absolute()}\n{hint}')
     old = migration.old_keys(file)
     if old:

@@ -1,15 +1,14 @@
-"""Command-line entry points for both tasks: from a config and options to a running Runner."""
+"""Training, testing and checking for both tasks: from a config and options to a running Runner."""
 from __future__ import annotations
 
 import argparse
 import errno
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -17,67 +16,28 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from .. import checkpoints, migration
+from ..bases import find_recipe
 from ..checkpoints.loading import FitCheckpointHook
 from ..datasets import inspection
 from ..datasets.contact_sheet import draw_contact_sheet
+from ..datasets.findings import Findings, Problem
 from ..errors import UserError
-from ..precision import DTYPES, check_dtype
+from ..precision import check_dtype
 from ..utils import atomic_path, is_first_process, track_rows, unwrap_model, writable_folder
 from . import checks, fallbacks, speed
-from .cfg_options import add_cfg_options
 from .runner import ConvNeXtRunner
 from .summary import summarize
 
 
-def common_parser(description: str, launcher: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that the tools share.
-
-    Args:
-        description: Shown by ``--help``.
-        launcher: Whether to add the arguments for several processes.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('config', help='config file, such as '
-                        'configs/upernet_convnext_tiny_512_160k_ade20k.py')
-    parser.add_argument('--work-dir', help='folder for logs, checkpoints and figures '
-                        '(work_dirs/CONFIG)')
-    add_cfg_options(parser)
-    if not launcher:
-        return parser
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-                        default='none', help='how the processes are started (none)')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
-                        help=argparse.SUPPRESS)
-    return parser
-
-
-def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Add the option that sets ``inference_dtype``."""
-    parser.add_argument('--dtype', choices=DTYPES, help='dtype of convolutions and matrix products '
-                        "(the config's inference_dtype, else fp32)")
-
-
-def run_cli(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call ``action(args)``; on a :class:`UserError`, print its message and exit with status 2.
-
-    Ctrl-C before or after a training, which saves itself, ends with status 130.
-    """
-    try:
-        action(args)
-    except UserError as error:
-        if is_first_process():
-            print(f'\nError: {error}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> Runner | None:
     """Train a model.
 
     Args:
-        args: Arguments of :func:`common_parser`, ``resume``, ``amp``, ``auto_scale_lr``,
-            ``migrate`` and ``dry_run``.
+        args: Arguments of :func:`convnext_mm.cli.add_config`, ``resume``, ``amp``,
+            ``auto_scale_lr``, ``migrate`` and ``dry_run``.
+
+    Returns:
+        The Runner; None with ``dry_run``.
 
     Raises:
         UserError: The arguments, the config, the data or the weights are unusable.
@@ -102,17 +62,21 @@ def train(args: argparse.Namespace) -> None:
     splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
     if args.dry_run:
         checks.check_input(cfg, splits)
-        return
+        return None
     with _build_runner(cfg, splits) as runner:
         runner.train()
+    return runner
 
 
-def test(args: argparse.Namespace) -> None:
+def test(args: argparse.Namespace) -> dict[str, float]:
     """Evaluate a model.
 
     Args:
-        args: Arguments of :func:`common_parser`, ``checkpoint``, ``out``, ``show``, ``show_dir``,
-            ``wait_time``, ``dtype`` and ``tta``.
+        args: Arguments of :func:`convnext_mm.cli.add_config`, ``checkpoint``, ``out``, ``show``,
+            ``show_dir``, ``wait_time``, ``dtype`` and ``tta``.
+
+    Returns:
+        The metrics.
 
     Raises:
         UserError: The arguments, the config, the data or the checkpoint are unusable.
@@ -142,7 +106,7 @@ def test(args: argparse.Namespace) -> None:
         if build_dump_metric is not None:
             runner.test_evaluator.metrics.append(build_dump_metric())
         try:
-            runner.test()
+            return runner.test()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -151,23 +115,55 @@ def test(args: argparse.Namespace) -> None:
                             'are incomplete: make room, and run the test again') from error
 
 
-def check_dataset(args: argparse.Namespace) -> None:
-    """Check all images and annotations, print a report and draw a contact sheet.
+class DataCheck(NamedTuple):
+    """What a check of data found; ``str()`` is the report.
 
     Args:
-        args: Arguments of :func:`common_parser`.
+        found: For each data set its images, classes and problems.
+        picture: Images with their annotations, as training sees them.
+    """
+
+    found: list[Findings]
+    picture: Path
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that would stop or starve training."""
+        return [problem for one in self.found for problem in one.problems
+                if problem.level == 'error']
+
+    def __str__(self) -> str:
+        return inspection.format_report(self.found)
+
+
+def check_data(args: argparse.Namespace, show: Callable[[str], object] = str) -> DataCheck:
+    """Check all images and annotations, and draw a contact sheet.
+
+    Args:
+        args: Arguments of :func:`convnext_mm.cli.add_config`.
+        show: Called with the report before anything is drawn.
 
     Raises:
-        UserError: The data has errors; the report lists them.
+        UserError: The config cannot be read, or data is missing.
     """
     cfg = _load_config(args)
     checks.check_data_exists(cfg, ('train', 'val'))
     found = inspection.inspect_splits(cfg)
-    print(inspection.format_report(found))
-    path = Path(cfg.work_dir, 'dataset.png')
-    draw_contact_sheet(cfg, path)
-    print(f'Images with their annotations: {path}')
-    if any(problem.level == 'error' for one in found for problem in one.problems):
+    done = DataCheck(found, Path(cfg.work_dir, 'dataset.png'))
+    show(str(done))
+    draw_contact_sheet(cfg, done.picture)
+    return done
+
+
+def check_dataset(args: argparse.Namespace) -> None:
+    """Check data as :func:`check_data` does, and print what was found.
+
+    Raises:
+        UserError: The data has errors; the report lists them.
+    """
+    done = check_data(args, print)
+    print(f'Images with their annotations: {done.picture}')
+    if done.errors:
         raise UserError('the data has errors (✗ above)')
 
 
@@ -185,6 +181,7 @@ def _print_summary(cfg: Config, notes: list[str], training: bool) -> None:
 
 def _load_config(args: argparse.Namespace, notes: list[str] | None = None) -> Config:
     """Return the completed config with the command-line options applied."""
+    args.config = find_recipe(args.config)
     if vars(args).get('migrate'):
         args.config = _migrate_old_config(args)
     cfg = checks.read_config(args.config, dtype_options(args), notes)

@@ -296,9 +296,10 @@ def test_zepto_is_named():
 
 def test_upernet_of_transformers_as_a_whole_model(tmp_path):
     """Its logits, with norms and weights that have an effect."""
-    from mmseg.registry import MODELS
+    from mmengine.registry import MODELS, init_default_scope
     from safetensors.torch import save_file
     from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+    init_default_scope('mmseg')
     torch.manual_seed(0)
     names = ['stage1', 'stage2', 'stage3', 'stage4']
     theirs = UperNetForSemanticSegmentation(UperNetConfig(

@@ -1,0 +1,211 @@
+"""The commands of ``convnext-mm``, which the scripts in ``tools/`` call as well."""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import complexity, migration, prediction
+from .bases import recipe_files
+from .checkpoints import export, naming
+from .engine import datasets_cli, launch
+from .engine.cfg_options import add_cfg_options
+from .errors import UserError
+from .precision import DTYPES
+from .utils import is_first_process
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Args:
+        description: What it does.
+        add_arguments: Adds its arguments to a parser.
+        action: Runs it.
+    """
+
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    action: Callable[[argparse.Namespace], object]
+
+
+def main(command: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        command: A key of :data:`COMMANDS`; None: the first argument names it.
+        argv: The arguments; None: those of the process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__ if command is None else
+                                     COMMANDS[command].description)
+    if command is None:
+        parser.prog, parser.description = 'convnext-mm', 'ConvNeXt for OpenMMLab.'
+        subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+        for name, one in COMMANDS.items():
+            one.add_arguments(subparsers.add_parser(name, help=one.description,
+                                                    description=one.description))
+    else:
+        COMMANDS[command].add_arguments(parser)
+    args = parser.parse_args(argv)
+    run(COMMANDS[command or args.command].action, args)
+
+
+def run(action: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
+    """Call ``action(args)``; on a :class:`UserError`, print its message and exit with status 2.
+
+    Ctrl-C before or after a training, which saves itself, ends with status 130.
+    """
+    try:
+        action(args)
+    except UserError as error:
+        if is_first_process():
+            print(f'\nError: {error}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def add_config(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
+    """Add the arguments that training, testing and checking share.
+
+    Args:
+        parser: The parser.
+        launcher: Whether to add the arguments for several processes.
+    """
+    parser.add_argument('config', help='config file, or the name of a recipe, such as '
+                        'upernet_convnext_tiny_512_160k_ade20k')
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and figures '
+                        '(work_dirs/CONFIG)')
+    add_cfg_options(parser)
+    if launcher:
+        parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+                            default='none', help='how the processes are started (none)')
+        parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
+                            help=argparse.SUPPRESS)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--dtype', choices=DTYPES, help='dtype of convolutions and matrix products '
+                        "(the config's inference_dtype, else fp32)")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='resume from CHECKPOINT, or from the latest one in the work dir')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help="scale the learning rate by the total batch size / the recipe's 16")
+    parser.add_argument('--migrate', action='store_true',
+                        help='first convert a config for mmcv 0.x or 1.x into the work dir')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='show what would be trained, check the data, and stop')
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument('checkpoint', help='file or URL of the weights')
+    parser.add_argument('--out', help='write predictions: to a folder of PNG masks '
+                        '(segmentation) or to a .pkl file (detection)')
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='folder for an image of each prediction')
+    parser.add_argument('--wait-time', type=float, default=2,
+                        help='seconds that each window stays open (2)')
+    parser.add_argument('--tta', action='store_true', help='use test-time augmentation')
+    _add_dtype(parser)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', nargs='+', metavar='IMAGE',
+                        help="images, folders of images, or patterns such as 'photos/*.jpg'")
+    parser.add_argument('config', metavar='CONFIG', help='config file, or the name of a recipe')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the weights')
+    parser.add_argument('--out', metavar='DIR', default='predictions',
+                        help='output folder (default: predictions)')
+    parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
+    parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
+                        help='minimum score of drawn detections (default: 0.3)')
+    parser.add_argument('--masks', action='store_true', help='also write the class map of each '
+                        'image (segmentation); of large pictures, it is always written')
+    _add_dtype(parser)
+    add_cfg_options(parser)
+
+
+def _add_migrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('old', metavar='OLD.py', help='the old config')
+    parser.add_argument('new', metavar='NEW.py', nargs='?', help='the new config (OLD_new.py)')
+    parser.add_argument('--trust', action='store_true',
+                        help='execute the old config instead of reading it as data')
+
+
+def _migrate(args: argparse.Namespace) -> None:
+    old = Path(args.old)
+    print(migration.migrate(old, args.new or old.with_name(f'{old.stem}_new.py'), args.trust))
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', metavar='IN', help='file or URL with any published naming')
+    parser.add_argument('target', metavar='OUT', help='.pth, .pt, .bin or .safetensors file')
+    parser.add_argument('--to', choices=naming.EXPORT_SCHEMES,
+                        help='library whose names to use (default: names stay the same)')
+    parser.add_argument('--publish', action='store_true',
+                        help="add the beginning of the file's SHA-256 to its name")
+
+
+def _add_convert_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', help="folder of annotations and images, or YOLO's data.yaml")
+    parser.add_argument('out', help='folder of the new files')
+    parser.add_argument('--colors', metavar='CONFIG', help='instead, convert the masks in the '
+                        "folder from the colors of this config's palette to class indices")
+
+
+def _add_split_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('images', help='folder of the images')
+    parser.add_argument('out', help='folder of the lists')
+    parser.add_argument('--annotations', metavar='FILE', help='annotation file in COCO format, '
+                        'which is split; without it, lists of names are written')
+    parser.add_argument('--val', type=float, default=0.2, metavar='SHARE',
+                        help='share of the validation images (0.2)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the shuffle (0)')
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('configs', nargs='*', help='config files (all recipes)')
+    parser.add_argument('--size', type=_parse_size, metavar='WxH',
+                        help="input size (the authors': 2048x512, 2560x640, 1280x800)")
+    parser.add_argument('--memory', action='store_true',
+                        help='estimate the memory of training with 2 images per GPU in mixed '
+                        'precision, for each value of model.backbone.memory (segmentors only)')
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Parse WxH."""
+    width, height = map(int, text.split('x'))
+    return width, height
+
+
+def _table(args: argparse.Namespace) -> None:
+    print(complexity.complexity_table(args.configs or recipe_files(), args.size, args.memory))
+
+
+COMMANDS = {
+    'train': Command('Train a segmentor or a detector.', _add_train, launch.train),
+    'test': Command('Evaluate a segmentor or a detector.', _add_test, launch.test),
+    'predict': Command("Draw a trained model's predictions on your own images.", _add_predict,
+                       prediction.image_demo),
+    'check': Command("Check all images and annotations of a config's datasets, and draw "
+                     'dataset.png.', lambda parser: add_config(parser, launcher=False),
+                     launch.check_dataset),
+    'migrate': Command("Convert a config for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, and "
+                       'report each key.', _add_migrate, _migrate),
+    'convert': Command("Convert a ConvNeXt checkpoint to another library's names or file format, "
+                       'or publish it.', _add_convert, export.main),
+    'convert-data': Command('Convert annotations of Pascal VOC, YOLO, LabelMe or Roboflow to COCO '
+                            'format.', _add_convert_data, datasets_cli.convert_dataset),
+    'split-data': Command('Split images into training and validation data; near-duplicates stay '
+                          'on one side.', _add_split_data, datasets_cli.split_dataset),
+    'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
+                     'the models.', _add_table, _table),
+}
