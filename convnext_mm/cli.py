@@ -127,8 +127,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
     parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
                         help='minimum score of drawn detections (default: 0.3)')
-    parser.add_argument('--masks', action='store_true', help='also write the class map of each '
-                        'image (segmentation); of large pictures, it is always written')
+    parser.add_argument('--save', nargs='+', choices=prediction.SAVED, default=[],
+                        help='also write: masks, the class map of each image (segmentation; of '
+                        "large pictures, it is always written), coco or csv, all images' "
+                        'detections in predictions.json or predictions.csv')
+    parser.add_argument('--masks', dest='save', action='append_const', const='masks',
+                        help='the same as --save masks')
     _add_dtype(parser)
     add_cfg_options(parser)
 

@@ -26,6 +26,7 @@ from .datasets import dataset_metainfo, dataset_registry, datasets_of_split
 from .datasets.completion import find_transforms
 from .datasets.findings import failure_reason, read_image_facts
 from .datasets.loading import loader_of
+from .detection_files import DetectionFiles
 from .engine import checks, fallbacks, speed
 from .engine.launch import dtype_options
 from .errors import UserError
@@ -41,17 +42,19 @@ from .tiff import (
 from .utils import LARGE_PICTURE, atomic_path, track_rows, writable_folder
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+SAVED = ('masks', 'coco', 'csv')
+"""What can be written beside the drawn pictures."""
 TIFF_SUFFIXES = ('.tif', '.tiff')
 
 
 def image_demo(args: argparse.Namespace) -> None:
     """Predict on images and draw the results.
 
-    Of a large picture, the class map is written as well; with ``masks``, of every picture.
+    Of a large picture, the class map is written as well.
 
     Args:
         args: ``images``, ``config``, ``checkpoint``, ``out``, ``device``, ``score_threshold``,
-            ``masks``, ``dtype`` and ``cfg_options``.
+            ``save`` (of :data:`SAVED`), ``dtype`` and ``cfg_options``.
 
     Raises:
         UserError: There are no images, the model cannot be loaded, results cannot be written, or
@@ -59,11 +62,16 @@ def image_demo(args: argparse.Namespace) -> None:
     """
     files = find_images(args.images)
     cfg = checks.read_config(args.config, dtype_options(args))
-    if args.masks and cfg.default_scope != 'mmseg':
+    segments = cfg.default_scope == 'mmseg'
+    if 'masks' in args.save and not segments:
         raise UserError('--masks writes class maps of segmentation, but this config is of '
-                        f'{cfg.default_scope}. Remove it')
+                        f'{cfg.default_scope}. Use --save coco, which has masks, or csv')
+    if segments and {'coco', 'csv'} & {*args.save}:
+        raise UserError('--save coco and csv write detections, but this config is of '
+                        f'{cfg.default_scope}. Use --save masks')
     out = writable_folder(args.out)
     predict = Predictor(cfg, args.checkpoint, args.device)
+    detections = DetectionFiles(predict.meta['classes'], args.score_threshold)
     failed = []
     with Progress(speed_estimate_period=600) as progress:
         pairs = list(zip(files, output_names(files), strict=True))
@@ -76,7 +84,8 @@ def image_demo(args: argparse.Namespace) -> None:
             try:
                 (out / name).parent.mkdir(parents=True, exist_ok=True)
                 notes = predict_picture(predict, picture, out / name, args.score_threshold,
-                                        args.masks, progress)
+                                        'masks' in args.save, progress,
+                                        detections if args.save else None)
             except DamagedTiff as error:
                 failed.append(f'{file} ({error})')
                 continue
@@ -86,6 +95,14 @@ def image_demo(args: argparse.Namespace) -> None:
             if notes:
                 progress.console.print('\n  '.join([file, *notes]), highlight=False, markup=False,
                                        soft_wrap=True)
+    for kind, write, file in (('coco', detections.write_coco, out / 'predictions.json'),
+                              ('csv', detections.write_csv, out / 'predictions.csv')):
+        if kind in args.save:
+            try:
+                write(file)
+            except OSError as error:
+                raise UserError(f'cannot write {file}: {error.strerror or error}') from error
+            print(f'{len(detections.annotations)} detections written to {file}')
     print(f'{len(files) - len(failed)} images written to {out}')
     if failed:
         raise UserError(f'{len(failed)} of {len(files)} images could not be read:\n  ' +
@@ -292,7 +309,8 @@ class Predictor:
 
 
 def predict_picture(predict: Predictor, picture: Picture, path: Path, score_threshold: float,
-                    mask: bool, progress: Progress) -> list[str]:
+                    mask: bool, progress: Progress,
+                    detections: DetectionFiles | None = None) -> list[str]:
     """Draw a picture beside its prediction, and write its class map if it is large.
 
     Args:
@@ -302,6 +320,7 @@ def predict_picture(predict: Predictor, picture: Picture, path: Path, score_thre
         score_threshold: Detections with a lower score are not drawn.
         mask: Write the class map of a small picture as well.
         progress: Shows the progress of a large picture.
+        detections: Collects those of the picture.
 
     Returns:
         What the user should know.
@@ -315,6 +334,8 @@ def predict_picture(predict: Predictor, picture: Picture, path: Path, score_thre
     if picture.reader is None:
         sample = predict(picture.path)
         segments = 'pred_sem_seg' in sample
+        if detections is not None and not segments:
+            detections.add(picture.path, picture.size, sample.pred_instances)
         rows = iter([sample.pred_sem_seg.data[0].cpu().numpy()] if segments else [])
     else:
         segments = True

@@ -1,8 +1,10 @@
 """Draws training curves, and images beside their annotations and predictions."""
 from __future__ import annotations
 
+import functools
 import gc
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine.logging import print_log
 
 from .utils import LARGE_PICTURE, atomic_path
 
 DPI = 80  # of every figure
 PANEL_WIDTH = (400, 1600)
 """Smallest and largest width of a panel that is as wide as its image, in pixels."""
+WIDE_FONTS = ('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'WenQuanYi Micro Hei',
+              'WenQuanYi Zen Hei', 'Droid Sans Fallback', 'Microsoft YaHei', 'SimHei',
+              'PingFang SC', 'Heiti SC', 'Noto Sans CJK JP', 'Noto Sans CJK KR')
+"""Fonts with Chinese, Japanese and Korean letters, the best first."""
 METRICS = ('mIoU', 'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50')
 """Metrics drawn by :func:`draw_curves`, as mmseg's and mmdet's evaluators name them."""
 
@@ -115,6 +122,7 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
         image = image[::step, ::step].copy()  # so that the whole image can be freed
     image = to_picture(image)
     classes = meta.get('classes') or ()
+    warn_about_fonts(tuple(classes))
     colors = class_colors(meta.get('palette'), len(classes))
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)  # boxes count pixels of the whole image
     plt = pyplot()
@@ -193,11 +201,30 @@ def to_grayscale(image: np.ndarray) -> np.ndarray:
 
 
 def class_colors(palette: Any, count: int) -> np.ndarray:
-    """(count, 3) colors from 0 to 1: the palette's, or evenly spaced hues without one."""
+    """(count, 3) colors from 0 to 1: the palette's, or :func:`distinct_colors` without one."""
     if isinstance(palette, (list, tuple)) and len(palette) >= count:
         return np.asarray(palette[:count], dtype=float).reshape(count, 3) / 255
-    from matplotlib import colormaps
-    return colormaps['hsv'](np.linspace(0, 1, count, endpoint=False))[:, :3]
+    return np.asarray(distinct_colors(count), dtype=float).reshape(count, 3) / 255
+
+
+def distinct_colors(count: int) -> list[tuple[int, int, int]]:
+    """``count`` colors in RGB, from 0 to 255, each far from those before; always the same.
+
+    Of a grid of colors without the very dark and the very light ones, the next is the one whose
+    nearest color so far is farthest away.
+    """
+    levels = np.linspace(0, 255, 12).astype(int)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3)
+    light = grid @ [0.3, 0.6, 0.1]
+    grid = grid[(light > 45) & (light < 225) & (np.ptp(grid, axis=1) > 90)]
+    chosen = [int(np.abs(grid - [230, 25, 75]).sum(1).argmin())]
+    # How far the eye holds two colors apart, roughly.
+    weighted = grid * np.sqrt([2, 4, 3])
+    distances = np.full(len(grid), np.inf)
+    while len(chosen) < count:
+        distances = np.minimum(distances, ((weighted - weighted[chosen[-1]])**2).sum(1))
+        chosen.append(int(distances.argmax()))
+    return [tuple(map(int, grid[i])) for i in chosen[:count]]  # type: ignore[misc]
 
 
 def draw_labels(axis: Any, mask: Any, colors: np.ndarray, step: int = 1) -> Counter[int]:
@@ -253,7 +280,27 @@ def pyplot() -> Any:
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    plt.rcParams['font.family'] = ['sans-serif', *wide_fonts()]  # letters that the first lacks
     return plt
+
+
+@functools.cache
+def wide_fonts() -> list[str]:
+    """Installed fonts with Chinese, Japanese and Korean letters, the first that is found."""
+    from matplotlib import font_manager
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    return next(([name] for name in WIDE_FONTS if name in known), [])
+
+
+@functools.cache
+def warn_about_fonts(names: tuple[str, ...]) -> None:
+    """Say once which names cannot be drawn with the fonts that are installed."""
+    wide = [name for name in names if any(ord(letter) > 0x2e7f for letter in name)]
+    if wide and not wide_fonts():
+        print_log(f'No installed font has the letters of class names such as {wide[0]}: pictures '
+                  'show boxes instead. Install one of '
+                  f'{", ".join(WIDE_FONTS[:3])} (Debian, Ubuntu: apt install fonts-noto-cjk), and '
+                  'delete ~/.cache/matplotlib', logger='current', level=logging.WARNING)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -1,4 +1,5 @@
 """Predictions on your own images."""
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 from convnext_mm import UserError, prediction, tiff, visualization
 from convnext_mm.engine.checks import read_config
@@ -155,6 +157,38 @@ def test_masks_of_small_pictures_on_request(checkpoints, tmp_path):
     assert np.array_equal(found, expected)
     done = call_tool('tools/image_demo.py', tmp_path / 'a.png', DEMO_DETECTION, 'none', '--masks')
     assert 'Error: --masks writes class maps of segmentation' in done.stderr
+
+
+def test_detections_as_coco_and_csv(checkpoints, tmp_path):
+    photos = tmp_path / 'photos'
+    for name, size in (('a/x.png', (90, 120)), ('b/x.png', (120, 90))):  # equal names
+        (photos / name).parent.mkdir(parents=True)
+        Image.fromarray(smooth_picture(*size)).save(photos / name)
+    command = ['tools/image_demo.py', photos, DEMO_DETECTION, checkpoints[DEMO_DETECTION], '--out',
+               tmp_path / 'out', '--score-threshold', '0.1', '--save', 'coco', 'csv']
+    done = call_tool(*command)
+    assert done.returncode == 0, done.stderr
+    assert {str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.*')} == {
+        'a/x.png', 'b/x.png', 'predictions.csv', 'predictions.json'}
+    coco = COCO(str(tmp_path / 'out' / 'predictions.json'))
+    predict = Predictor(read_config(DEMO_DETECTION), str(checkpoints[DEMO_DETECTION]), 'cpu')
+    with open(tmp_path / 'out' / 'predictions.csv', newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(coco.anns) > 0
+    for image in coco.dataset['images']:
+        assert (image['height'], image['width']) == Image.open(image['file_name']).size[::-1]
+        found = predict(image['file_name']).pred_instances
+        found = found[found.scores >= 0.1]
+        boxes = [[float(row[key]) for key in ('left', 'top', 'right', 'bottom')] for row in rows
+                 if row['image'] == image['file_name']]
+        np.testing.assert_allclose(boxes, found.bboxes.numpy(), atol=0.02)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=image['id']))
+        names = [coco.cats[one['category_id']]['name'] for one in annotations]
+        assert names == [predict.meta['classes'][label] for label in found.labels]
+        for one, mask in zip(annotations, found.masks.numpy(), strict=True):
+            assert np.array_equal(coco.annToMask(one), mask)
+    done = call_tool('tools/image_demo.py', photos, DEMO_SEGMENTATION, 'none', '--save', 'csv')
+    assert 'Error: --save coco and csv write detections' in done.stderr
 
 
 def test_damaged_large_pictures_and_full_disks(checkpoints, tmp_path, monkeypatch):

@@ -123,3 +123,30 @@ def test_images_of_any_kind_as_pictures(image, picture):
         assert drawn.tolist() == picture
     else:  # from the 2nd to the 98th percentile
         assert [drawn[0, i, 0] for i in (0, 2, 50, 98, 100)] == [0, 0, 127, 255, 255]
+
+
+def test_colors_without_a_palette_are_distinct_and_stay():
+    colors = np.array(visualization.distinct_colors(150))
+    distances = np.abs(colors[:, None] - colors[None]).sum(-1)[np.triu_indices(150, 1)]
+    assert distances.min() > 40
+    few = np.abs(colors[:8, None] - colors[None, :8]).sum(-1)[np.triu_indices(8, 1)]
+    assert few.min() > 150
+    assert visualization.distinct_colors(3) == [tuple(color) for color in colors[:3].tolist()]
+    assert visualization.distinct_colors(0) == []
+    drawn = visualization.class_colors(None, 5)
+    np.testing.assert_array_equal(drawn * 255, colors[:5])
+
+
+def test_names_without_a_font_are_reported_once(monkeypatch):
+    lines = []
+    monkeypatch.setattr(visualization, 'print_log', lambda line, **kwargs: lines.append(line))
+    monkeypatch.setattr(visualization, 'wide_fonts', lambda: [])
+    for names in (('car', 'Straße'), ('car', '道路'), ('car', '道路')):
+        visualization.warn_about_fonts(names)
+    assert len(lines) == 1
+    assert 'class names such as 道路' in lines[0]
+    monkeypatch.setattr(visualization, 'wide_fonts', lambda: ['SimHei'])
+    visualization.warn_about_fonts(('行人',))
+    assert len(lines) == 1
+    plt = visualization.pyplot()
+    assert plt.rcParams['font.family'] == ['sans-serif', 'SimHei']

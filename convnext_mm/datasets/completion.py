@@ -20,6 +20,7 @@ from mmengine.config import Config
 
 from ..bases import inherited_configs
 from ..errors import UserError
+from ..visualization import distinct_colors
 from .coco import read_categories
 
 SPLITS = ('train', 'val', 'test')
@@ -194,9 +195,9 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
             if own is not None and own not in old and class_names(own) != classes:
                 raise UserError(f'classes={classes!r} contradicts {split}_dataloader.dataset.'
                                 f'metainfo.classes={tuple(own)!r}: remove one of them')
-            meta: dict[str, Sequence] = dict(classes=classes)
-            if palette is not None:
-                meta['palette'] = [tuple(color) for color in palette]
+            # Without one, mmseg would draw random colors, and each picture others.
+            meta: dict[str, Sequence] = dict(classes=classes, palette=[
+                tuple(color) for color in palette or distinct_colors(len(classes))])
             _replace_dataset_type(cfg, dataset, classes, inherited)
             dataset['metainfo'] = meta
 

@@ -53,6 +53,7 @@ def draw_contact_sheet(cfg: Config, path: Path, num_train: int = 8, num_val: int
                                 squeeze=False)
     first = next(iter(datasets_of_split(cfg, 'train')), {})
     classes = dataset_classes(first, cfg.default_scope)
+    visualization.warn_about_fonts(tuple(classes))
     palette = dataset_metainfo(first, cfg.default_scope).get('palette')
     colors = visualization.class_colors(palette, len(classes))
     drawn: Counter[int] = Counter()

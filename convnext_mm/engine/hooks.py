@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,15 @@ class PredictionsHook(Hook):
                  width: int | None = 400) -> None:
         self.num_pictures, self.folder, self.width = num_pictures, folder, width
 
+    @master_only
+    @never_fatal
+    def before_run(self, runner) -> None:
+        """Rename the figures of an older run in the work dir, with the time of their folder."""
+        folder = Path(runner.work_dir, 'predictions')
+        if self.folder is None and folder.is_dir() and not runner._resume:
+            made = time.strftime('%Y%m%d_%H%M%S', time.localtime(folder.stat().st_mtime))
+            folder.rename(folder.with_name(f'predictions_{made}'))
+
     def _folder(self, runner) -> Path:
         return Path(self.folder or Path(runner.work_dir, 'predictions'))
 
@@ -171,11 +181,14 @@ class PredictionsHook(Hook):
     @staticmethod
     def _name(image: str, dataset: Any) -> Path:
         """The name of an image's figure, with the folders below that of the images."""
-        prefix = getattr(dataset, 'data_prefix', None) or {}
-        root = os.path.abspath(prefix.get('img_path') or prefix.get('img') or '')
         path = Path(os.path.abspath(image))
-        return (path.relative_to(root) if path.is_relative_to(root)
-                else Path(path.name)).with_suffix('.png')
+        parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', dataset)]
+        for part in parts:
+            prefix = getattr(part, 'data_prefix', None) or {}
+            root = os.path.abspath(prefix.get('img_path') or prefix.get('img') or '')
+            if path.is_relative_to(root):
+                return path.relative_to(root).with_suffix('.png')
+        return Path(path.name).with_suffix('.png')
 
     @master_only
     def after_test(self, runner) -> None:

@@ -4,6 +4,7 @@ import pytest
 from convnext_mm import UserError
 from convnext_mm.datasets.completion import heads_with_classes
 from convnext_mm.engine.checks import read_config
+from convnext_mm.visualization import distinct_colors
 from tests.helpers import DETECTION, ROOT, SEGMENTATION, call_tool, run_tool
 
 SEG = f'''_base_ = '{ROOT}/{SEGMENTATION}'
@@ -41,7 +42,8 @@ def test_segmentation_in_four_lines(load):
     for dataset in datasets(cfg):
         assert dataset.type == 'BaseSegDataset', 'ADE20KDataset would map its own class names'
         assert dataset.data_root == 'data/mine'
-        assert dataset.metainfo == dict(classes=('road', 'car', 'sky'))
+        assert dataset.metainfo.classes == ('road', 'car', 'sky')
+        assert dataset.metainfo.palette == distinct_colors(3), 'in every picture the same'
         assert (dataset.img_suffix, dataset.seg_map_suffix) == ('.jpg', '.png')
         assert dataset.reduce_zero_label is True, 'the value of the recipe'
     assert [path for path, _ in heads_with_classes(cfg.model)] == [

@@ -85,3 +85,26 @@ def test_classes_that_no_prediction_names(dtype, monkeypatch):
     hook.after_val_iter(runner, 0, outputs=[BaseDataElement(pred_instances=boxes)])
     hook.after_val_epoch(runner)
     assert len(logged) == 1
+
+
+def test_figures_of_an_older_run_are_moved_away(tmp_path):
+    (tmp_path / 'predictions').mkdir()
+    (tmp_path / 'predictions' / 'old.png').touch()
+    runner = SimpleNamespace(work_dir=str(tmp_path), _resume=True)
+    hooks.PredictionsHook(folder=str(tmp_path / 'predictions')).before_run(runner)
+    hooks.PredictionsHook().before_run(runner)
+    assert (tmp_path / 'predictions' / 'old.png').is_file(), 'a resumed run goes on'
+    runner._resume = False
+    hooks.PredictionsHook().before_run(runner)
+    assert [path.parent.name[:14] for path in tmp_path.glob('*/old.png')] == ['predictions_20']
+    hooks.PredictionsHook().before_run(runner)  # nothing to move
+
+
+def test_figures_of_several_data_sets_keep_their_folders(tmp_path):
+    dataset = SimpleNamespace(datasets=[SimpleNamespace(data_prefix=dict(img=f'{tmp_path}/{name}'))
+                                        for name in ('one', 'two')])
+    name = hooks.PredictionsHook._name
+    assert str(name(f'{tmp_path}/two/day/a.jpg', dataset)) == 'day/a.png'
+    assert str(name('/elsewhere/a.jpg', dataset)) == 'a.png'
+    repeated = SimpleNamespace(dataset=dataset.datasets[0])
+    assert str(name(f'{tmp_path}/one/day/a.jpg', repeated)) == 'day/a.png'
