@@ -95,14 +95,14 @@ def image_demo(args: argparse.Namespace) -> None:
             if notes:
                 progress.console.print('\n  '.join([file, *notes]), highlight=False, markup=False,
                                        soft_wrap=True)
-    for kind, write, file in (('coco', detections.write_coco, out / 'predictions.json'),
-                              ('csv', detections.write_csv, out / 'predictions.csv')):
+    for kind, write, target in (('coco', detections.write_coco, out / 'predictions.json'),
+                                ('csv', detections.write_csv, out / 'predictions.csv')):
         if kind in args.save:
             try:
-                write(file)
+                write(target)
             except OSError as error:
-                raise UserError(f'cannot write {file}: {error.strerror or error}') from error
-            print(f'{len(detections.annotations)} detections written to {file}')
+                raise UserError(f'cannot write {target}: {error.strerror or error}') from error
+            print(f'{len(detections.annotations)} detections written to {target}')
     print(f'{len(files) - len(failed)} images written to {out}')
     if failed:
         raise UserError(f'{len(failed)} of {len(files)} images could not be read:\n  ' +

@@ -56,6 +56,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     runtime.evaluator_and_metrics,
     runtime.evaluator_and_save_best,
     runtime.custom_hooks_and_recipe_hooks,
+    top_level.log_to_and_vis_backends,
     runtime.vis_backends_and_local_log,
     runtime.vis_backends_and_packages,
     runtime.num_workers_and_persistent_workers,

@@ -17,7 +17,8 @@ RUNNER_KEYS = (
     'launcher', 'env_cfg', 'log_processor', 'log_level', 'visualizer', 'default_scope',
     'randomness', 'experiment_name', 'runner_type', 'custom_imports', 'tta_model', 'tta_pipeline',
     'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'strategy')
-OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', 'inference_dtype',
+OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', 'log_to',
+            'inference_dtype',
             *DATA_KEYS)
 
 SHORT: dict[str, tuple[str, ...]] = dict(
@@ -221,6 +222,33 @@ def early_stopping_and_hooks(edits: Edits) -> None:
             type='EarlyStoppingHook', monitor=metric, rule='greater', patience=patience)]
         edits.note(f'EarlyStoppingHook: stops after {patience} validations without a better '
                    f'{metric}')
+
+
+LOG_TO = dict(tensorboard='TensorboardVisBackend', wandb='WandbVisBackend',
+              mlflow='MLflowVisBackend')
+"""Where scalars are logged in addition to files, and the class of mmengine."""
+
+
+def log_to_and_vis_backends(edits: Edits) -> None:
+    """``log_to='tensorboard'``: the scalars of the log there as well.
+
+    Raises:
+        UserError: It is not a name of :data:`LOG_TO`, or several.
+    """
+    names = edits.get('log_to')
+    if names is None:
+        return
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(
+            isinstance(name, str) and name in LOG_TO for name in names):
+        raise UserError(f'log_to={edits.get("log_to")!r} must be one of '
+                        f'{", ".join(map(repr, LOG_TO))}, or a list of them')
+    backends = list(edits.get('visualizer.vis_backends') or [])
+    for name in names:
+        if not any(backend.get('type') == LOG_TO[name] for backend in backends):
+            backends.append(dict(type=LOG_TO[name]))
+            edits.note(f'{LOG_TO[name]}: scalars also go to {name}')
+    edits.cfg.visualizer.vis_backends = backends
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

@@ -262,6 +262,15 @@ def test_smaller_images_and_a_shorter_run_in_five_lines(resolved):
         type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=3)
 
 
+def test_scalars_are_logged_elsewhere_by_one_key(resolved, monkeypatch):
+    monkeypatch.setattr('convnext_mm.utils.find_spec', lambda name: True)
+    cfg = resolved(MINE + "log_to = ['tensorboard', 'wandb']")
+    assert [backend.type for backend in cfg.visualizer.vis_backends] == [
+        'LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
+    with pytest.raises(UserError, match="log_to='board' must be one of 'tensorboard', 'wandb'"):
+        resolved(MINE + "log_to = 'board'")
+
+
 def test_a_file_sets_the_recipes_value_again(resolved, tmp_path):
     """Against a short name of the file that it inherits."""
     resolved('batch_size = 3\nmax_iters = 4000', name='parent.py')
