@@ -13,7 +13,7 @@ from mmengine.registry import (
 from .backbone import ConvNeXt
 from .checkpoints.loading import FitCheckpointHook
 from .engine.fallbacks import CPUAmpOptimWrapper
-from .engine.hooks import AbsentClassesHook, CurvesHook, PredictionsHook
+from .engine.hooks import AbsentClassesHook, CurvesHook, PredictionsHook, ResultsHook
 from .engine.runner import ConvNeXtRunner
 from .engine.schedulers import PolicyLR
 from .engine.speed import SpeedHook
@@ -31,8 +31,8 @@ def register() -> None:
     """
     for registry, classes in (
             (MODELS, (ConvNeXt,)), (RUNNERS, (ConvNeXtRunner,)), (PARAM_SCHEDULERS, (PolicyLR,)),
-            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, AbsentClassesHook, SpeedHook,
-                     SafeCheckpointHook, FiniteLossHook)),
+            (HOOKS, (FitCheckpointHook, CurvesHook, PredictionsHook, ResultsHook,
+                     AbsentClassesHook, SpeedHook, SafeCheckpointHook, FiniteLossHook)),
             (OPTIM_WRAPPERS, (CPUAmpOptimWrapper,)),
             (OPTIM_WRAPPER_CONSTRUCTORS, (LearningRateDecayOptimizerConstructor,))):
         for cls in classes:

@@ -153,6 +153,49 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
         gc.collect()  # figures are in circles of references
 
 
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix, each row as shares of its class.
+
+    Args:
+        confusion: (classes, classes): the number of pixels of a class (row) predicted as another.
+        classes: Their names.
+        path: The PNG file to write.
+    """
+    plt = pyplot()
+    warn_about_fonts(tuple(classes))
+    count = len(classes)
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    figure, axis = plt.subplots(figsize=[min(4 + 0.4 * count, 40)] * 2)
+    axis.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    axis.set_xticks(range(count), classes, rotation=90)
+    axis.set_yticks(range(count), classes)
+    axis.set(xlabel='Prediction', ylabel='Truth')
+    for row, column in np.argwhere(shares >= 0.005) if count <= 30 else ():
+        axis.text(column, row, f'{shares[row, column]:.2f}', ha='center', va='center', fontsize=8,
+                  color='white' if shares[row, column] > 0.5 else 'black')
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_bars(values: Sequence[float], classes: Sequence[str], title: str, path: Path) -> None:
+    """Draw a bar per class, the lowest value at the bottom; nan is left out.
+
+    Args:
+        values: From 0 to 1.
+        classes: Their names.
+        title: What the values are.
+        path: The PNG file to write.
+    """
+    plt = pyplot()
+    warn_about_fonts(tuple(classes))
+    order = [i for i in np.argsort(values) if not math.isnan(values[i])]
+    figure, axis = plt.subplots(figsize=(8, 1.5 + 0.3 * len(order)))
+    axis.barh([classes[i] for i in order], [values[i] for i in order])
+    axis.set(title=title, xlim=(0, 1))
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
 def drawn_step(size: Sequence[int]) -> int:
     """Of a large picture of a size (H, W), every few pixels in both directions are drawn."""
     pixels = size[0] * size[1]

@@ -12,7 +12,8 @@ custom_hooks = [
     dict(type='FitCheckpointHook'),
     dict(type='CurvesHook'),
     dict(type='PredictionsHook', num_pictures=8),
-    dict(type='AbsentClassesHook')
+    dict(type='AbsentClassesHook'),
+    dict(type='ResultsHook')
 ]
 
 env_cfg = dict(

@@ -1,21 +1,25 @@
 """Hooks that draw training curves and predictions."""
 from __future__ import annotations
 
+import csv
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from ..datasets.loading import ImageLoader, loader_of
-from ..visualization import draw_curves, draw_sample, read_log
+from ..utils import LARGE_PICTURE, atomic_path
+from ..visualization import draw_bars, draw_confusion, draw_curves, draw_sample, read_log
 
 
 def never_fatal(draw: Callable) -> Callable:
@@ -119,6 +123,62 @@ class AbsentClassesHook(Hook):
             print_log(f'No prediction names {len(absent)} of {len(names)} classes: '
                       f'{", ".join(absent[:12])}{", …" if len(absent) > 12 else ""}',
                       logger='current', level=logging.WARNING)
+
+
+class ResultsHook(Hook):
+    """Writes what a test of a segmentor found for each class to the work dir.
+
+    ``results.csv`` has IoU, recall (mmseg's Acc), precision and the number of pixels of each class;
+    ``results.png`` the IoU as bars, ``confusion.png`` which class is taken for which.
+    """
+
+    def __init__(self) -> None:
+        self.confusion: torch.Tensor | None = None
+
+    def after_test_iter(self, runner, batch_idx: int, data_batch: Any = None,
+                        outputs: Sequence | None = None) -> None:
+        """Count the pixels of each class that are predicted as another."""
+        count = len(runner.test_loop.dataloader.dataset.metainfo.get('classes') or ())
+        for sample in outputs or ():
+            if 'gt_sem_seg' not in sample or 'pred_sem_seg' not in sample:
+                return
+            truth, found = (sample.get(key).data.flatten() for key in ('gt_sem_seg',
+                                                                        'pred_sem_seg'))
+            if truth.shape != found.shape:
+                return
+            if self.confusion is None:
+                self.confusion = torch.zeros(count, count, dtype=torch.long)
+            for part in zip(truth.split(LARGE_PICTURE), found.split(LARGE_PICTURE), strict=True):
+                labels, predicted = (one.cpu().long() for one in part)  # binary maps are floats
+                valid = (labels < count) & (predicted < count)
+                counts = torch.bincount(labels[valid] * count + predicted[valid],
+                                        minlength=count**2)
+                self.confusion += counts.view(count, count)
+
+    @never_fatal
+    def after_test_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
+        """Write the table and the pictures."""
+        confusion, self.confusion = self.confusion, None
+        if confusion is None:
+            return
+        all_reduce(confusion)
+        if not is_main_process():
+            return
+        matrix = confusion.numpy()
+        classes = runner.test_loop.dataloader.dataset.metainfo['classes']
+        folder = Path(runner.work_dir)
+        hits, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+        columns = [np.where(total > 0, hits / np.maximum(total, 1), math.nan)
+                   for total in (truth + found - hits, truth, found)]
+        with atomic_path(folder / 'results.csv') as part, open(
+                part, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow(['class', 'IoU', 'recall', 'precision', 'pixels'])
+            for name, *values, pixels in zip(classes, *columns, truth.tolist(), strict=True):
+                writer.writerow([name, *(f'{value:.4f}' for value in values), pixels])
+        draw_bars(columns[0].tolist(), classes, 'IoU', folder / 'results.png')
+        draw_confusion(matrix, classes, folder / 'confusion.png')
+        print_log(f'Classes: {folder}/results.csv, results.png, confusion.png', logger='current')
 
 
 class PredictionsHook(Hook):

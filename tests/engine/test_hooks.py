@@ -1,4 +1,5 @@
 """Hooks that draw figures during a run."""
+import csv
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,3 +109,33 @@ def test_figures_of_several_data_sets_keep_their_folders(tmp_path):
     assert str(name('/elsewhere/a.jpg', dataset)) == 'a.png'
     repeated = SimpleNamespace(dataset=dataset.datasets[0])
     assert str(name(f'{tmp_path}/one/day/a.jpg', repeated)) == 'day/a.png'
+
+
+def test_results_of_each_class_agree_with_mmseg(tmp_path):
+    from mmseg.evaluation import IoUMetric
+    generator = torch.Generator().manual_seed(0)
+    classes = ('a', 'b', 'c', 'absent')
+    hook, metric = hooks.ResultsHook(), IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=classes)
+    dataset = SimpleNamespace(metainfo=dict(classes=classes))
+    runner = SimpleNamespace(work_dir=str(tmp_path), test_loop=SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=dataset)))
+    for _ in range(2):
+        truth, found = (torch.randint(0, 3, (1, 20, 30), generator=generator) for _ in range(2))
+        truth[0, :3] = 255  # ignored
+        sample = BaseDataElement(gt_sem_seg=PixelData(data=truth),
+                                 pred_sem_seg=PixelData(data=found))
+        hook.after_test_iter(runner, 0, outputs=[sample])
+        metric.process({}, [sample.to_dict()])
+    hook.after_test_epoch(runner)
+    totals = [sum(parts) for parts in zip(*metric.results, strict=True)]
+    expected = metric.total_area_to_metrics(*totals, ['mIoU'])
+    with open(tmp_path / 'results.csv', newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['class'] for row in rows] == list(classes)
+    for column, key in (('IoU', 'IoU'), ('recall', 'Acc')):
+        np.testing.assert_allclose([float(row[column]) for row in rows], expected[key], atol=1e-4)
+    assert sum(int(row['pixels']) for row in rows) == 2 * 17 * 30
+    assert rows[3]['IoU'] == 'nan'
+    for name in ('results.png', 'confusion.png'):
+        assert np.asarray(Image.open(tmp_path / name).convert('L')).std() > 5
