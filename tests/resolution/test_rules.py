@@ -352,7 +352,8 @@ def test_hooks_and_backends_of_the_recipe_stay(resolved, monkeypatch):
     cfg = resolved("custom_hooks = [dict(type='EMAHook')]\n"
                    "visualizer = dict(vis_backends=[dict(type='TensorboardVisBackend')])")
     assert [hook.type for hook in cfg.custom_hooks] == [
-        'FitCheckpointHook', 'CurvesHook', 'PredictionsHook', 'AbsentClassesHook', 'EMAHook']
+        'FitCheckpointHook', 'CurvesHook', 'PredictionsHook', 'AbsentClassesHook', 'ResultsHook',
+        'EMAHook']
     assert [one.type for one in cfg.visualizer.vis_backends] == [
         'LocalVisBackend', 'TensorboardVisBackend']
 
