@@ -18,19 +18,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints.files import check_whole, peek_checkpoint
+from ..datasets.bad_files import name_bad_files
 from ..datasets.transforms import use_faster_transforms
 from ..errors import UserError
 from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..runs import resuming
-from ..runs.guards import FiniteLossHook, WorkerGuard
+from ..runs.guards import FiniteLossHook, OutOfMemory, WorkerGuard, clear_ends
 from ..runs.loops import LOOPS, ResumableLoop
 from ..runs.random_state import run_seed
 from ..runs.saving import STATE, SafeCheckpointHook, durable_path, is_local
 from ..utils import unwrap_model
 from . import speed
+from .changes import changed_settings
 from .evaluation import count_in_blocks
 from .fallbacks import CPUAmpOptimWrapper
+from .memory import memory_advice
 
 
 class ConvNeXtRunner(Runner):
@@ -57,9 +60,37 @@ class ConvNeXtRunner(Runner):
         return super().from_cfg(cfg)
 
     def train(self) -> nn.Module:
-        """Train; validations compute as the optimizer wrapper and ``val_cfg`` say."""
+        """Train; validations compute as the optimizer wrapper and ``val_cfg`` say.
+
+        Raises:
+            UserError: See :mod:`convnext_mm.runs`; there is too little memory, or a process that
+                loads data ended.
+        """
         reset_inference_dtype(unwrap_model(self.model))
-        return super().train()
+        try:
+            with clear_ends('training'):
+                return super().train()
+        except OutOfMemory as error:
+            raise OutOfMemory(f'{error}\n{memory_advice(self.cfg)}') from error
+
+    def val(self) -> dict[str, float]:
+        """Validate."""
+        with clear_ends('validation'):
+            return super().val()
+
+    def test(self) -> dict[str, float]:
+        """Test.
+
+        Raises:
+            UserError: There is too little memory, or a process that loads data ended.
+        """
+        try:
+            with clear_ends('testing'):
+                return super().test()
+        except OutOfMemory as error:
+            raise OutOfMemory(f'{error}\nSmaller images (the scale of Resize in the test '
+                              'pipeline), windows (model.test_cfg.mode=slide) and '
+                              'inference_dtype=bf16 need less memory') from error
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
         """Log environment and config, to the file."""
@@ -93,9 +124,13 @@ class ConvNeXtRunner(Runner):
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None,
                          diff_rank_seed: bool = False) -> DataLoader:
-        """Build a data loader with faster transforms, whose workers do not outlive the run."""
+        """Build a data loader with faster transforms and errors that name files.
+
+        Its workers do not outlive the run.
+        """
         built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
         use_faster_transforms(built.dataset)
+        name_bad_files(built.dataset)
         if not isinstance(built.worker_init_fn, WorkerGuard):
             built.worker_init_fn = WorkerGuard(built.worker_init_fn)
         return built
@@ -171,6 +206,11 @@ class ConvNeXtRunner(Runner):
         checkpoint = super().load_checkpoint(filename, *args, **kwargs)
         if self._resume and isinstance(self._train_loop, ResumableLoop):
             self._train_loop.resumed = checkpoint.get(STATE) or {}
+            changed = changed_settings(checkpoint['meta'].get('cfg'), self.cfg)
+            if changed:
+                listed = ''.join(f'\n  {line}' for line in changed)
+                self.logger.warning(f'This config differs from the one that {filename} was trained '
+                                    f'with (old → new):{listed}')
         return checkpoint
 
     @master_only

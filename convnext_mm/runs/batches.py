@@ -1,12 +1,15 @@
 """A data loader that starts at any batch, and draws the same augmentations wherever it starts."""
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..datasets.bad_files import BadFile, SkippedFiles
+from ..errors import UserError
 from .random_state import SAMPLE, seed_generators
 
 Draw = tuple[int, tuple[int, ...]]
@@ -14,23 +17,49 @@ Draw = tuple[int, tuple[int, ...]]
 
 HUNG_AFTER = 1800
 """Seconds that a batch is waited for, unless the data loader's ``timeout`` is set."""
+MAX_BAD_FILES = 10
+"""Bad files that a run leaves out, unless the config's ``max_bad_files`` is set."""
+TRIES = 100
+"""How often another sample is drawn in place of one whose files are bad."""
+
+
+class Drawn(NamedTuple):
+    """A sample.
+
+    Args:
+        data: What the dataset has returned; None: all files that were tried are bad.
+        bad: What was wrong with the files in whose place it stands.
+    """
+
+    data: Any
+    bad: tuple[str, ...] = ()
 
 
 class SeededDataset(Dataset):
     """A dataset whose samples can be asked for with the seed of their augmentation.
 
-    All other attributes are read from and written to the dataset inside.
+    In place of a sample whose files are bad, another one is drawn, by the same seed. All other
+    attributes are read from and written to the dataset inside.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.__dict__['dataset'] = dataset
 
     def __getitem__(self, draw: int | Draw) -> Any:
-        if isinstance(draw, tuple):
-            index, place = draw
-            seed_generators(*place)
-            return self.dataset[index]
-        return self.dataset[draw]
+        if not isinstance(draw, tuple):
+            return self.dataset[draw]
+        index, place = draw
+        bad: list[str] = []
+        seed_generators(*place)
+        while True:
+            try:
+                return Drawn(self.dataset[index], tuple(bad))
+            except BadFile as error:
+                bad.append(str(error))
+                if len(bad) > TRIES:
+                    return Drawn(None, tuple(bad))
+                seed_generators(*place, len(bad))
+                index = int(np.random.randint(len(self)))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -85,20 +114,36 @@ class NumberedBatches:
         return getattr(self.batches, name)
 
 
+class CollateDrawn:
+    """Collates samples, and beside them what was wrong with the files that they replace."""
+
+    def __init__(self, collate: Callable) -> None:
+        self.collate = collate
+
+    def __call__(self, drawn: list[Drawn]) -> Drawn:
+        samples = [one.data for one in drawn]
+        bad = tuple(message for one in drawn for message in one.bad)
+        return Drawn(None if any(one is None for one in samples) else self.collate(samples), bad)
+
+
 class ResumableLoader(DataLoader):
-    """A data loader like another one, with seeded samples and a start.
+    """A data loader like another one, with seeded samples and a start, that leaves out bad files.
 
     Args:
         loader: The other one; it must have a batch sampler.
         seed: That of the run.
+        max_bad_files: How many are left out; one more is an error.
     """
 
-    def __init__(self, loader: DataLoader, seed: int) -> None:
+    def __init__(self, loader: DataLoader, seed: int,
+                 max_bad_files: int = MAX_BAD_FILES) -> None:
+        self.skipped = SkippedFiles(max_bad_files)
         newer = {key: getattr(loader, key) for key in ('in_order',) if hasattr(loader, key)}
         super().__init__(
             SeededDataset(loader.dataset), batch_sampler=NumberedBatches(
                 loader.batch_sampler, seed),
-            num_workers=loader.num_workers, collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            collate_fn=CollateDrawn(loader.collate_fn),
             pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn,
             timeout=loader.timeout or (HUNG_AFTER if loader.num_workers else 0),
             multiprocessing_context=loader.multiprocessing_context, generator=loader.generator,
@@ -110,13 +155,23 @@ class ResumableLoader(DataLoader):
         self.batch_sampler.start_at(epoch, batch)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Iterate; workers start with the first batch, not before (mmengine asks early)."""
-        yield from super().__iter__()
+        """Iterate; workers start with the first batch, not before (mmengine asks early).
+
+        Raises:
+            UserError: Too many files are bad; lists them.
+        """
+        for batch in super().__iter__():
+            self.skipped.add(batch.bad)
+            if batch.data is None:
+                raise UserError(f'no sample could be loaded in {TRIES} draws; the last one: '
+                                f'{batch.bad[-1]}')
+            yield batch.data
 
 
-def make_resumable(loader: DataLoader, seed: int) -> DataLoader:
+def make_resumable(loader: DataLoader, seed: int,
+                   max_bad_files: int = MAX_BAD_FILES) -> DataLoader:
     """A :class:`ResumableLoader`, or the same loader where its order is not a sampler's."""
     if isinstance(loader, ResumableLoader) or loader.batch_sampler is None or isinstance(
             loader.dataset, IterableDataset):
         return loader
-    return ResumableLoader(loader, seed)
+    return ResumableLoader(loader, seed, max_bad_files)

@@ -5,11 +5,13 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,6 +126,50 @@ def end_hung_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+class OutOfMemory(UserError):
+    """A device, or the machine, has no more memory."""
+
+
+MEMORY_ERROR = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of memory|"
+                          'Cannot allocate memory')
+WORKER_ERROR = re.compile(r'DataLoader worker .*(killed by signal|exited unexpectedly)')
+
+
+@contextmanager
+def clear_ends(doing: str) -> Iterator[None]:
+    """Inside, errors of the machine that no code is to blame for become errors with a message.
+
+    Args:
+        doing: What is done inside, 'training' or 'testing'.
+
+    Raises:
+        OutOfMemory: PyTorch or NumPy could not get memory.
+        UserError: A data loader worker died.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(_memory_message(doing, error)) from error
+    except RuntimeError as error:
+        text = str(error)
+        if WORKER_ERROR.search(text):
+            end_hung_workers()
+            reason = ' '.join(text.partition('It is possible')[0].split()).rstrip('. ')
+            raise UserError(
+                f'{doing} ended, because a process that loads data ended: {reason}. '
+                'Often the main memory is full: lower num_workers or prefetch_factor of the data '
+                'loader. On a bus error /dev/shm is: enlarge it (docker run --shm-size)'
+                ) from error
+        if MEMORY_ERROR.search(text):
+            raise OutOfMemory(_memory_message(doing, error)) from error
+        raise
+
+
+def _memory_message(doing: str, error: BaseException) -> str:
+    asked = re.search(r'allocate [\d.]+ \w+', str(error))
+    return f'out of memory in {doing}' + (f' (it could not {asked[0]})' if asked else '')
 
 
 class FiniteLossHook(Hook):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..errors import UserError
 from ..utils import unwrap_model
 from . import guards
-from .batches import ResumableLoader, make_resumable
+from .batches import MAX_BAD_FILES, ResumableLoader, make_resumable
 from .random_state import ITERATION, VALIDATION, run_seed, seed_generators
 from .saving import SafeCheckpointHook, history_length, shorten_history
 
@@ -40,8 +40,9 @@ class ResumableLoop:
             differs = runner._randomness_cfg.get('diff_rank_seed', False)
             dataloader = runner.build_dataloader(dataloader, seed=runner.seed,
                                                  diff_rank_seed=differs)
-        super().__init__(runner, make_resumable(dataloader, self.seed),  # type: ignore[call-arg]
-                         *args, **kwargs)
+        limit = runner.cfg.get('max_bad_files', MAX_BAD_FILES)
+        super().__init__(runner, make_resumable(  # type: ignore[call-arg]
+            dataloader, self.seed, limit), *args, **kwargs)
         self.taken = (0, 0)
         self.validated = -1
         self.resumed: dict[str, Any] | None = None

@@ -67,7 +67,7 @@ def test_a_seeded_dataset_is_the_dataset_in_all_else():
 
 def test_they_can_be_sent_to_workers():
     seeded = pickle.loads(pickle.dumps(batches.SeededDataset([1, 2])))
-    assert seeded[0, (0, 0)] == 1
+    assert seeded[0, (0, 0)].data == 1
     numbered = pickle.loads(pickle.dumps(batches.NumberedBatches([[0, 1]], seed=0)))
     assert [index for index, _ in next(iter(numbered))] == [0, 1]
 
