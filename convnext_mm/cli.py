@@ -14,7 +14,7 @@ from .engine import datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
 from .precision import DTYPES
-from .utils import is_first_process
+from .runs.heartbeat import report
 
 
 class Command(NamedTuple):
@@ -60,8 +60,7 @@ def run(action: Callable[[argparse.Namespace], object], args: argparse.Namespace
     try:
         action(args)
     except UserError as error:
-        if is_first_process():
-            print(f'\nError: {error}', file=sys.stderr)
+        report(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, master_only
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -25,6 +26,7 @@ from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..runs import resuming
 from ..runs.guards import FiniteLossHook, OutOfMemory, WorkerGuard, clear_ends
+from ..runs.heartbeat import TIMEOUT, HeartbeatHook
 from ..runs.loops import LOOPS, ResumableLoop
 from ..runs.random_state import run_seed
 from ..runs.saving import STATE, SafeCheckpointHook, durable_path, is_local
@@ -34,6 +36,7 @@ from .changes import changed_settings
 from .evaluation import count_in_blocks
 from .fallbacks import CPUAmpOptimWrapper
 from .memory import memory_advice
+from .sharding import collect_state, shard_optimizer
 
 
 class ConvNeXtRunner(Runner):
@@ -57,6 +60,7 @@ class ConvNeXtRunner(Runner):
         for line in resolve(cfg):
             print_log(line, logger='current')
         speed.apply_fast(cfg)
+        shard_optimizer(cfg, int(os.environ.get('WORLD_SIZE', 1)))
         return super().from_cfg(cfg)
 
     def train(self) -> nn.Module:
@@ -120,6 +124,8 @@ class ConvNeXtRunner(Runner):
         super().register_hooks(default_hooks, custom_hooks)
         if not any(isinstance(hook, FiniteLossHook) for hook in self.hooks):
             self.register_hook(FiniteLossHook())
+        if not any(isinstance(hook, HeartbeatHook) for hook in self.hooks):
+            self.register_hook(HeartbeatHook(self.cfg.get('process_timeout', TIMEOUT)))
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None,
@@ -213,13 +219,18 @@ class ConvNeXtRunner(Runner):
                                     f'with (old → new):{listed}')
         return checkpoint
 
-    @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, which replaces a file of its name when it is whole on the disk.
+
+        All processes call it, and the first one writes the file.
 
         Raises:
             UserError: It cannot be written.
         """
+        if kwargs.get('save_optimizer', True) and isinstance(self.optim_wrapper, OptimWrapper):
+            collect_state(self.optim_wrapper.optimizer)
+        if not is_main_process():
+            return
         if not is_local(out_dir):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return

@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..errors import UserError
+from . import heartbeat
 
 EXIT_CODE = 75
 """Of a run that was asked to stop, and saved itself: EX_TEMPFAIL of sysexits.h, 'try again'."""
@@ -137,6 +138,9 @@ MEMORY_ERROR = re.compile(r"can't allocate memory|not enough memory|[Oo]ut of me
 WORKER_ERROR = re.compile(r'DataLoader worker .*(killed by signal|exited unexpectedly)')
 
 
+PEER_ERROR = re.compile(r'Connection (closed|reset) by peer|gloo/transport|Broken pipe')
+
+
 @contextmanager
 def clear_ends(doing: str) -> Iterator[None]:
     """Inside, errors of the machine that no code is to blame for become errors with a message.
@@ -146,7 +150,7 @@ def clear_ends(doing: str) -> Iterator[None]:
 
     Raises:
         OutOfMemory: PyTorch or NumPy could not get memory.
-        UserError: A data loader worker died.
+        UserError: A data loader worker, or another process of the run, died.
     """
     try:
         yield
@@ -162,6 +166,8 @@ def clear_ends(doing: str) -> Iterator[None]:
                 'Often the main memory is full: lower num_workers or prefetch_factor of the data '
                 'loader. On a bus error /dev/shm is: enlarge it (docker run --shm-size)'
                 ) from error
+        if get_world_size() > 1 and PEER_ERROR.search(text):
+            raise UserError(heartbeat.lost_process()) from error
         if MEMORY_ERROR.search(text):
             raise OutOfMemory(_memory_message(doing, error)) from error
         raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MessageHub, print_log
 from mmengine.optim import OptimWrapper
@@ -151,6 +151,7 @@ class SafeCheckpointHook(CheckpointHook):
         """Save between two iterations, unless that was just done; return the checkpoint's path."""
         if self._saved_at != runner.iter and self._is_finite(runner):
             self._write(runner, INTERRUPTED, dict(epoch=runner.epoch, iter=runner.iter), [])
+        barrier()  # launchers end all processes when the first one exits
         return self.last_ckpt
 
     def _write(self, runner: Any, name: str, meta: dict[str, Any], outdated: list[str]) -> None:

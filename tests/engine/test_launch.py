@@ -305,6 +305,25 @@ def test_slurm_scripts_pass_all_options_to_srun(tmp_path):
     assert words.count('--launcher') == 1
 
 
+@pytest.mark.parametrize('batch_job', [False, True])
+def test_slurm_training_goes_on_until_it_is_done(batch_job, tmp_path):
+    """A stand-in for srun stops with 75 once; in a batch job, Slurm starts the script again."""
+    for name, text in (('srun', f'echo "$@" >> {tmp_path}/calls; '
+                        f'test -f {tmp_path}/again || {{ touch {tmp_path}/again; exit 75; }}'),
+                       ('scontrol', f'echo "$@" >> {tmp_path}/calls')):
+        (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7' if batch_job else ''}
+    run_tool('tools/slurm_train.sh', 'gpu', 'job', SEGMENTATION, env=env)
+    if batch_job:
+        run_tool('tools/slurm_train.sh', 'gpu', 'job', SEGMENTATION,
+                 env={**env, 'SLURM_RESTART_COUNT': '1'})
+    calls = (tmp_path / 'calls').read_text().splitlines()
+    assert ['--resume' in call for call in calls] == [False, *[False] * batch_job, True]
+    assert calls[0].count('--signal=TERM@120') == 1
+    assert calls[1] == 'requeue 7' or not batch_job
+
+
 def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path):
     """The Runner resolves the config again, after the mask head is gone."""
     path = tmp_path / 'mine.py'

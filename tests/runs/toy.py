@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -32,9 +33,9 @@ class Noisy(BaseDataset):
 class Model(BaseModel):
     """Dropout and a linear layer; ``bad`` iterations have a loss of NaN."""
 
-    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+    def __init__(self, bad: tuple[int, ...] = (), dropout: float = 0.5) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 4), nn.Dropout(0.5),
+        self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(3, 4), nn.Dropout(dropout),
                                     nn.Linear(4, 1))
         self.bad, self.calls = bad, 0
 
@@ -68,8 +69,8 @@ class ToyRunner(ConvNeXtRunner):
 
 
 def loader(workers: int = 0, sampler: str = 'DefaultSampler', shuffle: bool = True,
-           **kwargs: Any) -> dict[str, Any]:
-    return dict(batch_size=2, num_workers=workers, dataset=dict(type=Noisy),
+           batch_size: int = 2, **kwargs: Any) -> dict[str, Any]:
+    return dict(batch_size=batch_size, num_workers=workers, dataset=dict(type=Noisy),
                 sampler=dict(type=sampler, shuffle=shuffle), **kwargs)
 
 
@@ -77,6 +78,8 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
           sampler: str = 'DefaultSampler', seed: int | None = 0, resume: bool = False,
           load_from: str | None = None, length: int | None = None, bad: tuple[int, ...] = (),
           finite: dict[str, Any] | None = None, persistent: bool = False, max_keep: int = 1,
+          batch_size: int = 2, dropout: float = 0.5, distributed: bool = False,
+          optimizer: dict[str, Any] | None = None, cfg: dict[str, Any] | None = None,
           **checkpoint: Any) -> ConvNeXtRunner:
     """A run of 12 iterations, or 3 epochs of 4, that validates and saves twice or thrice."""
     checkpoint = dict(interval=1 if by_epoch else 4, by_epoch=by_epoch, max_keep_ckpts=max_keep,
@@ -87,15 +90,20 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
         hooks['finite'] = dict(type='FiniteLossHook', **finite)
     train_cfg = (dict(type='EpochBasedTrainLoop', max_epochs=length or 3) if by_epoch else
                  dict(type='IterBasedTrainLoop', max_iters=length or 12, val_interval=4))
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
     return ToyRunner(
-        model=dict(type=Model, bad=bad), work_dir=str(work_dir), log_level='ERROR',
-        train_dataloader=loader(workers, sampler, persistent_workers=persistent),
+        model=dict(type=Model, bad=bad, dropout=dropout), work_dir=str(work_dir), log_level='ERROR',
+        train_dataloader=loader(workers, sampler, batch_size=batch_size,
+                                persistent_workers=persistent),
         train_cfg=train_cfg,
         val_dataloader=loader(shuffle=False), val_cfg=dict(), val_evaluator=dict(type=Score),
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01), accumulative_counts=accumulate),
+        optim_wrapper=dict(optimizer=optimizer or dict(type='AdamW', lr=0.01),
+                           accumulative_counts=accumulate),
+        launcher='pytorch' if distributed else 'none',
         param_scheduler=dict(type='LinearLR', end=10, by_epoch=False),
         default_hooks=hooks, randomness=dict(seed=seed), resume=resume, load_from=load_from,
-        experiment_name=f'toy_{next(numbers)}')
+        experiment_name=f'toy_{next(numbers)}',
+        cfg=Config(dict(cfg or {}, **(dict(model_wrapper_cfg=wrapper) if distributed else {}))))
 
 
 def train(work_dir: Path, *hooks: Hook, **settings: Any) -> Record:
