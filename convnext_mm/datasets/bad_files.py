@@ -92,6 +92,25 @@ def check_mask(results: dict, classes: int) -> None:
                         f'labels 0 to {classes - 1}, and {IGNORED} for no class')
 
 
+def require_images(found: list[dict], where: object, before: int = 0) -> list[dict]:
+    """The images of a split, of which there must be some.
+
+    Args:
+        found: The images.
+        where: Their folder or annotation file.
+        before: How many there were before those without usable objects were left out.
+
+    Raises:
+        UserError: There are none.
+    """
+    if found:
+        return found
+    raise UserError(f'{where} has no image' + (
+        f' with an object of the classes, of {before}' if before else
+        ': check data_root, the folder, and the ending of the files')
+        + f'. To look at the data: {CHECK_COMMAND} CONFIG')
+
+
 def name_bad_files(dataset: Any) -> None:
     """Let the pipelines of a data set, and of those that it wraps, name what they cannot load."""
     for below in (getattr(dataset, 'dataset', None), *(getattr(dataset, 'datasets', None) or ())):

@@ -14,6 +14,7 @@ from mmdet.evaluation.metrics import CocoMetric as MMDetCocoMetric
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 
+from ..datasets.bad_files import require_images
 from ..datasets.coco import load_coco
 from ..registry import DATASETS, METRICS
 
@@ -68,6 +69,14 @@ class CocoDataset(mmdet_coco.CocoDataset):
         found = super().load_data_list()
         del self.COCOAPI  # the class's own again, which is pickled with the data set
         return found
+
+    def filter_data(self) -> list[dict]:
+        """The images that ``filter_cfg`` keeps.
+
+        Raises:
+            UserError: There are none.
+        """
+        return require_images(super().filter_data(), self.ann_file, len(self.data_list))
 
 
 @METRICS.register_module()

@@ -22,7 +22,7 @@ from ..resolution import resolve
 from ..resolution.mmpretrain import needed_imports
 from ..resolution.schedule import run_length
 from ..runs import resuming
-from ..utils import is_first_process, suggest
+from ..utils import describe, is_first_process, suggest
 from . import speed
 from .cfg_options import apply_options
 
@@ -47,13 +47,21 @@ def read_config(path: str, options: dict[str, Any] | None = None,
         notes: What followed from the user's changes is added here; None: it is printed.
 
     Raises:
-        UserError: See :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
+        UserError: A value is of a kind that its key does not take; see also
+            :func:`load_config`, :func:`apply_options`, :func:`check_toolbox`,
             :func:`convnext_mm.resolution.resolve` and :func:`convnext_mm.engine.speed.apply_fast`.
     """
     cfg = load_config(path)
-    apply_options(cfg, options)
-    check_toolbox(cfg)
-    followed = resolve(cfg)
+    try:
+        apply_options(cfg, options)
+        check_toolbox(cfg)
+        followed = resolve(cfg)
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        given = ', '.join(f'{key}={value!r}' for key, value in (options or {}).items())
+        raise UserError(f'{path}{f" with {given}" if given else ""}: a value is of another kind '
+                        f'than its key takes ({describe(error)})') from error
     if notes is not None:
         notes += followed
     elif followed and is_first_process():

@@ -134,7 +134,14 @@ class ConvNeXtRunner(Runner):
 
         Its workers do not outlive the run.
         """
-        built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        try:
+            built = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        except ValueError as error:
+            if 'need at least one array' not in str(error):
+                raise
+            dataset = dataloader.get('dataset', {}) if isinstance(dataloader, dict) else {}
+            raise UserError(f'the data set {dataset.get("ann_file") or dataset.get("data_prefix")} '
+                            f'in {dataset.get("data_root")} has no images') from error
         use_faster_transforms(built.dataset)
         name_bad_files(built.dataset)
         if not isinstance(built.worker_init_fn, WorkerGuard):

@@ -74,6 +74,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Beat until it is stopped; end the process if there is no progress."""
+        self._beat()
         while not self.stopped.wait(self.period):
             self._beat()
             if time.monotonic() - self.since > self.timeout:

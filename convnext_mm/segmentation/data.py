@@ -7,6 +7,7 @@ from typing import Any
 
 from mmseg.datasets import BaseSegDataset
 
+from ..datasets.bad_files import require_images
 from ..registry import DATASETS
 
 IGNORED = 255
@@ -36,7 +37,15 @@ class SegmentationDataset(BaseSegDataset):
         return {label: IGNORED for label in labels if label >= 0} or None
 
     def load_data_list(self) -> list[dict]:
-        """The images of all endings, with their masks."""
+        """The images of all endings, with their masks.
+
+        Raises:
+            UserError: There are none.
+        """
+        where = self.ann_file or self.data_prefix.get('img_path')
+        return require_images(self._load_data_list(), where)
+
+    def _load_data_list(self) -> list[dict]:
         suffixes: Any = self.img_suffix
         if isinstance(suffixes, str):
             return super().load_data_list()

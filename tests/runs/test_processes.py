@@ -68,7 +68,7 @@ run_cli(action, None)
 @pytest.mark.parametrize(('what', 'timeout', 'message'), [
     ('time.sleep(1000)', 3, r'no progress in 3 s'),
     ('os.kill(os.getpid(), 19)', 3, r'does not answer'),
-    ('os.kill(os.getpid(), 9)', 60, r'process 1 on \S+ \(\D+ 3\) has ended'),
+    ('time.sleep(1.5); os.kill(os.getpid(), 9)', 10, r'process 1 on \S+ \(\D+ 3\) has ended'),
     ('raise __import__("convnext_mm").UserError("a bad file")', 60, 'Error: a bad file')])
 def test_a_process_that_hangs_or_dies_is_named(what, timeout, message, tmp_path):
     code = CHECK.replace('WHAT', what).replace('TIMEOUT', str(timeout))
@@ -85,7 +85,7 @@ def test_a_process_that_hangs_or_dies_is_named(what, timeout, message, tmp_path)
     _, output = processes.wait(started, tmp_path, 60)
     assert len(re.findall(message, output)) == 1, output
     assert output.count('Error: ') == 1, output
-    if 'sleep' in what:
+    if 'progress' in message:
         assert 'process 1 on' in output
         assert '<string>' in output  # the line
     assert 'Traceback' not in output
