@@ -10,7 +10,7 @@ from ..bases import without_completion
 from ..errors import UserError
 from ..resolution import resolve
 from ..resolution.mmpretrain import PACKAGES, imports_of, uses
-from ..utils import atomic_path, plain
+from ..utils import atomic_path, describe, plain
 from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
 from .parsing import check_is_data, find_styles, old_keys, parse_config
 
@@ -36,12 +36,18 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
     if target.resolve() == source.resolve():
         raise UserError(f'{target} is the old config, which would be overwritten: choose another '
                         'name for the new one')
-    old_keys(source)  # refuses a mix of styles
-    if find_styles(source).is_current:
-        return _migrate_current(source, target, trust)
-    converted = convert_config(parse_config(source, trust))
-    _write(target, format_config(converted, source, target), converted.target)
-    return format_report(converted.rows, source, target)
+    try:
+        old_keys(source)  # refuses a mix of styles
+        if find_styles(source).is_current:
+            return _migrate_current(source, target, trust)
+        converted = convert_config(parse_config(source, trust))
+        _write(target, format_config(converted, source, target), converted.target)
+        return format_report(converted.rows, source, target)
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{source} cannot be converted, because a value is of another kind than '
+                        f'its key takes ({describe(error)})') from error
 
 
 def _migrate_current(source: Path, target: Path, trust: bool) -> str:

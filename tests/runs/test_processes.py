@@ -16,8 +16,9 @@ SHARDED = dict(type='ShardedOptimizer', optimizer_type='AdamW', lr=0.01)
 
 def difference(one: dict, other: dict) -> float:
     """The largest difference of two checkpoints' weights, relative to the largest weight."""
-    pairs = [(a, other['state_dict'][name]) for name, a in one['state_dict'].items()]
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    pairs = [(a, other['state_dict'][name]) for name, a in one['state_dict'].items()
+             if a.is_floating_point()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs)
 
 
 def test_two_processes_are_one(tmp_path):
@@ -45,6 +46,47 @@ for name, optimizer in (('plain', None), ('sharded', {SHARDED!r})):
     assert last(tmp_path / 'sharded')['meta']['iter'] == 16
     state = last(tmp_path / 'sharded')['optimizer']['state']
     assert {int(entry['step']) for entry in state.values()} == {16}
+
+
+RECIPE = '''
+from convnext_mm.engine.runner import ConvNeXtRunner
+ConvNeXtRunner._log_env = lambda self, cfg: None
+task, data = TASK, DATA
+for name, shard in (('plain', False), ('sharded', True)):
+    options = dict(seed=0, check_data=False, shard_optimizer=shard)
+    options['train_dataloader.num_workers'] = options['val_dataloader.num_workers'] = 0
+    options.update({'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2,
+                    'default_hooks.checkpoint.interval': 2} if task == 'segmentation'
+                   else {'train_cfg.max_epochs': 1})
+    cfg = training.config(task, pathlib.Path(data), folder / name, options)
+    cfg.launcher = 'pytorch'
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo')
+    runner = ConvNeXtRunner.from_cfg(cfg)
+    runner.train()
+    optimizer = runner.optim_wrapper.optimizer
+    assert (type(optimizer).__name__ == 'ShardedOptimizer') == shard
+    if shard:
+        ours = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+        inside = [(group, p) for group in optimizer.optim.param_groups for p in group['params']]
+        assert 0 < len(inside) < len(ours)
+        assert all(group['lr_scale'] > 0 for group, _ in inside)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+def test_a_sharded_optimizer_trains_a_recipe(task, demo_data, tmp_path):
+    """With the layer decay of the recipe, and the weights of the optimizer that is not sharded."""
+    processes.run(RECIPE.replace('TASK', repr(task)).replace('DATA', repr(str(demo_data))),
+                  tmp_path)
+    plain, sharded = last(tmp_path / 'plain'), last(tmp_path / 'sharded')
+    rates = [[(group['lr_scale'], group['lr'], group['weight_decay'], len(group['params']))
+              for group in one['optimizer']['param_groups']] for one in (plain, sharded)]
+    assert rates[0] == rates[1]
+    assert len({scale for scale, *_ in rates[0]}) > 2
+    assert difference(plain, sharded) < 1e-5
+    assert plain['optimizer']['state'].keys() == sharded['optimizer']['state'].keys()
 
 
 CHECK = '''
