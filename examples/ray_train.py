@@ -31,5 +31,6 @@ def work(settings: dict) -> None:
 if __name__ == '__main__':
     TorchTrainer(
         work, train_loop_config=dict(folder=os.getcwd(), options=sys.argv[2:]),
-        scaling_config=ScalingConfig(num_workers=int(sys.argv[1]), use_gpu=torch.cuda.is_available()),
+        scaling_config=ScalingConfig(num_workers=int(sys.argv[1]),
+                                     use_gpu=torch.cuda.is_available()),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3))).fit()
