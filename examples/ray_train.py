@@ -29,8 +29,8 @@ def work(settings: dict) -> None:
 
 
 if __name__ == '__main__':
+    processes = ScalingConfig(num_workers=int(sys.argv[1]), use_gpu=torch.cuda.is_available())
     TorchTrainer(
         work, train_loop_config=dict(folder=os.getcwd(), options=sys.argv[2:]),
-        scaling_config=ScalingConfig(num_workers=int(sys.argv[1]),
-                                     use_gpu=torch.cuda.is_available()),
+        scaling_config=processes,
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3))).fit()
