@@ -86,6 +86,10 @@ def read_coco(path: str, labelled: bool = True) -> Annotations:
                  for i, one in enumerate(content[key])
                  if not isinstance(one, dict) or name not in one], 'error')
     if not reader.problems:
+        reader.report('images whose file_name is no text', 'Write the path of the file',
+                      [f'id {one["id"]}' for one in content['images']
+                       if not isinstance(one['file_name'], str) or not one['file_name']], 'error')
+    if not reader.problems:
         reader.repair()
     return Annotations(content, reader.problems)
 

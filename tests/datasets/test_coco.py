@@ -54,6 +54,14 @@ def test_what_cannot_be_used(tmp_path, values, message):
     assert problem.level == 'error'
 
 
+@pytest.mark.parametrize('name', [None, 7, ''])
+def test_file_names_are_texts(name, tmp_path):
+    text = content()
+    text['images'][0]['file_name'] = name
+    with pytest.raises(UserError, match='file_name is no text'):
+        load_coco(write(tmp_path / 'a.json', text))
+
+
 def test_numbers_as_strings(tmp_path):
     text = content(id='1', image_id='1', category_id='1', bbox=['10', '10', '20.5', '20'],
                    area='400')
