@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.config import Config
 
+from ..errors import UserError
 from ..utils import describe, suggest
 from .coco import read_coco
 from .completion import dataset_registry, find_transforms, metrics_of_split
@@ -93,7 +94,10 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
             config, filter_cfg=None, pipeline=[], serialize_data=False, _scope_='mmdet'))
         infos = [dataset.get_data_info(i) for i in range(len(dataset))]
         dataset.filter_cfg = config.get('filter_cfg')
-        left = len(dataset.filter_data())
+        try:
+            left = len(dataset.filter_data())
+        except UserError:  # there are none, which is reported below
+            left = 0
     except Exception as error:  # a dataset can raise anything
         findings.add(f'{config["type"]} cannot load its data: {describe(error)}',
                      'Check type, ann_file and data_prefix of the dataset')

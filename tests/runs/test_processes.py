@@ -91,7 +91,7 @@ def test_a_sharded_optimizer_trains_a_recipe(task, demo_data, tmp_path):
 
 CHECK = '''
 from mmengine.hooks import Hook
-from convnext_mm.engine.launch import run_cli
+from convnext_mm.cli import run
 class Stop(Hook):
     priority = 'VERY_HIGH'
     def before_train_iter(self, runner, batch_idx, data_batch=None):
@@ -103,7 +103,7 @@ def action(args):
                        cfg=dict(process_timeout=TIMEOUT))
     runner.register_hook(Stop())
     runner.train()
-run_cli(action, None)
+run(action, None)
 '''
 
 
