@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ import yaml
 from PIL import ExifTags, Image
 
 from ..errors import UserError
-from ..utils import atomic_path, writable_folder
+from ..utils import atomic_path, describe, writable_folder
 
 SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
               test='test', trainval='train')
@@ -68,6 +69,22 @@ class Converted(NamedTuple):
     notes: list[str]
 
 
+@contextmanager
+def _reading(file: Path, what: str) -> Iterator[None]:
+    """Name the file in an error that its content causes.
+
+    Raises:
+        UserError: The block has raised an error of any of the libraries that read files.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ElementTree.ParseError,
+            yaml.YAMLError) as error:
+        raise UserError(f'{file} cannot be read as {what}: {describe(error)}') from error
+
+
 def recognise(path: str | Path) -> str | None:
     """The format of a file or folder: 'YOLO', 'Pascal VOC', 'LabelMe', 'COCO' or None."""
     path = Path(path)
@@ -92,7 +109,7 @@ def _format_of_file(path: Path) -> str | None:
         if suffix in ('.yaml', '.yml'):
             content = yaml.safe_load(path.read_text(encoding='utf-8'))
             return 'YOLO' if isinstance(content, dict) and 'names' in content else None
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8', errors='replace') as file:
             start = file.read(4096)
     except (OSError, ValueError, yaml.YAMLError):
         return None
@@ -119,7 +136,7 @@ def convert(source: str, out: str) -> Converted:
 
     Args:
         source: A folder of annotations and images, or YOLO's data.yaml.
-        out: Folder of the new files; it must not hold other annotation files of these names.
+        out: Folder of the new files, train.json and so on; files of these names are replaced.
 
     Raises:
         UserError: The format is unknown, or annotations cannot be read.
@@ -138,27 +155,23 @@ def convert(source: str, out: str) -> Converted:
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
     splits, names = readers[kind](path, notes)
-    target = writable_folder(out)
-    known = list(names)
-    files, counts = {}, {}
-    contents = {}
-    for split, labelled in splits.items():
-        contents[split] = list(labelled)
-    if not known:
-        known = sorted({item.name for content in contents.values() for _, items in content
-                        for item in items})
+    contents = {split: list(labelled) for split, labelled in splits.items()}
+    known = names or sorted({item.name for content in contents.values() for _, items in content
+                             for item in items})
     common = Path(os.path.commonpath([folder.absolute(), *(
         image.absolute().parent for content in contents.values() for image, _ in content)]))
-    for split, content in contents.items():
-        coco = _to_coco(content, known, common)
+    converted = {split: _to_coco(content, known, common) for split, content in contents.items()}
+    if not any(coco['annotations'] for coco in converted.values()):
+        raise UserError(f'{source} ({kind}) has no objects' + ''.join(
+            f'\n  {note}' for note in notes[:5]))
+    target = writable_folder(out)
+    files, counts = {}, {}
+    for split, coco in converted.items():
         files[split] = target / f'{split}.json'
         with atomic_path(files[split]) as part:
             part.write_text(json.dumps(coco), encoding='utf-8')
         counts[split] = (len(coco['images']), len(coco['annotations']),
                          sum(bool(one['segmentation']) for one in coco['annotations']))
-    if not any(objects for _, objects, _ in counts.values()):
-        raise UserError(f'{source} ({kind}) has no objects' + ''.join(
-            f'\n  {note}' for note in notes[:5]))
     return Converted(kind, files, common, known, counts, notes)
 
 
@@ -197,12 +210,9 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: It cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size[::-1] if turned else image.size
-    except OSError as error:
-        raise UserError(f'image {path} cannot be read: {error}') from error
+    with _reading(path, 'an image'), Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        return image.size[::-1] if turned else image.size
 
 
 def _walk(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
@@ -243,12 +253,13 @@ def _nearest(candidates: Sequence[Path], to: Path) -> Path | None:
 
 def _read_voc(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], list[str]]:
     folder = path if path.is_dir() else path.parent
-    images = _images_by_stem(folder if any(_images_by_stem(folder)) else folder.parent)
+    images = _images_by_stem(folder) or _images_by_stem(folder.parent)
     listed: dict[str, str] = {}
     for file in _walk(folder, ('.txt',)):
         if file.parent.name == 'Main' and file.stem in ('train', 'val', 'test'):
-            for line in file.read_text(encoding='utf-8').split():
-                listed.setdefault(line, SPLITS[file.stem])
+            with _reading(file, 'a list of images'):
+                for line in file.read_text(encoding='utf-8').split():
+                    listed.setdefault(line, SPLITS[file.stem])
     splits: dict[str, list] = {}
     for file in _walk(folder, ('.xml',)):
         annotation = _parse_voc(file)
@@ -271,11 +282,11 @@ def _parse_voc(file: Path) -> tuple[str, list[Item]] | None:
     Raises:
         UserError: It is damaged.
     """
-    text = file.read_text(encoding='utf-8')
-    if '<!ENTITY' in text:  # could expand to any size
+    text = file.read_bytes()  # which say their encoding
+    if b'<!ENTITY' in text:  # could expand to any size
         raise UserError(f'{file} defines XML entities, which annotations have no use for: remove '
                         'them')
-    try:
+    with _reading(file, 'a Pascal VOC annotation'):
         root = ElementTree.fromstring(text)
         if root.tag != 'annotation':
             return None
@@ -295,8 +306,6 @@ def _parse_voc(file: Path) -> tuple[str, list[Item]] | None:
                               [left, top, right - left, bottom - top],
                               [polygon] if len(polygon) >= 6 else [],
                               (one.findtext('difficult') or '0').strip() == '1'))
-    except (ElementTree.ParseError, ValueError, KeyError) as error:
-        raise UserError(f'{file} is not a Pascal VOC annotation: {error}') from error
     return (root.findtext('filename') or '').strip(), items
 
 
@@ -310,21 +319,23 @@ def _read_yolo(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], list[
     names: list[str] = []
     splits: dict[str, list[Path]] = {}
     if file is not None:
-        settings = yaml.safe_load(file.read_text(encoding='utf-8'))
-        found = settings['names']
-        names = [str(found[i]) for i in sorted(found)] if isinstance(found, dict) else [
-            str(name) for name in found]
-        for key in ('train', 'val', 'test'):
-            places = settings.get(key) or []
-            for place in [places] if isinstance(places, str) else places:
-                splits.setdefault(key, []).extend(_yolo_images(
-                    place, file.parent, settings.get('path'), notes))
+        with _reading(file, "YOLO's data.yaml"):
+            settings = yaml.safe_load(file.read_text(encoding='utf-8'))
+            found = settings['names']
+            names = [str(found[i]) for i in sorted(found)] if isinstance(found, dict) else [
+                str(name) for name in found]
+            for key in ('train', 'val', 'test'):
+                places = settings.get(key) or []
+                for place in [places] if isinstance(places, str) else places:
+                    splits.setdefault(key, []).extend(_yolo_images(
+                        place, file.parent, settings.get('path'), notes))
     else:
         text = next((one for one in (folder / 'classes.txt', folder / 'obj.names')
                      if one.is_file()), None)
         if text is not None:
-            names = [line.strip() for line in text.read_text(encoding='utf-8').splitlines()
-                     if line.strip()]
+            with _reading(text, 'a list of names'):
+                names = [line.strip() for line in text.read_text(encoding='utf-8').splitlines()
+                         if line.strip()]
         for image in _walk(folder, SUFFIXES):
             splits.setdefault(_split_of(image, folder), []).append(image)
     if not names:
@@ -370,8 +381,10 @@ def _yolo_items(image: Path, names: list[str]) -> list[Item]:
     if not file.is_file():
         return []  # an image without objects
     width, height = image_size(image)
+    with _reading(file, 'labels of YOLO'):
+        lines = file.read_text(encoding='utf-8').splitlines()
     items = []
-    for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         row = line.split()
         if not row:
             continue
@@ -410,13 +423,10 @@ def _read_labelme(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], li
     for file in _walk(folder, ('.json',)):
         if _format_of_file(file) != 'LabelMe':
             continue
-        try:
+        with _reading(file, 'a LabelMe annotation'):
             content = json.loads(file.read_text(encoding='utf-8'))
             items = _labelme_items(content, file, notes)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f'{file} is not a LabelMe annotation: {type(error).__name__}: '
-                            f'{error}') from error
-        image = _labelme_image(content, file)
+            image = _labelme_image(content, file)
         if image is None:
             notes.append(f'{file}: its image {content.get("imagePath")} is not there')
             continue
@@ -487,7 +497,7 @@ def convert_colors(masks: str, out: str, palette: Sequence[Sequence[int]]) -> in
     codes = np.array([(r << 16) + (g << 8) + b for r, g, b in palette])
     order = np.argsort(codes)
     for path in _walk(Path(masks), (*SUFFIXES, '.gif')):
-        with Image.open(path) as image:
+        with _reading(path, 'an image'), Image.open(path) as image:
             rgb = np.asarray(image.convert('RGB'), np.int64)
         code = (rgb[..., 0] << 16) + (rgb[..., 1] << 8) + rgb[..., 2]
         place = np.searchsorted(codes[order], code).clip(max=len(codes) - 1)

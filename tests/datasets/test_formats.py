@@ -133,6 +133,38 @@ def test_what_is_not_converted(tmp_path):
         convert(str(tmp_path / 'b'), str(tmp_path / 'out'))
 
 
+@pytest.mark.parametrize(('name', 'content', 'message'), [
+    ('data.yaml', b'train: images', r"data\.yaml cannot .*names"),
+    ('data.yaml', b'names: [a, b', r'data\.yaml cannot .*ParserError'),
+    ('data.yaml', b'just a text', r'data\.yaml cannot .*TypeError'),
+    ('a.xml', b'<annotation><object></annotation>', r'a\.xml .*mismatched tag'),
+    ('a.xml', b'<annotation><filename>\xff</filename></annotation>', r'a\.xml .*invalid token'),
+    ('a.json', b'{"shapes": [{"label": "x"}]}', r"a\.json cannot .*points"),
+    ('a.json', b'{"shapes": [], "imagePath": "a.png", "imageData": "x"}', r'a\.json .*base64'),
+])
+def test_a_broken_file_is_named_and_nothing_is_written(tmp_path, name, content, message):
+    picture(tmp_path / 'in' / 'a.jpg' if name != 'a.json' else tmp_path / 'other.jpg')
+    (tmp_path / 'in').mkdir(exist_ok=True)
+    (tmp_path / 'in' / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        convert(str(tmp_path / 'in'), str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_annotations_without_objects_write_nothing(tmp_path):
+    picture(tmp_path / 'in' / 'a.jpg')
+    write(tmp_path / 'in' / 'data.yaml', 'names: [cat]\ntrain: .')
+    with pytest.raises(UserError, match=r'\(YOLO\) has no objects'):
+        convert(str(tmp_path / 'in'), str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_broken_mask_in_colors_is_named(tmp_path):
+    write(tmp_path / 'in' / 'a.png', 'no image')
+    with pytest.raises(UserError, match=r'a\.png cannot be read'):
+        convert_colors(str(tmp_path / 'in'), str(tmp_path / 'out'), [(0, 0, 0)])
+
+
 def test_the_tool_prints_the_lines_of_a_config(tmp_path):
     voc(tmp_path / 'data', 'a')
     done = call_tool('tools/convert_dataset.py', tmp_path / 'data', tmp_path / 'out')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from convnext_mm.engine.runner import ConvNeXtRunner
-from tests.runs.training import Record, numbers
+from tests.runs.training import Record, numbers, recorded
 
 
 class Noisy(BaseDataset):
@@ -108,10 +107,4 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
 
 def train(work_dir: Path, *hooks: Hook, **settings: Any) -> Record:
     """Train until the end or a stop."""
-    runner = build(work_dir, **settings)
-    record = Record()
-    for hook in (record, *hooks):
-        runner.register_hook(hook)
-    with suppress(SystemExit):
-        runner.train()
-    return record
+    return recorded(build(work_dir, **settings), *hooks)

@@ -70,7 +70,11 @@ class Record(Hook):
 def train(cfg: Config, *hooks: Hook, resume: bool = False) -> Record:
     """Train, or resume the work dir's run, until its end or a stop."""
     cfg.resume = resume
-    runner = ConvNeXtRunner.from_cfg(cfg)
+    return recorded(ConvNeXtRunner.from_cfg(cfg), *hooks)
+
+
+def recorded(runner: ConvNeXtRunner, *hooks: Hook) -> Record:
+    """Train until the end or a stop."""
     record = Record()
     for hook in (record, *hooks):
         runner.register_hook(hook)
