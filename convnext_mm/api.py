@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 from PIL import Image, ImageOps
 
 from . import visualization
@@ -19,6 +18,7 @@ from .datasets.loading import ImageLoader
 from .engine import checks, launch
 from .errors import UserError
 from .prediction import Predictor
+from .runs.saving import BEST, read_pointer
 
 ImageInput = str | Path | np.ndarray | Image.Image
 """A file, an array (H, W) or (H, W, bands), or a PIL image."""
@@ -313,8 +313,13 @@ def _arguments(config: str | Path, work_dir: str | Path | None, options: dict[st
 
 def _best_checkpoint(folder: Path) -> Path | None:
     """The best checkpoint that training wrote to a folder, or else the latest."""
-    best = sorted(folder.glob('best*.pth'), key=lambda path: path.stat().st_mtime)
-    if best:
-        return best[-1]
-    latest = find_latest_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(latest) if latest and os.path.isfile(latest) else None
+    pointed = os.path.basename(read_pointer(folder))
+    found = [folder / BEST, *_newest(folder, 'best*.pth'), folder / pointed,
+             *_newest(folder, '*.pth')]
+    return next((path for path in found if path.is_file()), None)
+
+
+def _newest(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder, the newest first."""
+    return sorted((path for path in folder.glob(pattern) if not path.name.startswith('.')),
+                  key=lambda path: path.stat().st_mtime, reverse=True)

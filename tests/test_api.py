@@ -133,11 +133,14 @@ def test_checkpoints_are_found_beside_the_config(models, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f'{tmp_path} has no checkpoint'):
         cm.load(tmp_path / 'mine.py')
     os.link(model.checkpoint, tmp_path / 'iter_2.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    (tmp_path / 'last_checkpoint').write_text('iter_2.pth')  # as training writes it
+    os.link(model.checkpoint, tmp_path / 'iter_1.pth')
     assert cm.load(tmp_path / 'mine.py', device='cpu').checkpoint == str(tmp_path / 'iter_2.pth')
     os.link(model.checkpoint, tmp_path / 'best_mIoU_iter_1.pth')
     best = str(tmp_path / 'best_mIoU_iter_1.pth')
     assert cm.load(tmp_path / 'mine.py', device='cpu').checkpoint == best
+    (tmp_path / 'best.pth').write_bytes(Path(best).read_bytes())
+    assert cm.load(tmp_path / 'mine.py', device='cpu').checkpoint == str(tmp_path / 'best.pth')
     monkeypatch.chdir('/')
     assert cm.load(tmp_path / 'mine.py', 'best_mIoU_iter_1.pth', 'cpu').checkpoint == best
 
