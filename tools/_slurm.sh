@@ -20,6 +20,7 @@ launch() {
 launch_until_done() {
     local code resume=()
     SRUN_ARGS="--signal=TERM@${SIGNAL_BEFORE:-120} ${SRUN_ARGS:-}"
+    trap 'exit 130' INT  # Ctrl-C: srun has saved the run, which is not started again
     if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then resume=(--resume); fi
     while true; do
         code=0

@@ -324,6 +324,18 @@ def test_slurm_training_goes_on_until_it_is_done(batch_job, tmp_path):
     assert calls[1] == 'requeue 7' or not batch_job
 
 
+def test_slurm_training_that_the_user_interrupts_is_not_started_again(tmp_path):
+    """Ctrl-C reaches srun and the script: the run is saved, which ends with 75 as well."""
+    srun = tmp_path / 'srun'
+    srun.write_text(f'#!/bin/sh\necho call >> {tmp_path}/calls\nkill -INT $PPID\n'
+                    f'test -f {tmp_path}/again && exit 0\ntouch {tmp_path}/again\nexit 75\n')
+    srun.chmod(0o755)
+    done = run_tool('tools/slurm_train.sh', 'gpu', 'job', SEGMENTATION, check=False,
+                    env={'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_JOB_ID': ''})
+    assert done.returncode == 130
+    assert (tmp_path / 'calls').read_text().splitlines() == ['call']
+
+
 def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path):
     """The Runner resolves the config again, after the mask head is gone."""
     path = tmp_path / 'mine.py'
