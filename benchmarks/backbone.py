@@ -48,6 +48,8 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
     yield 'timm channels_last', lambda: channels_last(peers.timm_backbone(arch))
     yield 'ours, plain', lambda: ours('plain')
     yield 'ours', lambda: ours('lean')
+    if DEVICE == 'cuda':
+        yield 'ours, Triton', lambda: ours('lean', triton=True)
     if train:
         yield 'ours, minimal', lambda: ours('minimal')
     elif DEVICE == 'cpu':
@@ -56,6 +58,8 @@ def candidates(arch: str, compiled: bool, train: bool, drop_path: float
         yield 'timm channels_last compiled', lambda: torch.compile(
             channels_last(peers.timm_backbone(arch)))
         yield 'ours, compiled', lambda: torch.compile(ours('lean'))
+        if DEVICE == 'cuda':
+            yield 'ours, Triton, compiled', lambda: torch.compile(ours('lean', triton=True))
     yield REFERENCES[0], lambda: peers.MatmulsAlone(ours('plain'))
     if DEVICE == 'cpu' and not train:
         yield REFERENCES[1], lambda: peers.MatmulsAndConvolutionsAlone(ours('plain'))

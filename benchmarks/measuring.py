@@ -87,13 +87,20 @@ def time_interleaved(steps: dict[str, Callable[[], object]], repeats: int,
 
 
 def peak_memory(step: Callable[[], object]) -> float | None:
-    """Return the peak GPU memory of a step in MiB, or None without a GPU."""
+    """Return the peak GPU memory of a step in MiB, or None without a GPU.
+
+    It is counted above what is held before and after the step: the parameters of all models that
+    are compared.
+    """
     if not torch.cuda.is_available():
         return None
-    torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
 def page_faults(step: Callable[[], object]) -> int:

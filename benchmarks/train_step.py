@@ -36,6 +36,8 @@ COMPILED: dict[str, dict] = {
     'ours, compiled': dict(compile=True),
     'ours, both, compiled': dict(channels_last=True, fused_optimizer=True, compile=True)}
 if DEVICE == 'cuda':
+    VARIANTS |= {'ours, Triton': dict(triton=True), 'ours, both, Triton': dict(
+        channels_last=True, fused_optimizer=True, triton=True)}
     COMPILED['ours, both, CUDA graphs'] = dict(
         channels_last=True, fused_optimizer=True, compile=True, cuda_graphs=True)
 
@@ -43,7 +45,8 @@ if DEVICE == 'cuda':
 def build_variant(name: str, variant: dict, args: argparse.Namespace) -> tuple[nn.Module, object]:
     """Build the model and optimizer of the recipe with the options of a variant."""
     options = {'model.backbone.init_cfg': None,
-               'model.backbone.memory': variant.get('memory', 'lean')}
+               'model.backbone.memory': variant.get('memory', 'lean'),
+               'model.backbone.triton': variant.get('triton', False)}
     if args.drop_path is not None:
         options['model.backbone.drop_path_rate'] = args.drop_path
     cfg = read_config(str(args.config), options)

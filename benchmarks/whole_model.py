@@ -7,9 +7,9 @@
 Both run in the same process with the same weights, one after the other in every round; the table
 has the least processor time of the rounds (on a GPU: the least time). ``test`` is ``test_step`` on
 one image whose windows the recipe's own settings cut, ``train`` forward pass, losses, backward pass
-and AdamW. A stock detector computes in fp32 in every table: mmcv's compiled operators have no bf16
-on a CPU. The reference is what the stock model's convolutions and linear layers take alone. It is
-no bound: ours needs fewer multiplications. Results go to benchmarks/results.
+and AdamW. On a CPU, a stock detector computes in fp32 in every table: mmcv's compiled operators
+have no bf16 there. The reference is what the stock model's convolutions and linear layers take
+alone. It is no bound: ours needs fewer multiplications. Results go to benchmarks/results.
 """
 from __future__ import annotations
 
@@ -33,13 +33,16 @@ from convnext_mm.precision import keep_outputs_in_fp32, set_inference_dtype
 
 DEVICE = train_step.DEVICE
 STOCK, OURS, REFERENCE = 'stock recipe', 'ours', "stock's products alone (reference)"
+TRITON = 'ours, Triton'
+LABELS = STOCK, OURS, *([TRITON] if DEVICE == 'cuda' else [])
 
 
-def build(args: argparse.Namespace, stock: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(args: argparse.Namespace, label: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build the recipe's model with random weights and statistics, and its optimizer."""
     cfg = read_config(str(args.config), {'model.backbone.init_cfg': None,
-                                         'model.backbone.drop_path_rate': args.drop_path})
-    model = peers.build_recipe(cfg, stock)
+                                         'model.backbone.drop_path_rate': args.drop_path,
+                                         'model.backbone.triton': label == TRITON})
+    model = peers.build_recipe(cfg, label == STOCK)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -121,34 +124,42 @@ def reference(model: nn.Module, step: Callable[[], object], kind: torch.dtype, t
 def compare(args: argparse.Namespace, name: str, dtype: str) -> list[str]:
     """Measure one kind of step in one dtype; return the lines of a table."""
     kind = measuring.DTYPES[dtype]
-    models = {label: build(args, label == STOCK) for label in (STOCK, OURS)}
-    segmentor = hasattr(models[OURS][0], 'decode_head')
-    kinds = {STOCK: kind if segmentor else torch.float32, OURS: kind}
+    models = {label: build(args, label) for label in LABELS}
+    fp32_only = DEVICE == 'cpu' and not hasattr(models[OURS][0], 'decode_head')
+    stock_kind = torch.float32 if fp32_only else kind
     if name == 'test':
-        speed.enable_packed_inference(models[OURS][0])
-        set_inference_dtype(models[OURS][0], dtype)
-        steps = {STOCK: make_test_step(models[STOCK][0], kinds[STOCK], args.size),
-                 OURS: make_test_step(models[OURS][0], torch.float32, args.size)}
+        for label, (model, _) in models.items():
+            if label != STOCK:
+                speed.enable_packed_inference(model)
+                set_inference_dtype(model, dtype)
+        steps = {label: make_test_step(model, stock_kind if label == STOCK else torch.float32,
+                                       args.size) for label, (model, _) in models.items()}
         found = {label: step() for label, step in steps.items()}
-        note = difference(found[STOCK], found[OURS])
+        note = '; '.join(f'{label}: {difference(found[STOCK], found[label])}'
+                         for label in found if label != STOCK)
     else:
-        keep_outputs_in_fp32(models[OURS][0])
-        steps = {label: make_train_step(model, optimizer, kinds[label], args)
-                 for label, (model, optimizer) in models.items()}
+        for label, (model, _) in models.items():
+            if label != STOCK:
+                keep_outputs_in_fp32(model)
+        steps = {label: make_train_step(model, optimizer, stock_kind if label == STOCK else kind,
+                                        args) for label, (model, optimizer) in models.items()}
         saved = {label: saved_by_head(model, kind, args) for label, (model, _) in models.items()}
         note = '' if None in saved.values() else (
             f'Saved activations of the decode head: {saved[STOCK]:.0f} MiB stock, '
             f'{saved[OURS]:.0f} MiB ours, {saved[OURS] / saved[STOCK]:.2f}×')
-    steps[REFERENCE] = reference(models[STOCK][0], steps[STOCK], kinds[STOCK], name == 'train')
+    steps[REFERENCE] = reference(models[STOCK][0], steps[STOCK], stock_kind, name == 'train')
     times = measuring.time_interleaved(
         steps, args.repeats,
         measuring.time_once if DEVICE == 'cuda' else measuring.processor_time_once, min)
     count = f'{args.batch} × ' if name == 'train' else ''
     title = (f'{args.config.stem.split("_patch4")[0]}, {name}, {dtype}, '
              f'{count}{args.size[0]}×{args.size[1]}')
-    lines = [f'**{title}**', '', '| | ms | speedup |', '|---|---|---|',
-             *(f'| {label} | {1e3 * spent:.0f} | {times[STOCK] / spent:.2f} |'
-               for label, spent in times.items())]
+    digits, memory = (1, 'peak memory, MiB |') if DEVICE == 'cuda' else (0, '')
+    lines = [f'**{title}**', '', f'| | ms | speedup | {memory}', f'|---|---|---|{"---|" * digits}']
+    for label, spent in times.items():
+        peak = measuring.peak_memory(steps[label])
+        lines.append(f'| {label} | {1e3 * spent:.{digits}f} | {times[STOCK] / spent:.2f} |'
+                     + ('' if peak is None else f' {peak:.0f} |'))
     return [*lines, '', f'{note}.'] if note else lines
 
 

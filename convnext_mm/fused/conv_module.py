@@ -33,7 +33,7 @@ class FusedConv2d(nn.Conv2d, Packable):
             with without_autocast(x):
                 y = self.current_packed([self.weight, self.bias], fold_and_pack, pyramid.PackedConv,
                                         dtype, None, self.dilation[0], False)(x.to(dtype))
-        elif torch.is_grad_enabled() or winograd.suits(x.to(dtype), self.out_channels):
+        elif _suits_pyramid(x.to(dtype), self.out_channels):
             y = pyramid.convolution([x], self.weight, pyramid.Layout(
                 tuple(x.shape[2:]), False, self.dilation[0]))
             if self.bias is not None:
@@ -63,8 +63,7 @@ class FusedConvModule(ConvModule, Packable):
             y = x.to(compute_dtype(x))
             with without_autocast(y):
                 y = self._current(y, activate, pyramid.PackedConv)(y)
-        elif torch.is_grad_enabled() or winograd.suits(x.to(compute_dtype(x)),
-                                                       self.conv.out_channels):
+        elif _suits_pyramid(x.to(compute_dtype(x)), self.conv.out_channels):
             y = self.of_pyramid([x], tuple(x.shape[2:]), False, activate)
         else:
             return super().forward(x, activate, norm)
@@ -124,6 +123,14 @@ class FusedConvModule(ConvModule, Packable):
         return self.current_packed(
             tensors, fold_and_pack, pack, x.dtype, None if norm is None else norm.eps,
             self.conv.dilation[0], self.with_activation and activate, *settings)
+
+
+def _suits_pyramid(x: Tensor, channels: int) -> bool:
+    """Whether :func:`pyramid.convolution` gains on one map (N, C, H, W), which is not upsampled.
+
+    In training on a CPU it does not save the weight that autocast has cast.
+    """
+    return (x.is_cpu and torch.is_grad_enabled()) or winograd.suits(x, channels)
 
 
 def fusible(conv: nn.Conv2d, x: Tensor) -> bool:

@@ -34,6 +34,7 @@ class FusedDownsample(Downsample, Packable):
         """(N, C, H, W) → (N, C', H / 2, W / 2)."""
         norm, conv = self
         if (self.memory == 'plain' or torch.compiler.is_compiling()
+                or not (x.is_cpu or torch.is_grad_enabled())  # it saves memory, not launches
                 or not (isinstance(norm, LayerNorm2d) and isinstance(conv, nn.Conv2d))
                 or conv.kernel_size != (2, 2) or not is_standard(conv, stride=2)
                 or not fusible(x, norm, conv)):
@@ -77,8 +78,10 @@ class FusedBlock(Block, Packable):
 
     def _fusible(self, x: Tensor) -> bool:
         """Whether the layers are those of the paper, so that one function may replace them."""
-        if torch.compiler.is_compiling() and select_operations(x, self.triton) is eager:
-            return False  # the compiler fuses these operations itself
+        if select_operations(x, self.triton) is eager and (
+                torch.compiler.is_compiling()  # the compiler fuses these operations itself
+                or not (x.is_cpu or torch.is_grad_enabled())):  # they save memory, not launches
+            return False
         if (x.is_cpu and torch.is_autocast_enabled('cpu') and not torch.is_grad_enabled()
                 and not self.packed and eager.has_amx()):
             # Matmuls take so little time there that casting the weights in every call does not

@@ -4,10 +4,14 @@ A k x k convolution is a sum of k² shifted 1x1 convolutions, and a 1x1 convolut
 bilinear upsampling. So a coarse map is multiplied with the kernel at its own size, and the k²
 results are upsampled, shifted and summed by two products with banded matrices
 (:mod:`convnext_mm.fused.resampling`). Neither an upsampled map nor a concatenation is stored.
+
+On a GPU the matrices are whole and all images are multiplied at once, since a launch takes as long
+as many multiplications; small maps are upsampled and concatenated there.
 """
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +24,10 @@ from . import eager, winograd
 from .functions import compute_dtype, without_autocast
 from .packed import PackedConvolution, pack_linear
 from .resampling import Banded, interpolation, shifted
+
+GPU_MIN_SAVED = 3e11
+"""Multiplications that must be saved on a GPU, where every product is a launch: about four images
+of 512x512 in the head of UPerNet."""
 
 
 class Layout(NamedTuple):
@@ -52,10 +60,44 @@ def convolution(maps: Sequence[Tensor], weight: Tensor, layout: Layout) -> Tenso
     """
     dtype = compute_dtype(maps[0])
     maps = [x.to(dtype, memory_format=torch.channels_last) for x in maps]
+    if not pays(maps, weight.shape, layout):
+        return F.conv2d(concatenate(maps, layout), weight, padding=_padding(weight, layout),
+                        dilation=layout.dilation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *maps)):
         return PyramidFunction.apply(layout, weight, *maps)
     with without_autocast(maps[0]):
         return _forward(maps, weight.to(dtype), layout)
+
+
+def pays(maps: Sequence[Tensor], weight: Sequence[int], layout: Layout) -> bool:
+    """Whether a convolution at the maps' own sizes is faster than one of a concatenation.
+
+    Args:
+        maps: (N, C_i, H_i, W_i) each, in the dtype of the products.
+        weight: The shape of the weight.
+        layout: Size, alignment and dilation.
+    """
+    first = maps[0]
+    if not first.is_cuda:
+        return True
+    if first.dtype == torch.float32 and (
+            torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32):
+        return False  # by default, PyTorch rounds to TF32 in convolutions, but not in matmuls
+    height, width = layout.size
+    channels, *kernel = weight[0], *weight[2:]
+    saved = sum(x.shape[1] * (height * width - x.shape[2:].numel()) for x in maps)
+    return len(first) * saved * channels * math.prod(kernel) >= GPU_MIN_SAVED
+
+
+def batches(x: Tensor) -> bool:
+    """Whether all images are multiplied at once, with whole matrices."""
+    return x.is_cuda
+
+
+def concatenate(maps: Sequence[Tensor], layout: Layout) -> Tensor:
+    """The maps, upsampled bilinearly and concatenated: (N, Σ C_i, H, W)."""
+    return torch.cat([x if x.shape[2:] == layout.size else F.interpolate(
+        x, layout.size, mode='bilinear', align_corners=layout.align_corners) for x in maps], 1)
 
 
 class PyramidFunction(torch.autograd.Function):
@@ -137,6 +179,8 @@ def _product_weights(weight: Tensor) -> list[Tensor]:
 
 def _coarse(x: Tensor, weights: Sequence[Tensor], layout: Layout, out: Tensor | None) -> Tensor:
     """The part of one coarse map, added to ``out`` (N, H, W, O) if it is given."""
+    if batches(x):
+        return _coarse_batched(x, weights, layout, out)
     (n, _, h, w), (height, width), taps = x.shape, layout.size, len(weights)
     channels = weights[0].shape[0] // taps
     rows, columns = _matrices(x, layout, taps)
@@ -159,9 +203,58 @@ def _coarse(x: Tensor, weights: Sequence[Tensor], layout: Layout, out: Tensor | 
     return out
 
 
+def _coarse_batched(x: Tensor, weights: Sequence[Tensor], layout: Layout, out: Tensor | None
+                    ) -> Tensor:
+    """:func:`_coarse` for a GPU."""
+    (n, c, h, w), (height, width), taps = x.shape, layout.size, len(weights)
+    channels = weights[0].shape[0] // taps
+    rows, columns = _matrices(x, layout, taps, whole=True)
+    (_, _, by_rows), = rows.stacked()
+    (_, _, by_columns), = columns.interleaved()
+    nhwc = _nhwc(x).view(n, h * w, c)
+    z = x.new_empty(n, taps, h * w, taps * channels)
+    for tap, weight in enumerate(weights):
+        torch.bmm(nhwc, weight.t().expand(n, -1, -1), out=z[:, tap])
+    y = torch.bmm(by_rows.expand(n, -1, -1), z.view(n, taps * h, -1))
+    del z
+    y, by_columns = y.view(n * height, w * taps, channels), by_columns.expand(n * height, -1, -1)
+    if out is None:
+        return torch.bmm(by_columns, y).view(n, height, width, channels)
+    out.view(n * height, width, channels).baddbmm_(by_columns, y)
+    return out
+
+
+def _coarse_backward_batched(g: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool],
+                             layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`_coarse_backward` for a GPU."""
+    (n, c, h, w), (height, width), taps = x.shape, layout.size, weight.shape[-1]
+    channels = weight.shape[0]
+    rows, columns = _matrices(x, layout, taps, transposed=True, whole=True)
+    (_, _, by_rows), (_, _, by_columns) = *rows.blocks, *columns.blocks
+    by_columns = by_columns.transpose(0, 1).flatten(0, 1).expand(n * height, -1, -1)
+    dy = torch.bmm(by_columns, _nhwc(g).view(n * height, width, channels)).view(n, height, -1)
+    dz = x.new_empty(taps, n, h, w * taps * channels)
+    for tap in range(taps):
+        torch.bmm(by_rows[tap].expand(n, -1, -1), dy, out=dz[tap])
+    del dy
+    dz = dz.view(taps, n * h * w, taps * channels)
+    dx = dw = None
+    if needs[0]:
+        dx = dz.new_zeros(n * h * w, c)
+        for one, matrix in zip(dz, _product_weights(weight), strict=True):
+            dx.addmm_(one, matrix)
+        dx = dx.view(n, h, w, c).permute(0, 3, 1, 2)
+    if needs[1]:
+        dw = torch.bmm(dz.transpose(1, 2), _nhwc(x).view(1, n * h * w, c).expand(taps, -1, -1))
+        dw = dw.view(taps, taps, channels, c).permute(2, 3, 0, 1)
+    return dx, dw
+
+
 def _coarse_backward(g: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool], layout: Layout
                      ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a coarse map and of its part of the weight."""
+    if batches(x):
+        return _coarse_backward_batched(g, x, weight, needs, layout)
     (n, c, h, w), height, taps = x.shape, layout.size[0], weight.shape[-1]
     channels = weight.shape[0]
     rows, columns = _matrices(x, layout, taps, transposed=True)
@@ -193,16 +286,25 @@ _MATRICES: dict[tuple, tuple[Banded, Banded]] = {}
 MAX_MATRICES = 64
 
 
-def _matrices(x: Tensor, layout: Layout, taps: int, transposed: bool = False
+def _matrices(x: Tensor, layout: Layout, taps: int, transposed: bool = False, whole: bool = False
               ) -> tuple[Banded, Banded]:
-    """The matrices of the rows and columns for a coarse map, made once for each size."""
-    key = tuple(x.shape[2:]), layout, taps, transposed, x.dtype, x.device
+    """The matrices of the rows and columns for a coarse map, made once for each size.
+
+    Args:
+        x: The map, (N, C, h, w).
+        layout: Size, alignment and dilation.
+        taps: Rows of the kernel.
+        transposed: Whether for the backward pass.
+        whole: Whether each is one block.
+    """
+    key = tuple(x.shape[2:]), layout, taps, transposed, whole, x.dtype, x.device
     if key in _MATRICES:
         return _MATRICES[key]
     made = []
     for size, out in zip(x.shape[2:], layout.size, strict=True):
         matrices = shifted(interpolation(size, out, layout.align_corners), taps, layout.dilation)
-        made.append(Banded(matrices.transpose(0, 2, 1) if transposed else matrices, x))
+        matrices = matrices.transpose(0, 2, 1) if transposed else matrices
+        made.append(Banded(matrices, x, **(dict(block=matrices.shape[1]) if whole else {})))
     if type(made[0].blocks[0].values) is Tensor:  # not a tensor without values
         if len(_MATRICES) >= MAX_MATRICES:
             _MATRICES.clear()
@@ -224,7 +326,8 @@ class PackedPyramid:
 
     def __init__(self, weight: Tensor, bias: Tensor, dilation: int, relu: bool,
                  channels: tuple[int, ...], align_corners: bool) -> None:
-        self.parts, self.bias = weight.split(list(channels), 1), bias
+        self.weight, self.bias, self.parts = weight, bias, weight.split(list(channels), 1)
+        self.whole = PackedConv(weight, bias, dilation, relu)
         self.align_corners, self.dilation, self.relu = align_corners, dilation, relu
         self.coarse: dict[int, list[Tensor]] = {}
         self.fine: dict[int, PackedConv] = {}
@@ -232,10 +335,13 @@ class PackedPyramid:
     def __call__(self, maps: Sequence[Tensor], size: tuple[int, ...]) -> Tensor:
         """(N, C_i, H_i, W_i) each → (N, O, H, W), in channels_last."""
         layout, out = Layout(size, self.align_corners, self.dilation), None
+        if not pays(maps, self.weight.shape, layout):
+            return self.whole(concatenate(maps, layout))
         for i, x in enumerate(maps):
             if x.shape[2:] != size:
                 if i not in self.coarse:
-                    self.coarse[i] = [pack_linear(w) if eager.uses_onednn(x) else w
+                    packs = eager.uses_onednn(x) and not batches(x)
+                    self.coarse[i] = [pack_linear(w) if packs else w
                                       for w in _product_weights(self.parts[i])]
                 out = _coarse(x, self.coarse[i], layout, out)
         total = None if out is None else out.permute(0, 3, 1, 2)

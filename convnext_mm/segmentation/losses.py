@@ -54,7 +54,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
                 ) -> tuple[Tensor, Tensor]:
         maps = logits.permute(0, 2, 3, 1).float().contiguous()
         gradient = torch.zeros_like(maps) if logits.requires_grad else None
-        axes = [axis_blocks(Axis([(0, size)], length, settings.align_corners, (0, size), False,
+        axes = [axis_blocks(Axis(((0, size),), length, settings.align_corners, (0, size), False,
                                  size), step, logits.device)
                 for length, size, step in zip(maps.shape[1:3], labels.shape[1:], BLOCK,
                                               strict=True)]

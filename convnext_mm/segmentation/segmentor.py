@@ -17,7 +17,7 @@ from torch import Tensor
 from ..precision import has_other_hooks, inference_autocast
 from ..registry import MODELS
 from ..utils import LARGE_PICTURE
-from .stitching import Axis, class_rows, window_starts
+from .stitching import Axis, Windows, class_rows, window_starts
 
 Rows = tuple[slice, Tensor]
 """Rows of a class map: which, and their classes (rows, W)."""
@@ -167,7 +167,7 @@ class EncoderDecoder(segmentors.EncoderDecoder):
         for i, one in enumerate(logits):
             meta = None if metas is None else metas[i]
             maps.append(_collect(
-                self._classes([one].__getitem__, [(0, size[0])], [(0, size[1])], size, meta),
+                self._classes([one].__getitem__, ((0, size[0]),), ((0, size[1]),), size, meta),
                 size if meta is None else meta['ori_shape'][:2]))
         return maps
 
@@ -193,9 +193,8 @@ class EncoderDecoder(segmentors.EncoderDecoder):
             return out.flatten(1, 2)
         return self._classes(logits_of, rows, columns, size, meta)
 
-    def _classes(self, logits_of: Callable[[int], Tensor], rows: list[tuple[int, int]],
-                 columns: list[tuple[int, int]], size: tuple[int, ...],
-                 meta: dict[str, Any] | None) -> Iterator[Rows]:
+    def _classes(self, logits_of: Callable[[int], Tensor], rows: Windows, columns: Windows,
+                 size: tuple[int, ...], meta: dict[str, Any] | None) -> Iterator[Rows]:
         """The class map of an image of a padded size, whose windows are in rows and columns."""
         if meta is None:
             padding, out = (0, 0, 0, 0), size

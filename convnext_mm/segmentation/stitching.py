@@ -7,7 +7,8 @@ pixels is computed from the few logits that it depends on and reduced to classes
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,10 @@ from ..fused.resampling import neighbors
 
 CPU_BLOCK, GPU_BLOCK = (32, 64), (128, 512)
 """Height and width of the blocks, in pixels."""
+
+
+Windows = tuple[tuple[int, int], ...]
+"""First and last + 1 pixel of each window, in one direction."""
 
 
 class Axis(NamedTuple):
@@ -32,7 +37,7 @@ class Axis(NamedTuple):
         out: Pixels of the class map.
     """
 
-    windows: Sequence[tuple[int, int]]
+    windows: Windows
     length: int
     align_corners: bool
     crop: tuple[int, int]
@@ -49,10 +54,6 @@ class Axis(NamedTuple):
         low, high, weight = neighbors(last - first, self.out, self.align_corners,
                                       slice(start, stop))
         begin, end = int(low.min()), int(high.max()) + 1
-        resize = np.zeros((stop - start, end - begin))
-        pixels = np.arange(stop - start)
-        np.add.at(resize, (pixels, low - begin), 1 - weight)
-        np.add.at(resize, (pixels, high - begin), weight)
         cropped = np.arange(begin, end)
         padded = last - 1 - cropped if self.flipped else first + cropped
         used = [i for i, (a, b) in enumerate(self.windows)
@@ -62,17 +63,18 @@ class Axis(NamedTuple):
         count = np.zeros(end - begin)
         for i in used:
             a, b = self.windows[i]
-            low, high, weight = neighbors(self.length, b - a, self.align_corners)
+            left, right, share = neighbors(self.length, b - a, self.align_corners)
             inside = np.flatnonzero((a <= padded) & (padded < b))
             local, column = padded[inside] - a, i * self.length - offset
             count[inside] += 1
-            np.add.at(merge, (inside, column + low[local]), 1 - weight[local])
-            np.add.at(merge, (inside, column + high[local]), weight[local])
-        weights = resize @ (merge / count[:, None])
+            merge[inside, column + left[local]] += 1 - share[local]
+            merge[inside, column + right[local]] += share[local]
+        merge /= count[:, None]
+        weights = (1 - weight)[:, None] * merge[low - begin] + weight[:, None] * merge[high - begin]
         nonzero = np.flatnonzero(weights.any(0))
-        left, right = int(nonzero[0]), int(nonzero[-1]) + 1
-        return (slice(offset + left, offset + right),
-                weights[:, left:right].astype(np.float32))
+        first, last = int(nonzero[0]), int(nonzero[-1]) + 1
+        return (slice(offset + first, offset + last),
+                weights[:, first:last].astype(np.float32))
 
 
 def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], rows: Axis,
@@ -129,16 +131,18 @@ def class_rows(logits_of: Callable[[int], Tensor], first: dict[int, Tensor], row
 def axis_blocks(axis: Axis, size: int, device: torch.device
                 ) -> list[tuple[slice, slice, Tensor]]:
     """Blocks of an axis: pixels, the logits that they are computed from, and the weights."""
-    blocks = []
-    for start in range(0, axis.out, size):
-        stop = min(start + size, axis.out)
-        used, weights = axis.block(start, stop)
-        blocks.append((slice(start, stop), used, torch.from_numpy(weights).to(device)))
-    return blocks
+    return [(pixels, used, torch.from_numpy(weights).to(device))
+            for pixels, used, weights in _blocks(axis, size)]
 
 
-def window_starts(length: int, crop: int, stride: int) -> list[tuple[int, int]]:
+@functools.lru_cache(maxsize=16)  # images of one size share them
+def _blocks(axis: Axis, size: int) -> list[tuple[slice, slice, np.ndarray]]:
+    ranges = [(start, min(start + size, axis.out)) for start in range(0, axis.out, size)]
+    return [(slice(start, stop), *axis.block(start, stop)) for start, stop in ranges]
+
+
+def window_starts(length: int, crop: int, stride: int) -> Windows:
     """First and last + 1 pixel of each window, as mmseg's slide mode places them."""
     count = max(length - crop + stride - 1, 0) // stride + 1
     ends = [min(i * stride + crop, length) for i in range(count)]
-    return [(max(end - crop, 0), end) for end in ends]
+    return tuple((max(end - crop, 0), end) for end in ends)

