@@ -24,7 +24,7 @@ from ..datasets.findings import Findings, Problem
 from ..errors import UserError
 from ..precision import check_dtype
 from ..utils import atomic_path, is_first_process, track_rows, unwrap_model, writable_folder
-from . import checks, fallbacks, speed
+from . import checks, distillation, fallbacks, speed
 from .runner import ConvNeXtRunner
 from .summary import summarize
 
@@ -58,6 +58,7 @@ def train(args: argparse.Namespace) -> Runner | None:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    distillation.read_teacher(cfg)
     _print_summary(cfg, notes, training=True)
     splits = ('train', 'val') if cfg.get('val_cfg') else ('train',)
     if args.dry_run:

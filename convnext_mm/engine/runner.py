@@ -33,6 +33,7 @@ from ..runs.saving import STATE, SafeCheckpointHook, durable_path, is_local
 from ..utils import unwrap_model
 from . import speed
 from .changes import changed_settings
+from .distillation import DistillationHook
 from .evaluation import count_in_blocks
 from .fallbacks import CPUAmpOptimWrapper
 from .memory import memory_advice
@@ -126,6 +127,8 @@ class ConvNeXtRunner(Runner):
             self.register_hook(FiniteLossHook())
         if not any(isinstance(hook, HeartbeatHook) for hook in self.hooks):
             self.register_hook(HeartbeatHook(self.cfg.get('process_timeout', TIMEOUT)))
+        if self.cfg.get('distil'):
+            self.register_hook(DistillationHook())
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None,
