@@ -157,7 +157,8 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path) ->
     """Draw a confusion matrix, each row as shares of its class.
 
     Args:
-        confusion: (classes, classes): the number of pixels of a class (row) predicted as another.
+        confusion: (classes, classes): how many pixels or objects of a class (row) are predicted as
+            another.
         classes: Their names.
         path: The PNG file to write.
     """

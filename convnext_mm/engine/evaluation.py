@@ -1,9 +1,10 @@
-"""mmseg's IoUMetric on large class maps: exact, and in less memory."""
+"""mmseg's IoUMetric on large class maps, exact and in less memory; detections of each class."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.evaluator import Evaluator
 from torch import Tensor
@@ -59,3 +60,85 @@ def _in_blocks(count: Count) -> Count:
                 sum_of_all += numbers
         return tuple(total)
     return count_all
+
+
+def keep_class_precisions(evaluator: Evaluator) -> dict[str, dict[str, float]]:
+    """Let the CocoMetrics of an evaluator log the AP of each class and keep it, in place.
+
+    mmdet names the AP of boxes and of masks alike, and puts both among the metrics of the run.
+
+    Returns:
+        {'box AP' and 'mask AP': {class: from 0 to 1}}, empty until the evaluation.
+    """
+    kept: dict[str, dict[str, float]] = {}
+    for metric in evaluator.metrics:
+        if hasattr(metric, 'classwise') and hasattr(metric, 'proposal_nums'):
+            metric.compute_metrics = _of_each_class(metric, kept)
+    return kept
+
+
+def _of_each_class(metric: Any, kept: dict[str, dict[str, float]]) -> Callable[[list], dict]:
+    compute, kinds, asked = metric.compute_metrics, list(metric.metrics), metric.classwise
+
+    def compute_one_by_one(results: list) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for kind in kinds:
+            title = dict(bbox='box AP', segm='mask AP').get(kind)
+            metric.metrics, metric.classwise = [kind], title is not None
+            found = compute(results)
+            if title:
+                classes = [name for name in metric.dataset_meta['classes']
+                           if f'{name}_precision' in found]
+                kept[title] = {name: float(found[f'{name}_precision']) for name in classes}
+                for name in classes if not asked else ():
+                    del found[f'{name}_precision']
+            metrics.update(found)
+        metric.metrics, metric.classwise, metric.compute_metrics = kinds, asked, compute
+        return metrics
+    return compute_one_by_one
+
+
+def match_boxes(sample: Any, count: int, score: float = 0.3, overlap: float = 0.5) -> Tensor:
+    """Which objects of an image are found, as what.
+
+    Each object has one detection at most, and each detection one object: pairs of one class come
+    first, then those with the larger IoU. Detections in ignored objects do not count.
+
+    Args:
+        sample: mmdet's DetDataSample.
+        count: Number of classes.
+        score: Detections with a lower score are left out.
+        overlap: The smallest IoU of a pair; also the share of a detection in an ignored object.
+
+    Returns:
+        (count + 1, count + 1) int64: the number of objects of a class (row) found as another
+        (column); last are the row of detections without an object, and the column of objects that
+        are not found.
+    """
+    from mmdet.evaluation import bbox_overlaps
+    found = sample.pred_instances[sample.pred_instances.scores >= score]
+    boxes, labels = _boxes_and_labels(found)
+    true_boxes, truth = _boxes_and_labels(sample.gt_instances)
+    counts = torch.zeros(count + 1, count + 1, dtype=torch.long)
+    free, missed = np.ones(len(boxes), dtype=bool), np.ones(len(true_boxes), dtype=bool)
+    iou = bbox_overlaps(true_boxes, boxes)
+    pairs = np.argwhere(iou >= overlap)
+    same = truth[pairs[:, 0]] == labels[pairs[:, 1]]
+    for one in np.lexsort((-iou[tuple(pairs.T)], ~same)):
+        row, column = pairs[one]
+        if missed[row] and free[column]:
+            missed[row] = free[column] = False
+            counts[truth[row], labels[column]] += 1
+    if 'bboxes' in sample.get('ignored_instances', ()):
+        ignored, _ = _boxes_and_labels(sample.ignored_instances)
+        free &= ~(bbox_overlaps(boxes, ignored, mode='iof') >= overlap).any(1)
+    counts[:-1, -1] = torch.from_numpy(np.bincount(truth[missed], minlength=count))
+    counts[-1, :-1] = torch.from_numpy(np.bincount(labels[free], minlength=count))
+    return counts
+
+
+def _boxes_and_labels(instances: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 4) float32 and (N,) int64."""
+    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes)
+    return (boxes.cpu().float().numpy().reshape(-1, 4),
+            instances.labels.cpu().numpy().astype(np.int64))

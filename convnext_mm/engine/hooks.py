@@ -1,4 +1,4 @@
-"""Hooks that draw training curves and predictions."""
+"""Hooks that draw training curves, predictions and results of classes."""
 from __future__ import annotations
 
 import csv
@@ -20,6 +20,7 @@ from mmengine.logging import print_log
 from ..datasets.loading import ImageLoader, loader_of
 from ..utils import LARGE_PICTURE, atomic_path
 from ..visualization import draw_bars, draw_confusion, draw_curves, draw_sample, read_log
+from .evaluation import keep_class_precisions, match_boxes
 
 
 def never_fatal(draw: Callable) -> Callable:
@@ -126,34 +127,50 @@ class AbsentClassesHook(Hook):
 
 
 class ResultsHook(Hook):
-    """Writes what a test of a segmentor found for each class to the work dir.
+    """Writes what a test found for each class to the work dir.
 
-    ``results.csv`` has IoU, recall (mmseg's Acc), precision and the number of pixels of each class;
-    ``results.png`` the IoU as bars, ``confusion.png`` which class is taken for which.
+    Of a segmentor, ``results.csv`` has IoU, recall (mmseg's Acc), precision and the number of
+    pixels of each class, ``results.png`` the IoU as bars, and ``confusion.png`` which class is
+    taken for which.
+
+    Of a detector they have the AP of boxes and of masks, as CocoMetric computes it, and of the
+    boxes of :func:`match_boxes` recall, precision, the number of objects and the confusions.
     """
 
     def __init__(self) -> None:
         self.confusion: torch.Tensor | None = None
+        self.precisions: dict[str, dict[str, float]] = {}
+
+    def before_test_epoch(self, runner) -> None:
+        """Let CocoMetrics compute the AP of each class."""
+        self.precisions = keep_class_precisions(runner.test_evaluator)
 
     def after_test_iter(self, runner, batch_idx: int, data_batch: Any = None,
                         outputs: Sequence | None = None) -> None:
-        """Count the pixels of each class that are predicted as another."""
+        """Count the pixels or objects of each class that are predicted as another."""
         count = len(runner.test_loop.dataloader.dataset.metainfo.get('classes') or ())
         for sample in outputs or ():
-            if 'gt_sem_seg' not in sample or 'pred_sem_seg' not in sample:
+            if 'gt_sem_seg' in sample and 'pred_sem_seg' in sample:
+                counts = self._confused_pixels(sample, count)
+            elif 'gt_instances' in sample and 'bboxes' in sample.get('pred_instances', ()):
+                counts = match_boxes(sample, count)
+            else:
                 return
-            truth, found = (sample.get(key).data.flatten() for key in ('gt_sem_seg',
-                                                                        'pred_sem_seg'))
-            if truth.shape != found.shape:
-                return
-            if self.confusion is None:
-                self.confusion = torch.zeros(count, count, dtype=torch.long)
+            self.confusion = counts if self.confusion is None else self.confusion + counts
+
+    @staticmethod
+    def _confused_pixels(sample: Any, count: int) -> torch.Tensor:
+        """(count, count): the number of pixels of a class (row) predicted as another."""
+        total = torch.zeros(count, count, dtype=torch.long)
+        truth, found = (sample.get(key).data.flatten() for key in ('gt_sem_seg', 'pred_sem_seg'))
+        if truth.shape == found.shape:
             for part in zip(truth.split(LARGE_PICTURE), found.split(LARGE_PICTURE), strict=True):
                 labels, predicted = (one.cpu().long() for one in part)  # binary maps are floats
                 valid = (labels < count) & (predicted < count)
                 counts = torch.bincount(labels[valid] * count + predicted[valid],
                                         minlength=count**2)
-                self.confusion += counts.view(count, count)
+                total += counts.view(count, count)
+        return total
 
     @never_fatal
     def after_test_epoch(self, runner, metrics: dict[str, float] | None = None) -> None:
@@ -162,22 +179,32 @@ class ResultsHook(Hook):
         if confusion is None:
             return
         all_reduce(confusion)
-        if not is_main_process():
-            return
         matrix = confusion.numpy()
         classes = runner.test_loop.dataloader.dataset.metainfo['classes']
+        detection = len(matrix) > len(classes)  # the last row and column are of the background
+        if not is_main_process() or not matrix[:len(classes)].any():
+            return
         folder = Path(runner.work_dir)
-        hits, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-        columns = [np.where(total > 0, hits / np.maximum(total, 1), math.nan)
-                   for total in (truth + found - hits, truth, found)]
+        hits, truth, found = (one[:len(classes)] for one in (
+            matrix.diagonal(), matrix.sum(1), matrix.sum(0)))
+        totals = dict(IoU=truth + found - hits, recall=truth, precision=found)
+        columns = {name: np.where(total > 0, hits / np.maximum(total, 1), math.nan)
+                   for name, total in totals.items()}
+        if detection:
+            del columns['IoU']
+            columns = {**{name: np.array([values.get(one, math.nan) for one in classes])
+                          for name, values in self.precisions.items()}, **columns}
         with atomic_path(folder / 'results.csv') as part, open(
                 part, 'w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file)
-            writer.writerow(['class', 'IoU', 'recall', 'precision', 'pixels'])
-            for name, *values, pixels in zip(classes, *columns, truth.tolist(), strict=True):
-                writer.writerow([name, *(f'{value:.4f}' for value in values), pixels])
-        draw_bars(columns[0].tolist(), classes, 'IoU', folder / 'results.png')
-        draw_confusion(matrix, classes, folder / 'confusion.png')
+            writer.writerow(['class', *columns, 'objects' if detection else 'pixels'])
+            for name, *values, number in zip(classes, *columns.values(), truth.tolist(),
+                                             strict=True):
+                writer.writerow([name, *(f'{value:.4f}' for value in values), number])
+        title, bars = next(iter(columns.items()))
+        draw_bars(bars.tolist(), classes, title, folder / 'results.png')
+        draw_confusion(matrix, [*classes, 'background'] if detection else classes,
+                       folder / 'confusion.png')
         print_log(f'Classes: {folder}/results.csv, results.png, confusion.png', logger='current')
 
 

@@ -3,13 +3,14 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
+from mmengine.structures import BaseDataElement, InstanceData
 from PIL import Image
 
 pytest.importorskip('mmseg')
 from mmseg.evaluation import IoUMetric
 
 from convnext_mm.engine import evaluation
-from convnext_mm.engine.evaluation import count_in_blocks
+from convnext_mm.engine.evaluation import count_in_blocks, match_boxes
 
 
 def areas(prediction: torch.Tensor, label: torch.Tensor, blocks: bool) -> list[torch.Tensor]:
@@ -77,3 +78,21 @@ def test_metrics_with_their_own_way_to_count_are_left_alone():
     metric = Own()
     count_in_blocks(Evaluator(metric))
     assert metric.intersect_and_union is Own.intersect_and_union
+
+
+def test_boxes_are_matched_once_and_those_of_their_class_first():
+    pytest.importorskip('mmdet')
+    instances = [[[0, 0, 20, 20], 0], [[50, 0, 70, 20], 1], [[0, 60, 20, 80], 1]]
+    found = [([0, 0, 20, 20], 1, 0.9), ([0, 0, 20, 18], 0, 0.4),  # the same object as 1 and as 0
+             ([50, 0, 70, 20], 0, 0.9),                           # 1 taken for 0
+             ([80, 80, 90, 90], 1, 0.9), ([80, 80, 90, 90], 1, 0.2),  # nothing there; too unsure
+             ([41, 41, 49, 49], 0, 0.9)]                          # in a crowd
+    sample = BaseDataElement(
+        gt_instances=InstanceData(bboxes=torch.tensor([one[0] for one in instances]).float(),
+                                  labels=torch.tensor([one[1] for one in instances])),
+        ignored_instances=InstanceData(bboxes=torch.tensor([[40., 40, 60, 60]]),
+                                       labels=torch.tensor([0])),
+        pred_instances=InstanceData(bboxes=torch.tensor([one[0] for one in found]).float(),
+                                    labels=torch.tensor([one[1] for one in found]),
+                                    scores=torch.tensor([one[2] for one in found])))
+    assert match_boxes(sample, 2).tolist() == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]

@@ -1,5 +1,6 @@
 """Hooks that draw figures during a run."""
 import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -139,3 +140,61 @@ def test_results_of_each_class_agree_with_mmseg(tmp_path):
     assert rows[3]['IoU'] == 'nan'
     for name in ('results.png', 'confusion.png'):
         assert np.asarray(Image.open(tmp_path / name).convert('L')).std() > 5
+
+
+def test_results_of_each_class_of_a_detector(tmp_path):
+    METRICS = pytest.importorskip('mmdet.registry').METRICS
+    classes = ('ball', 'crate', 'absent')
+    square = dict(iscrowd=0, area=400)
+    file = tmp_path / 'a.json'
+    file.write_text(json.dumps(dict(
+        images=[dict(id=1, file_name='a.jpg', width=100, height=100)],
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(classes)],
+        annotations=[dict(square, id=1, image_id=1, category_id=1, bbox=[0, 0, 20, 20],
+                          segmentation=[[0, 0, 20, 0, 20, 20, 0, 20]]),
+                     dict(square, id=2, image_id=1, category_id=2, bbox=[50, 50, 20, 20],
+                          segmentation=[[50, 50, 70, 50, 70, 70, 50, 70]])])))
+    metric = METRICS.build(dict(type='CocoMetric', ann_file=str(file), metric=['bbox', 'segm']))
+    metric.dataset_meta = dict(classes=classes)
+    masks = torch.zeros(2, 100, 100, dtype=torch.bool)
+    masks[0, :20, :20] = True  # of the other, the box alone is right
+    boxes = torch.tensor([[0., 0, 20, 20], [50, 50, 70, 70]])
+    sample = BaseDataElement(
+        metainfo=dict(img_id=1, ori_shape=(100, 100)),
+        gt_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1])),
+        pred_instances=InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]), masks=masks,
+                                    scores=torch.tensor([0.9, 0.8])))
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path), test_evaluator=SimpleNamespace(metrics=[metric]),
+        test_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=SimpleNamespace(
+            metainfo=dict(classes=classes)))))
+    hook = hooks.ResultsHook()
+    hook.before_test_epoch(runner)
+    hook.after_test_iter(runner, 0, outputs=[sample])
+    metric.process({}, [sample.to_dict()])
+    metrics = metric.evaluate(1)
+    hook.after_test_epoch(runner, metrics)
+    with open(tmp_path / 'results.csv', newline='', encoding='utf-8') as table:
+        rows = list(csv.reader(table))
+    assert rows == [['class', 'box AP', 'mask AP', 'recall', 'precision', 'objects'],
+                    ['ball', '1.0000', '1.0000', '1.0000', '1.0000', '1'],
+                    ['crate', '1.0000', '0.0000', '1.0000', '1.0000', '1'],
+                    ['absent', 'nan', 'nan', 'nan', 'nan', '0']]
+    assert (metrics['coco/bbox_mAP'], metrics['coco/segm_mAP']) == (1, 0.5)
+    assert not any('precision' in name for name in metrics)
+    for name in ('results.png', 'confusion.png'):
+        assert np.asarray(Image.open(tmp_path / name).convert('L')).std() > 5
+
+
+def test_test_data_without_annotations_has_no_table(tmp_path):
+    hook = hooks.ResultsHook()
+    nothing = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    found = InstanceData(bboxes=torch.ones(1, 4), labels=torch.tensor([0]),
+                         scores=torch.tensor([0.9]))
+    runner = SimpleNamespace(work_dir=str(tmp_path), test_loop=SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=('a',))))))
+    for truth in (dict(gt_instances=nothing), {}):
+        hook.after_test_iter(runner, 0, outputs=[
+            BaseDataElement(pred_instances=found, **truth)])
+        hook.after_test_epoch(runner)
+    assert not list(tmp_path.iterdir())
