@@ -51,6 +51,13 @@ class DetectionFiles:
                 annotation.update(segmentation=_encode(masks[i]), area=int(masks[i].sum()))
             self.annotations.append(annotation)
 
+    def extend(self, image: dict[str, Any], annotations: list[dict[str, Any]]) -> None:
+        """Add an image and its detections, with new ids."""
+        self.images.append(dict(image, id=len(self.images) + 1))
+        for one in annotations:
+            self.annotations.append(dict(one, id=len(self.annotations) + 1,
+                                         image_id=len(self.images)))
+
     def write_coco(self, path: Path) -> None:
         """Write images, categories, and annotations with ``score``; masks as RLE.
 

@@ -25,6 +25,7 @@ from . import checkpoints, visualization
 from .datasets import dataset_metainfo, dataset_registry, datasets_of_split
 from .datasets.completion import find_transforms
 from .datasets.findings import failure_reason, read_image_facts
+from .datasets.formats import IMAGE_SUFFIXES
 from .datasets.loading import loader_of
 from .detection_files import DetectionFiles
 from .engine import checks, fallbacks, speed
@@ -41,7 +42,6 @@ from .tiff import (
 )
 from .utils import LARGE_PICTURE, atomic_path, track_rows, writable_folder
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 SAVED = ('masks', 'coco', 'csv')
 """What can be written beside the drawn pictures."""
 TIFF_SUFFIXES = ('.tif', '.tiff')

@@ -146,6 +146,12 @@ class _Reader:
         self.report('numbers written as strings, read as numbers: ' + ', '.join(
             f'{count} × {name}' for name, count in Counter(read).items()), REPAIRED, read[:1])
         self.report('value that is no number', 'Correct it', unreadable, 'error')
+        self.report('id or name that is neither a number nor a text', 'Correct it', [
+            f'{key}: {name}={one[name]!r}' for key, names in (
+                ('images', ('id',)), ('categories', ('id', 'name')),
+                ('annotations', ('id', 'image_id', 'category_id')))
+            for one in self.content[key] for name in names if isinstance(one[name], (list, dict))],
+            'error')
         self.report('image without a size in pixels', 'Write its real width and height',
                     [f'id {one["id"]}: {one["width"]!r} × {one["height"]!r}'
                      for one in self.content['images']

@@ -72,7 +72,7 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     findings.unit = 'boxes'
     dataset_class = dataset_registry('mmdet').get(config['type'])
     content: dict[str, list] = {}
-    if any(c.__name__ == 'CocoDataset' for c in dataset_class.__mro__):
+    if config.get('ann_file') and any(c.__name__ == 'CocoDataset' for c in dataset_class.__mro__):
         path = os.path.join(config.get('data_root') or '', config['ann_file'])
         if sample is not None and os.path.getsize(path) > QUICK_CHECK_BYTES:
             findings.add(f'{path} is large and was skipped by this quick check',

@@ -25,7 +25,7 @@ from ..utils import atomic_path, describe, writable_folder
 SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
               test='test', trainval='train')
 """Names of folders and lists, and the split that they are."""
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 MAX_LOOKED_AT = 50
 
 
@@ -225,7 +225,7 @@ def _walk(folder: Path, suffixes: Sequence[str]) -> Iterator[Path]:
 
 def images_below(folder: str) -> list[str]:
     """The images below a folder, relative to it."""
-    return [os.path.relpath(path, folder) for path in _walk(Path(folder), SUFFIXES)]
+    return [os.path.relpath(path, folder) for path in _walk(Path(folder), IMAGE_SUFFIXES)]
 
 
 def _split_of(path: Path, root: Path) -> str:
@@ -236,7 +236,7 @@ def _split_of(path: Path, root: Path) -> str:
 
 def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in _walk(folder, SUFFIXES):
+    for path in _walk(folder, IMAGE_SUFFIXES):
         found.setdefault(path.stem, []).append(path)
     return found
 
@@ -336,7 +336,7 @@ def _read_yolo(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], list[
             with _reading(text, 'a list of names'):
                 names = [line.strip() for line in text.read_text(encoding='utf-8').splitlines()
                          if line.strip()]
-        for image in _walk(folder, SUFFIXES):
+        for image in _walk(folder, IMAGE_SUFFIXES):
             splits.setdefault(_split_of(image, folder), []).append(image)
     if not names:
         raise UserError(f'{path} has labels in YOLO format, but no names: add data.yaml with '
@@ -355,7 +355,7 @@ def _yolo_images(place: str, folder: Path, base: str | None, notes: list[str]) -
         for relative in (place, place.removeprefix('../'), place.removeprefix('./')):
             path = root / relative
             if path.is_dir():
-                return list(_walk(path, SUFFIXES))
+                return list(_walk(path, IMAGE_SUFFIXES))
             if path.is_file():
                 return [path.parent / line.strip() if not os.path.isabs(line.strip()) else Path(
                     line.strip()) for line in path.read_text(encoding='utf-8').splitlines()
@@ -469,7 +469,7 @@ def _labelme_image(content: dict, file: Path) -> Path | None:
     for image in (file.parent / name, file.parent / Path(name).name):
         if name and image.is_file():
             return image
-    for suffix in SUFFIXES:
+    for suffix in IMAGE_SUFFIXES:
         if file.with_suffix(suffix).is_file():
             return file.with_suffix(suffix)
     if not content.get('imageData'):
@@ -496,7 +496,7 @@ def convert_colors(masks: str, out: str, palette: Sequence[Sequence[int]]) -> in
     target, count = writable_folder(out), 0
     codes = np.array([(r << 16) + (g << 8) + b for r, g, b in palette])
     order = np.argsort(codes)
-    for path in _walk(Path(masks), (*SUFFIXES, '.gif')):
+    for path in _walk(Path(masks), (*IMAGE_SUFFIXES, '.gif')):
         with _reading(path, 'an image'), Image.open(path) as image:
             rgb = np.asarray(image.convert('RGB'), np.int64)
         code = (rgb[..., 0] << 16) + (rgb[..., 1] << 8) + rgb[..., 2]

@@ -76,7 +76,8 @@ def image_sizes(dataset: dict) -> Iterator[tuple[str, tuple[int, int]]]:
 
 def _location(dataset: dict) -> str:
     root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
-    return os.path.join(root, dataset.get('ann_file') or prefix.get('img_path') or '')
+    return os.path.join(root, dataset.get('ann_file') or prefix.get('img_path')
+                        or prefix.get('img') or '')
 
 
 def _report_duplicates(results: Sequence[Findings]) -> None:

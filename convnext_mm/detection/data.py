@@ -1,21 +1,31 @@
-"""mmdet's data set and metric in COCO format: labels by name, files repaired when read."""
+"""mmdet's data set and metric in COCO format: labels by name, files repaired when read.
+
+Also images without annotations, whose detections are written.
+"""
 from __future__ import annotations
 
 import functools
 import io
+import os
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmdet.datasets import coco as mmdet_coco
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import CocoMetric as MMDetCocoMetric
+from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
+from mmengine.structures import InstanceData
 
 from ..datasets.bad_files import require_images
 from ..datasets.coco import load_coco
+from ..datasets.formats import IMAGE_SUFFIXES
+from ..detection_files import DetectionFiles
+from ..errors import UserError
 from ..registry import DATASETS, METRICS
 
 
@@ -64,7 +74,14 @@ class CocoDataset(mmdet_coco.CocoDataset):
     COCOAPI: Any = NamedCOCO
 
     def load_data_list(self) -> list[dict]:
-        """The images with their objects; those of a test need no objects."""
+        """The images with their objects; those of a test need no objects, and no file."""
+        if self.test_mode and not self.ann_file:
+            folder = self.data_prefix.get('img') or '.'
+            paths = sorted(os.path.join(root, name) for root, _, names in os.walk(folder)
+                           for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+            self.cat_ids: list[int] = []
+            return require_images([dict(img_path=path, img_id=i, instances=[])
+                                   for i, path in enumerate(paths)], folder)
         self.COCOAPI = functools.partial(NamedCOCO, labelled=not self.test_mode)
         found = super().load_data_list()
         del self.COCOAPI  # the class's own again, which is pickled with the data set
@@ -96,7 +113,7 @@ class CocoMetric(MMDetCocoMetric):
         if ann_file is None:
             return
         with get_local_path(ann_file, backend_args=self.backend_args) as path:
-            self._coco_api = NamedCOCO(path, log=False)
+            self._coco_api = NamedCOCO(path, log=False, labelled=not self.format_only)
         if 'segm' in self.metrics:
             for one in self._coco_api.dataset['annotations']:
                 _ignore_without_polygon(one)
@@ -107,7 +124,10 @@ class CocoMetric(MMDetCocoMetric):
         pycocotools sorts the ids, while mmdet names the rows of its table by the order of labels.
         """
         if self._coco_api is not None:
-            ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
+            classes = self.dataset_meta['classes']
+            ids = self._coco_api.get_cat_ids(cat_names=classes)
+            if self.format_only and not self._coco_api.cats:  # a test's file may list images only
+                ids = list(range(1, len(classes) + 1))
             self.cat_ids = sorted(ids)
             rank = np.array([self.cat_ids.index(one) for one in ids], dtype=np.int64)
             results = [(truth, dict(found, labels=rank[found['labels']]))
@@ -124,3 +144,44 @@ def _ignore_without_polygon(annotation: dict) -> None:
     if isinstance(mask, list) and not any(len(polygon) >= 6 for polygon in mask):
         x, y, w, h = annotation['bbox']
         annotation.update(iscrowd=1, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+
+
+@METRICS.register_module()
+class DetectionWriter(BaseMetric):
+    """Writes the detections of images without annotations; there is nothing to compare with.
+
+    Args:
+        out_file: The JSON file in COCO format, see :meth:`DetectionFiles.write_coco`.
+        score_threshold: Detections with a lower score are left out.
+        kwargs: As for mmengine's BaseMetric.
+    """
+
+    def __init__(self, out_file: str, score_threshold: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.out_file, self.score_threshold = out_file, score_threshold
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Keep the detections of a batch."""
+        for sample in data_samples:
+            files = DetectionFiles(self.dataset_meta['classes'], self.score_threshold)
+            files.add(sample['img_path'], sample['ori_shape'],
+                      InstanceData(**sample['pred_instances']))
+            self.results.append((files.images[0], files.annotations))
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Write the file; there are no metrics.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        files = DetectionFiles(self.dataset_meta['classes'], self.score_threshold)
+        for image, annotations in results:
+            files.extend(image, annotations)
+        try:
+            Path(self.out_file).parent.mkdir(parents=True, exist_ok=True)
+            files.write_coco(Path(self.out_file))
+        except OSError as error:
+            raise UserError(f'cannot write {self.out_file}: {error.strerror or error}') from error
+        print_log(f'{len(files.annotations)} detections written to {self.out_file}',
+                  logger='current')
+        return {}

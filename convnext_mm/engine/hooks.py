@@ -145,6 +145,7 @@ class ResultsHook(Hook):
         """Let CocoMetrics compute the AP of each class."""
         self.precisions = keep_class_precisions(runner.test_evaluator)
 
+    @never_fatal
     def after_test_iter(self, runner, batch_idx: int, data_batch: Any = None,
                         outputs: Sequence | None = None) -> None:
         """Count the pixels or objects of each class that are predicted as another."""
@@ -152,7 +153,7 @@ class ResultsHook(Hook):
         for sample in outputs or ():
             if 'gt_sem_seg' in sample and 'pred_sem_seg' in sample:
                 counts = self._confused_pixels(sample, count)
-            elif 'gt_instances' in sample and 'bboxes' in sample.get('pred_instances', ()):
+            elif all('bboxes' in sample.get(key, ()) for key in ('gt_instances', 'pred_instances')):
                 counts = match_boxes(sample, count)
             else:
                 return

@@ -185,13 +185,14 @@ def _load_config(args: argparse.Namespace, notes: list[str] | None = None) -> Co
     args.config = find_recipe(args.config)
     if vars(args).get('migrate'):
         args.config = _migrate_old_config(args)
-    cfg = checks.read_config(args.config, dtype_options(args), notes)
+    options = dtype_options(args)
+    if args.work_dir:
+        options['work_dir'] = args.work_dir  # files of results are named below it
+    cfg = checks.read_config(args.config, options, notes)
     if 'launcher' in args:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
         cfg.launcher = args.launcher
-    if args.work_dir:
-        cfg.work_dir = args.work_dir
-    elif not cfg.get('work_dir'):
+    if not cfg.get('work_dir'):
         cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     return cfg
 

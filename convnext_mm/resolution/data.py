@@ -53,6 +53,7 @@ def dataset_type_and_reduce_zero_label(edits: Edits) -> None:
 
 
 COCO_TYPES = ('CocoDataset', 'convnext_mm.CocoDataset')
+COCO_METRICS = ('CocoMetric', 'convnext_mm.CocoMetric')
 
 
 def data_root_and_classes(edits: Edits) -> None:
@@ -317,30 +318,46 @@ def dataset_type_and_labels(edits: Edits) -> None:
 
 
 def test_data_and_annotations(edits: Edits) -> None:
-    """A test set may have no masks: they are then neither loaded nor compared."""
-    if edits.get('default_scope') != 'mmseg':
-        return
+    """A test set may have no annotations: they are then neither loaded nor compared.
+
+    Images without masks have no ``seg_map_path``, images without objects no ``ann_file``.
+    """
+    segments = edits.get('default_scope') == 'mmseg'
     metrics = metrics_of_split(edits.cfg, 'test')
+    format_only = bool(metrics) and all(one.get('format_only') for one in metrics)
+    folder = edits.get('work_dir') or os.path.join('work_dirs', os.path.splitext(
+        os.path.basename(edits.cfg.filename or 'test'))[0])
     for dataset in datasets_of_split(edits.cfg, 'test'):
         prefix = dataset.get('data_prefix')
-        images_only = isinstance(prefix, dict) and 'seg_map_path' in prefix and (
-            prefix['seg_map_path'] in (None, ''))
-        if images_only and prefix:
-            del prefix['seg_map_path']
-        if not images_only and not (metrics and all(one.get('format_only') for one in metrics)):
+        if segments:
+            images_only = isinstance(prefix, dict) and 'seg_map_path' in prefix and (
+                prefix['seg_map_path'] in (None, ''))
+            if images_only and prefix:
+                del prefix['seg_map_path']
+        else:
+            images_only = not dataset.get('ann_file') and dataset.get('type') in COCO_TYPES
+            if images_only:
+                dataset.update(type=COCO_TYPES[1], ann_file='')
+        if not images_only and not format_only:
             continue
         for path, steps in (('test_dataloader.dataset.pipeline', dataset.get('pipeline')),
                             ('tta_pipeline', edits.get('tta_pipeline'))):
             if _drop_loaders(steps or []):
-                edits.note(' load no masks: the test data has none', path)
-        for metric in metrics if images_only else ():
-            if metric.get('type') == 'IoUMetric' and not metric.get('format_only'):
-                folder = os.path.join(edits.get('work_dir') or os.path.join(
-                    'work_dirs', os.path.splitext(os.path.basename(edits.cfg.filename or 'test'))[0]
-                ), 'test_masks')
-                metric.update(format_only=True, output_dir=metric.get('output_dir') or folder)
-                edits.note(f'test_evaluator writes class maps to {metric["output_dir"]}: the test '
-                           'data has no masks')
+                edits.note(' load no annotations: the test data has none', path)
+        for metric in metrics:
+            if segments and images_only and metric.get('type') == 'IoUMetric' and (
+                    not metric.get('format_only')):
+                out = metric.get('output_dir') or os.path.join(folder, 'test_masks')
+                metric.update(format_only=True, output_dir=out)
+                edits.note(f'test_evaluator writes class maps to {out}: the test data has no masks')
+            elif images_only and metric.get('type') in COCO_METRICS:
+                out = os.path.join(folder, 'test_detections.json')
+                metric.clear()
+                metric.update(type='convnext_mm.DetectionWriter', out_file=out)
+                edits.note(f'test_evaluator writes detections to {out}: the test data has no '
+                           'annotations')
+            elif metric.get('type') in COCO_METRICS and not metric.get('outfile_prefix'):
+                metric['outfile_prefix'] = os.path.join(folder, 'test_detections')
 
 
 def _drop_loaders(steps: list) -> bool:

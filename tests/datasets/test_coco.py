@@ -62,6 +62,14 @@ def test_file_names_are_texts(name, tmp_path):
         load_coco(write(tmp_path / 'a.json', text))
 
 
+@pytest.mark.parametrize('key', ['images', 'categories', 'annotations'])
+def test_ids_are_numbers_or_texts(key, tmp_path):
+    text = content()
+    text[key][0]['id'] = [1]
+    with pytest.raises(UserError, match=rf'neither a number nor a text(?s:.*){key}: id=\[1\]'):
+        load_coco(write(tmp_path / 'a.json', text))
+
+
 def test_numbers_as_strings(tmp_path):
     text = content(id='1', image_id='1', category_id='1', bbox=['10', '10', '20.5', '20'],
                    area='400')

@@ -2,10 +2,13 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS, METRICS
+
+from convnext_mm import UserError
 
 CLASSES = ('ball', 'crate', 'star')
 
@@ -87,3 +90,45 @@ def test_objects_without_a_polygon_are_ignored_as_in_training(tmp_path):
             bboxes=torch.zeros(len(labels), 4), scores=torch.ones(len(labels)), labels=labels,
             masks=torch.from_numpy(kept)))])
     assert metric.evaluate(2)['coco/segm_mAP'] == 1
+
+
+def test_a_folder_of_images_is_a_test_set(tmp_path):
+    for name in ('day/b.JPG', 'a.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.zeros((8, 9, 3), np.uint8))
+    (tmp_path / 'notes.txt').write_text('')
+    config = dict(type='convnext_mm.CocoDataset', ann_file='', data_prefix=dict(img=str(tmp_path)),
+                  metainfo=dict(classes=CLASSES), _scope_='mmdet', pipeline=[
+                      dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])
+    dataset = DATASETS.build(dict(config, test_mode=True))
+    assert [dataset[i]['data_samples'].img_path for i in range(len(dataset))] == [
+        str(tmp_path / 'a.png'), str(tmp_path / 'day/b.JPG')]
+    with pytest.raises(UserError, match='none has no image'):
+        DATASETS.build(dict(config, data_prefix=dict(img=str(tmp_path / 'none')), test_mode=True))
+
+
+def test_detections_without_annotations_are_written(tmp_path):
+    file = tmp_path / 'new' / 'found.json'
+    metric = METRICS.build(dict(type='convnext_mm.DetectionWriter', out_file=str(file)))
+    metric.dataset_meta = dict(classes=CLASSES)
+    for name in ('a.jpg', 'b.jpg'):
+        metric.process({}, [dict(img_path=name, ori_shape=(100, 200), pred_instances=dict(
+            bboxes=torch.tensor([[10., 10, 30, 40], [0, 0, 5, 5]]), labels=torch.tensor([2, 0]),
+            scores=torch.tensor([0.9, 0.01])))])
+    assert metric.evaluate(2) == {}
+    content = json.loads(file.read_text())
+    assert [(one['id'], one['file_name']) for one in content['images']] == [
+        (1, 'a.jpg'), (2, 'b.jpg')]
+    assert [(one['id'], one['image_id'], one['category_id'], one['bbox'])
+            for one in content['annotations']] == [(1, 1, 3, [10, 10, 20, 30]),
+                                                   (2, 2, 3, [10, 10, 20, 30])]
+
+
+def test_a_list_of_images_without_categories_can_be_tested(tmp_path):
+    content = dict(annotations((0, 1, 2)))
+    path = write(tmp_path / 'a.json', dict(images=content['images']))
+    assert evaluate(path, 'convnext_mm.CocoMetric', format_only=True,
+                    outfile_prefix=str(tmp_path / 'found')) == {}
+    found = json.loads((tmp_path / 'found.bbox.json').read_text())
+    assert [(one['image_id'], one['category_id']) for one in found] == [
+        (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]

@@ -193,8 +193,8 @@ def test_test_data_without_annotations_has_no_table(tmp_path):
                          scores=torch.tensor([0.9]))
     runner = SimpleNamespace(work_dir=str(tmp_path), test_loop=SimpleNamespace(
         dataloader=SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=('a',))))))
-    for truth in (dict(gt_instances=nothing), {}):
-        hook.after_test_iter(runner, 0, outputs=[
+    for truth in (dict(gt_instances=nothing), dict(gt_instances=InstanceData()), {}):
+        hook.after_test_iter.__wrapped__(hook, runner, 0, outputs=[
             BaseDataElement(pred_instances=found, **truth)])
         hook.after_test_epoch(runner)
     assert not list(tmp_path.iterdir())

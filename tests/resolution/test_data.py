@@ -148,6 +148,21 @@ def test_a_test_without_masks_loads_none(resolved, text):
     assert cfg.test_evaluator.output_dir == folder
 
 
+@pytest.mark.parametrize('nothing', ["''", 'None'])
+def test_a_test_of_a_folder_of_images_writes_detections(resolved, nothing):
+    pytest.importorskip('mmdet')
+    cfg = resolved(DET + "classes = ('apple', 'pear')\nwork_dir = 'out'\n"
+                   f"test_dataloader = dict(dataset=dict(ann_file={nothing}, "
+                   "data_prefix=dict(img='photos')))\n", DETECTION)
+    assert cfg.test_dataloader.dataset.type == 'convnext_mm.CocoDataset'
+    assert 'LoadAnnotations' not in str(cfg.test_dataloader) + str(cfg.tta_pipeline)
+    assert 'LoadAnnotations' in str(cfg.val_dataloader)
+    assert cfg.test_evaluator == dict(type='convnext_mm.DetectionWriter',
+                                      out_file='out/test_detections.json')
+    assert cfg.val_evaluator.type == 'convnext_mm.CocoMetric'
+    assert any('writes detections to out/test_detections.json' in note for note in resolved.notes)
+
+
 @pytest.mark.parametrize(('name', 'text'), [
     ('data.yaml', 'names: [apple, pear]\nnc: 2\n'),
     ('data.yaml', 'names:\n  1: pear\n  0: apple\n'),
