@@ -69,8 +69,8 @@ def image_demo(args: argparse.Namespace) -> None:
     if segments and {'coco', 'csv'} & {*args.save}:
         raise UserError('--save coco and csv write detections, but this config is of '
                         f'{cfg.default_scope}. Use --save masks')
-    out = writable_folder(args.out)
     predict = Predictor(cfg, args.checkpoint, args.device)
+    out = writable_folder(args.out)  # of a model that cannot be loaded, no folder is left
     detections = DetectionFiles(predict.meta['classes'], args.score_threshold)
     failed = []
     with Progress(speed_estimate_period=600) as progress:

@@ -121,8 +121,7 @@ def draw_sample(sample: Any, meta: dict[str, Any], path: Path,
     if step > 1:
         image = image[::step, ::step].copy()  # so that the whole image can be freed
     image = to_picture(image)
-    classes = meta.get('classes') or ()
-    warn_about_fonts(tuple(classes))
+    classes = drawn_names(tuple(meta.get('classes') or ()))
     colors = class_colors(meta.get('palette'), len(classes))
     extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)  # boxes count pixels of the whole image
     plt = pyplot()
@@ -163,7 +162,7 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], path: Path) ->
         path: The PNG file to write.
     """
     plt = pyplot()
-    warn_about_fonts(tuple(classes))
+    classes = drawn_names(tuple(classes))
     count = len(classes)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=[min(4 + 0.4 * count, 40)] * 2)
@@ -188,7 +187,7 @@ def draw_bars(values: Sequence[float], classes: Sequence[str], title: str, path:
         path: The PNG file to write.
     """
     plt = pyplot()
-    warn_about_fonts(tuple(classes))
+    classes = drawn_names(tuple(classes))
     order = [i for i in np.argsort(values) if not math.isnan(values[i])]
     figure, axis = plt.subplots(figsize=(8, 1.5 + 0.3 * len(order)))
     axis.barh([classes[i] for i in order], [values[i] for i in order])
@@ -337,14 +336,33 @@ def wide_fonts() -> list[str]:
 
 
 @functools.cache
-def warn_about_fonts(names: tuple[str, ...]) -> None:
-    """Say once which names cannot be drawn with the fonts that are installed."""
-    wide = [name for name in names if any(ord(letter) > 0x2e7f for letter in name)]
-    if wide and not wide_fonts():
-        print_log(f'No installed font has the letters of class names such as {wide[0]}: pictures '
-                  'show boxes instead. Install one of '
-                  f'{", ".join(WIDE_FONTS[:3])} (Debian, Ubuntu: apt install fonts-noto-cjk), and '
-                  'delete ~/.cache/matplotlib', logger='current', level=logging.WARNING)
+def known_letters() -> frozenset[int]:
+    """The code points of the fonts that draw names."""
+    from matplotlib import font_manager
+    files = [font_manager.findfont(font_manager.FontProperties(family=[name]))
+             for name in ('sans-serif', *wide_fonts())]
+    return frozenset[int]().union(*(font_manager.get_font(one).get_charmap() for one in files))
+
+
+@functools.cache
+def drawn_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names as they are drawn: ``class 3`` for the fourth, if no installed font has its letters."""
+    drawn = tuple(name if known_letters() >= {ord(one) for one in name} else f'class {i}'
+                  for i, name in enumerate(names))
+    for name, instead in zip(names, drawn, strict=True):
+        if name != instead:
+            _warn_about_letters(name, instead)
+            break
+    return drawn
+
+
+@functools.cache
+def _warn_about_letters(name: str, instead: str) -> None:
+    """Say once that a name cannot be drawn."""
+    print_log(f'No installed font has the letters of class names such as {name}: pictures show '
+              f'"{instead}" instead. Install one of {", ".join(WIDE_FONTS[:3])} (Debian, Ubuntu: '
+              'apt install fonts-noto-cjk), and delete ~/.cache/matplotlib', logger='current',
+              level=logging.WARNING)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -231,6 +231,15 @@ def test_damaged_large_pictures_and_full_disks(checkpoints, tmp_path, monkeypatc
     assert f'Error: cannot write to the folder {tmp_path}/file/out: Not a directory' in done.stderr
 
 
+def test_a_broken_checkpoint_leaves_no_folder(tmp_path):
+    (tmp_path / 'bad.pth').write_text('bad')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    done = call_tool('tools/image_demo.py', tmp_path / 'a.png', DEMO_SEGMENTATION,
+                     tmp_path / 'bad.pth', '--out', tmp_path / 'new' / 'out')
+    assert 'Not a usable checkpoint' in done.stderr
+    assert not (tmp_path / 'new').exists()
+
+
 def test_weights_of_another_model_are_refused(checkpoints):
     with pytest.raises(UserError, match='does not fit the model of this config'):
         Predictor(read_config(DEMO_DETECTION, {'model.backbone.init_cfg': None}),

@@ -137,16 +137,26 @@ def test_colors_without_a_palette_are_distinct_and_stay():
     np.testing.assert_array_equal(drawn * 255, colors[:5])
 
 
-def test_names_without_a_font_are_reported_once(monkeypatch):
+def test_names_without_a_font_are_numbered_and_reported_once(monkeypatch):
     lines = []
     monkeypatch.setattr(visualization, 'print_log', lambda line, **kwargs: lines.append(line))
     monkeypatch.setattr(visualization, 'wide_fonts', lambda: [])
-    for names in (('car', 'Straße'), ('car', '道路'), ('car', '道路')):
-        visualization.warn_about_fonts(names)
+    monkeypatch.setattr(visualization, 'known_letters',
+                        visualization.known_letters.__wrapped__)
+    visualization.drawn_names.cache_clear()
+    visualization._warn_about_letters.cache_clear()
+    for names in (('car', 'Straße'), ('car', '道路', 'background'), ('car', '道路')):
+        drawn = visualization.drawn_names(names)
+    assert drawn == ('car', 'class 1')
+    assert visualization.drawn_names(('car', 'Straße')) == ('car', 'Straße')
     assert len(lines) == 1
-    assert 'class names such as 道路' in lines[0]
+    assert 'class names such as 道路: pictures show "class 1" instead. Install' in lines[0]
+    monkeypatch.setattr(visualization, 'known_letters', lambda: frozenset(map(ord, '行人')))
+    assert visualization.drawn_names(('行人',)) == ('行人',)
+    assert len(lines) == 1
+
+
+def test_a_font_with_chinese_letters_is_used(monkeypatch):
     monkeypatch.setattr(visualization, 'wide_fonts', lambda: ['SimHei'])
-    visualization.warn_about_fonts(('行人',))
-    assert len(lines) == 1
     plt = visualization.pyplot()
     assert plt.rcParams['font.family'] == ['sans-serif', 'SimHei']

@@ -108,6 +108,7 @@ class _Reader:
 
     def repair(self) -> None:
         self._read_strings()
+        self._check_ids()
         if any(problem.level == 'error' for problem in self.problems):
             return
         self._merge_categories()
@@ -146,17 +147,24 @@ class _Reader:
         self.report('numbers written as strings, read as numbers: ' + ', '.join(
             f'{count} × {name}' for name, count in Counter(read).items()), REPAIRED, read[:1])
         self.report('value that is no number', 'Correct it', unreadable, 'error')
-        self.report('id or name that is neither a number nor a text', 'Correct it', [
-            f'{key}: {name}={one[name]!r}' for key, names in (
-                ('images', ('id',)), ('categories', ('id', 'name')),
-                ('annotations', ('id', 'image_id', 'category_id')))
-            for one in self.content[key] for name in names if isinstance(one[name], (list, dict))],
-            'error')
         self.report('image without a size in pixels', 'Write its real width and height',
                     [f'id {one["id"]}: {one["width"]!r} × {one["height"]!r}'
                      for one in self.content['images']
                      if not _is_number(one['width']) or not _is_number(one['height'])
                      or min(one['width'], one['height']) <= 0], 'error')
+
+    def _check_ids(self) -> None:
+        """Ids of numbers or texts, each once."""
+        unusable = [f'{key}: {name}={one[name]!r}' for key, names in (
+            ('images', ('id',)), ('categories', ('id', 'name')),
+            ('annotations', ('id', 'image_id', 'category_id')))
+            for one in self.content[key] for name in names if isinstance(one[name], (list, dict))]
+        self.report('id or name that is neither a number nor a text', 'Correct it', unusable,
+                    'error')
+        for key, _ in REQUIRED if not unusable else ():
+            self.report(f'{key} with the same id', 'Give each a unique id', [
+                f'id {i}, {count} times' for i, count in Counter(
+                    one['id'] for one in self.content[key]).items() if count > 1], 'error')
 
     def _merge_categories(self) -> None:
         """Categories of one name: those without objects are dropped."""

@@ -179,6 +179,7 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
         if palette is not None:
             raise UserError('palette is set without classes: set classes=(...) as well, with one '
                             'name per color')
+        _set_palettes(cfg)
         return
     classes = class_names(classes, cfg.get('data_root'))
     if palette is not None:
@@ -191,15 +192,33 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
         old = [(dataset.get('metainfo') or {}).get('classes')
                for base in inherited for dataset in datasets_of_split(base, split)]
         for dataset in datasets_of_split(cfg, split):
-            own = (dataset.get('metainfo') or {}).get('classes')
+            before = dataset.get('metainfo') or {}
+            own = before.get('classes')
             if own is not None and own not in old and class_names(own) != classes:
                 raise UserError(f'classes={classes!r} contradicts {split}_dataloader.dataset.'
                                 f'metainfo.classes={tuple(own)!r}: remove one of them')
             # Without one, mmseg would draw random colors, and each picture others.
+            given = before.get('palette') or ()
             meta: dict[str, Sequence] = dict(classes=classes, palette=[
-                tuple(color) for color in palette or distinct_colors(len(classes))])
+                tuple(color) for color in palette or (
+                    given if len(given) == len(classes) else distinct_colors(len(classes)))])
             _replace_dataset_type(cfg, dataset, classes, inherited)
             dataset['metainfo'] = meta
+
+
+def _set_palettes(cfg: Config) -> None:
+    """Give data sets that name their classes themselves the colors that all pictures have."""
+    for split in SPLITS:
+        for dataset in datasets_of_split(cfg, split):
+            own = dataset.get('metainfo') or {}
+            if not own.get('classes') or own.get('palette'):
+                continue
+            names, kind = class_names(own['classes']), metainfo_of_type(dataset, cfg.default_scope)
+            colors = dict(zip(kind.get('classes') or (), kind.get('palette') or (), strict=False))
+            dataset['metainfo'] = dict(own, palette=[
+                tuple(color) for color in ([colors[name] for name in names]
+                                           if set(names) <= set(colors)
+                                           else distinct_colors(len(names)))])
 
 
 def _replace_dataset_type(cfg: Config, dataset: dict, classes: Sequence[str],

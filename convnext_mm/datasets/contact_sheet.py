@@ -52,8 +52,7 @@ def draw_contact_sheet(cfg: Config, path: Path, num_train: int = 8, num_val: int
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(4 * COLUMNS, 3.4 * rows + 0.8),
                                 squeeze=False)
     first = next(iter(datasets_of_split(cfg, 'train')), {})
-    classes = dataset_classes(first, cfg.default_scope)
-    visualization.warn_about_fonts(tuple(classes))
+    classes = visualization.drawn_names(dataset_classes(first, cfg.default_scope))
     palette = dataset_metainfo(first, cfg.default_scope).get('palette')
     colors = visualization.class_colors(palette, len(classes))
     drawn: Counter[int] = Counter()

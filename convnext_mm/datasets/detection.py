@@ -195,7 +195,9 @@ def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> N
                           (config.get('data_prefix') or {}).get('img', ''))
     findings.add('image missing or unreadable',
                  f'Images are expected in {folder or "."}, under the file_name in the annotation '
-                 'file: add them, or set data_prefix.img',
+                 'file: add them, or set data_prefix.img' + (
+                     ". A folder of images without annotations: ann_file=''"
+                     if findings.split == 'test' else ''),
                  where=[f'{file.path} ({file.error})' for file in files if file.error])
     findings.add('image whose size differs from the annotation file',
                  'Write the real width and height. If they are swapped, the image has an EXIF '
@@ -271,12 +273,7 @@ def _report_ids(content: dict[str, list], path: str, findings: Findings, cfg: Co
         findings.add('categories that are not in classes, whose boxes are ignored: ' +
                      ', '.join(unused[:12]) + (', …' if len(unused) > 12 else ''),
                      'Add them to classes if the model should learn them', 'note')
-    images = Counter(image['id'] for image in content['images'])
-    for key, ids in (('images', images),
-                     ('annotations', Counter(a['id'] for a in content['annotations'])),
-                     ('categories', Counter(c['id'] for c in content['categories']))):
-        findings.add(f'{key} with the same id', 'Give each a unique id',
-                     where=[f'id {i}, {n} times' for i, n in ids.items() if n > 1])
+    images = {image['id'] for image in content['images']}
     findings.add('annotation of an image that does not exist (image_id)',
                  'Add the image to images, or remove the annotation',
                  'warning', where=[f'id {a["id"]}: image_id {a["image_id"]}' for a in

@@ -179,7 +179,9 @@ def _report_files(pairs: list[ImageMaskPair], findings: Findings, palette: list)
                  where=[f'{p.image} ({p.image_error})' for p in pairs if p.image_error])
     findings.add('mask missing or unreadable',
                  'Each image needs a mask of the same name, which ends with seg_map_suffix: add '
-                 'the mask, or remove the image',
+                 'the mask, or remove the image' + (
+                     '. Test data without masks: seg_map_path=None in its data_prefix'
+                     if findings.split == 'test' else ''),
                  where=[f'{p.mask} ({p.mask_error})' for p in pairs if p.mask_error])
     findings.add('mask whose size differs from its image',
                  'Resize the mask to the size of the image, with nearest-neighbor interpolation. '

@@ -56,7 +56,8 @@ def read_config(path: str, options: dict[str, Any] | None = None,
         apply_options(cfg, options)
         check_toolbox(cfg)
         followed = resolve(cfg)
-    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError,
+            RecursionError) as error:
         if isinstance(error, UserError):
             raise
         given = ', '.join(f'{key}={value!r}' for key, value in (options or {}).items())

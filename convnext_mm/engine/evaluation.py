@@ -1,7 +1,9 @@
 """mmseg's IoUMetric on large class maps, exact and in less memory; detections of each class."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,40 @@ def count_in_blocks(evaluator: Evaluator) -> None:
         if getattr(count, '__module__', '') == 'mmseg.evaluation.metrics.iou_metric':
             metric.intersect_and_union = _in_blocks(count)
             metric.process = _in_8_bits(metric)
+
+
+def keep_folders(evaluator: Evaluator, dataset: Any) -> None:
+    """Let the IoUMetrics of an evaluator write class maps in the folders of the images, in place.
+
+    mmseg writes them by name, so that images of one name in two folders overwrite each other.
+    """
+    for metric in evaluator.metrics:
+        if type(metric).__name__ == 'IoUMetric' and metric.output_dir:
+            metric.process = _in_folders(metric, dataset)
+
+
+def _in_folders(metric: Any, dataset: Any) -> Callable[..., None]:
+    process, out = metric.process, metric.output_dir
+
+    def process_each(data_batch: Any, data_samples: Sequence[Any]) -> None:
+        for sample in data_samples:
+            metric.output_dir = os.path.join(out, path_below(sample['img_path'], dataset).parent)
+            os.makedirs(metric.output_dir, exist_ok=True)
+            process(data_batch, [sample])
+        metric.output_dir = out
+    return process_each
+
+
+def path_below(image: str, dataset: Any) -> Path:
+    """The path of an image below the folder of its data set's images; else its name."""
+    path = Path(os.path.abspath(image))
+    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', dataset)]
+    for part in parts:
+        prefix = getattr(part, 'data_prefix', None) or {}
+        root = os.path.abspath(prefix.get('img_path') or prefix.get('img') or '')
+        if path.is_relative_to(root):
+            return path.relative_to(root)
+    return Path(path.name)
 
 
 def _in_8_bits(metric: Any) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from mmengine.logging import print_log
 from ..datasets.loading import ImageLoader, loader_of
 from ..utils import LARGE_PICTURE, atomic_path
 from ..visualization import draw_bars, draw_confusion, draw_curves, draw_sample, read_log
-from .evaluation import keep_class_precisions, match_boxes
+from .evaluation import keep_class_precisions, match_boxes, path_below
 
 
 def never_fatal(draw: Callable) -> Callable:
@@ -250,7 +250,8 @@ class PredictionsHook(Hook):
         start = batch_idx * (loader.batch_size or 1)
         for index, sample in enumerate(outputs, start):
             if index % step == 0 and (count is None or index // step < count):
-                path = self._folder(runner) / self._name(sample.img_path, loader.dataset)
+                path = self._folder(runner) / path_below(
+                    sample.img_path, loader.dataset).with_suffix('.png')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draw_sample(sample, meta, path, width=self.width,
                             load=self._loader(steps, data_batch, index - start))
@@ -265,18 +266,6 @@ class PredictionsHook(Hook):
             return loader_of(steps)
         image = batch['inputs'][index].permute(1, 2, 0).cpu().numpy()
         return lambda path: image
-
-    @staticmethod
-    def _name(image: str, dataset: Any) -> Path:
-        """The name of an image's figure, with the folders below that of the images."""
-        path = Path(os.path.abspath(image))
-        parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', dataset)]
-        for part in parts:
-            prefix = getattr(part, 'data_prefix', None) or {}
-            root = os.path.abspath(prefix.get('img_path') or prefix.get('img') or '')
-            if path.is_relative_to(root):
-                return path.relative_to(root).with_suffix('.png')
-        return Path(path.name).with_suffix('.png')
 
     @master_only
     def after_test(self, runner) -> None:

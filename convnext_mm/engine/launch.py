@@ -93,7 +93,7 @@ def test(args: argparse.Namespace) -> dict[str, float]:
         # The toolboxes' hooks read images in their own way, and draw at their full size.
         cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(
             type='PredictionsHook', num_pictures=None, width=None,
-            folder=str(writable_folder(args.show_dir)))]
+            folder=str(args.show_dir))]
     if args.tta or cfg.get('test_time_augmentation'):  # set in the _ms recipes
         _use_tta(cfg)
     build_dump_metric = _dump_predictions(cfg, args.out) if args.out else None
@@ -101,6 +101,9 @@ def test(args: argparse.Namespace) -> dict[str, float]:
     with _build_runner(cfg, ('test',)) as runner:
         model: Any = unwrap_model(runner.model)  # from DistributedDataParallel and augmentation
         checkpoints.check_complete(model, args.checkpoint)
+        for folder in (args.show_dir, args.out if build_dump_metric is None else None):
+            if folder:
+                writable_folder(folder)
         speed.enable_packed_inference(model)
         if hasattr(model, 'progress') and is_first_process():
             model.progress = track_rows
@@ -262,7 +265,7 @@ def _dump_predictions(cfg: Config, out: str) -> Callable | None:
         UserError: The file name does not end in .pkl (mmdet).
     """
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.output_dir = str(writable_folder(out))
+        cfg.test_evaluator.output_dir = str(out)
         if cfg.test_evaluator.type == 'CityscapesMetric':  # it deletes them otherwise
             cfg.test_evaluator.keep_results = True
         return None

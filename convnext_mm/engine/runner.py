@@ -34,7 +34,7 @@ from ..utils import unwrap_model
 from . import speed
 from .changes import changed_settings
 from .distillation import DistillationHook
-from .evaluation import count_in_blocks
+from .evaluation import count_in_blocks, keep_folders
 from .fallbacks import CPUAmpOptimWrapper
 from .memory import memory_advice
 from .sharding import collect_state, shard_optimizer
@@ -161,6 +161,13 @@ class ConvNeXtRunner(Runner):
                                 else 'IterBasedTrainLoop')
             loop['type'] = LOOPS.get(getattr(loop['type'], '__name__', loop['type']), loop['type'])
         return super().build_train_loop(loop)
+
+    def build_test_loop(self, loop: Any) -> BaseLoop:
+        """Build the loop, whose class maps keep the folders of their images."""
+        built = super().build_test_loop(loop)
+        if hasattr(built, 'evaluator'):
+            keep_folders(built.evaluator, built.dataloader.dataset)
+        return built
 
     def _restore_seed(self) -> None:
         """Seed the run with its own seed, drawn or given, before data are shuffled with it."""

@@ -26,12 +26,14 @@ def apply_fast(cfg: Config) -> None:
     Segmentors inside of a wrapper return their logits (:func:`request_logits`).
 
     Raises:
-        UserError: A key is unknown, or contradicts or lacks another.
+        UserError: It is no dict, or a key is unknown, or contradicts or lacks another.
     """
     request_logits(cfg)
     fast = cfg.get('fast')
     if not fast:
         return
+    if not isinstance(fast, dict):
+        raise UserError(f'fast={fast!r} must be a dict, such as fast=dict(channels_last=True)')
     for key in fast:
         if key not in DEFAULTS:
             raise UserError(f'fast.{key} is unknown.'

@@ -102,6 +102,25 @@ def test_mmengine_completes_configs_in_a_new_process(tmp_path):
     assert run_tool(tmp_path / 'script.py').stdout.strip().endswith('3 data/mine')
 
 
+def test_data_sets_that_name_their_classes_have_the_same_colors_everywhere(load):
+    text = """
+_base_ = '{}'
+meta = dict(classes=('ball', 'crate'){})
+train_dataloader = dict(dataset=dict(ann_file='a.json', metainfo=meta))
+val_dataloader = dict(dataset=dict(ann_file='b.json', metainfo=meta))
+"""
+    recipe = DET.split("'")[1]
+    for dataset in datasets(load(text.format(recipe, ''))):
+        assert dataset.metainfo.palette == distinct_colors(2)
+    own = [(1, 2, 3), (4, 5, 6)]
+    for classes in ('', "classes = ('ball', 'crate')"):
+        for dataset in datasets(load(text.format(recipe, f', palette={own}') + classes)):
+            assert dataset.metainfo.palette == own
+    for dataset in datasets(load(text.format(recipe, '').replace("'ball', 'crate'",
+                                                                 "'car', 'person'"))):
+        assert dataset.metainfo.palette == [(0, 0, 142), (220, 20, 60)], "COCO's"
+
+
 def test_palette_and_mask_options_are_copied(load):
     cfg = load(SEG + '''palette = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]
 reduce_zero_label = False

@@ -1,4 +1,6 @@
-"""IoUMetric on large class maps."""
+"""Metrics on large class maps, and of each class."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ pytest.importorskip('mmseg')
 from mmseg.evaluation import IoUMetric
 
 from convnext_mm.engine import evaluation
-from convnext_mm.engine.evaluation import count_in_blocks, match_boxes
+from convnext_mm.engine.evaluation import count_in_blocks, keep_folders, match_boxes, path_below
 
 
 def areas(prediction: torch.Tensor, label: torch.Tensor, blocks: bool) -> list[torch.Tensor]:
@@ -96,3 +98,25 @@ def test_boxes_are_matched_once_and_those_of_their_class_first():
                                     labels=torch.tensor([one[1] for one in found]),
                                     scores=torch.tensor([one[2] for one in found])))
     assert match_boxes(sample, 2).tolist() == [[1, 0, 0], [1, 0, 1], [0, 2, 0]]
+
+
+def test_images_of_several_data_sets_keep_their_folders(tmp_path):
+    dataset = SimpleNamespace(datasets=[SimpleNamespace(data_prefix=dict(img=f'{tmp_path}/{name}'))
+                                        for name in ('one', 'two')])
+    assert str(path_below(f'{tmp_path}/two/day/a.jpg', dataset)) == 'day/a.jpg'
+    assert str(path_below('/elsewhere/a.jpg', dataset)) == 'a.jpg'
+    repeated = SimpleNamespace(dataset=dataset.datasets[0])
+    assert str(path_below(f'{tmp_path}/one/day/a.jpg', repeated)) == 'day/a.jpg'
+
+
+def test_class_maps_of_one_name_are_kept_apart(tmp_path):
+    metric = IoUMetric(output_dir=str(tmp_path / 'out'), format_only=True)
+    metric.dataset_meta = dict(classes=('a', 'b', 'c'))
+    evaluator = Evaluator(metric)
+    count_in_blocks(evaluator)
+    keep_folders(evaluator, SimpleNamespace(data_prefix=dict(img_path=str(tmp_path))))
+    for value, name in enumerate(('a.jpg', 'day/a.jpg', 'day/cloud/a.jpg')):
+        metric.process({}, [dict(img_path=str(tmp_path / name), pred_sem_seg=dict(
+            data=torch.full((1, 2, 2), value)))])
+    for value, name in enumerate(('a.png', 'day/a.png', 'day/cloud/a.png')):
+        assert np.asarray(Image.open(tmp_path / 'out' / name)).max() == value

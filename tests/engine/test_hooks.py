@@ -102,16 +102,6 @@ def test_figures_of_an_older_run_are_moved_away(tmp_path):
     hooks.PredictionsHook().before_run(runner)  # nothing to move
 
 
-def test_figures_of_several_data_sets_keep_their_folders(tmp_path):
-    dataset = SimpleNamespace(datasets=[SimpleNamespace(data_prefix=dict(img=f'{tmp_path}/{name}'))
-                                        for name in ('one', 'two')])
-    name = hooks.PredictionsHook._name
-    assert str(name(f'{tmp_path}/two/day/a.jpg', dataset)) == 'day/a.png'
-    assert str(name('/elsewhere/a.jpg', dataset)) == 'a.png'
-    repeated = SimpleNamespace(dataset=dataset.datasets[0])
-    assert str(name(f'{tmp_path}/one/day/a.jpg', repeated)) == 'day/a.png'
-
-
 def test_results_of_each_class_agree_with_mmseg(tmp_path):
     from mmseg.evaluation import IoUMetric
     generator = torch.Generator().manual_seed(0)

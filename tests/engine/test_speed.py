@@ -84,6 +84,7 @@ def test_triton_reaches_every_backbone_of_a_wrapped_model():
 
 @pytest.mark.parametrize(('text', 'message'), [
     ('fast = dict(chanels_last=True)', 'fast.chanels_last is unknown. Did you mean channels_l'),
+    ('fast = -1', 'fast=-1 must be a dict'),
     ('fast = dict(zzz=True)', 'fast.zzz is unknown. Its keys: channels_last, fused_optimizer'),
     ('fast = dict(cuda_graphs=True)', 'fast.cuda_graphs needs fast.compile'),
     ("fast = dict(cuda_graphs=True, compile=['backbone'], dynamic=True)", 'images of one size')])
