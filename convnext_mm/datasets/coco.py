@@ -129,7 +129,7 @@ class _Reader:
                                             'ignore'))):
             for one in self.content[key]:
                 for name in names:
-                    if not isinstance(one.get(name), str):
+                    if not isinstance(one.get(name), (str, list, dict)):
                         continue
                     number = _number(one[name])
                     if number is not None:

@@ -417,6 +417,10 @@ def _extent(polygons: list[list[float]]) -> list[float]:
 # ---- LabelMe
 
 
+LABELME_IGNORED = '__ignore__'
+"""The label that LabelMe's own converters leave out."""
+
+
 def _read_labelme(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], list[str]]:
     folder = path if path.is_dir() else path.parent
     splits: dict[str, list] = {}
@@ -440,6 +444,9 @@ def _labelme_items(content: dict, file: Path, notes: list[str]) -> list[Item]:
     boxes = set()
     for i, shape in enumerate(content['shapes']):
         points, kind = shape['points'], shape.get('shape_type') or 'polygon'
+        if shape['label'] == LABELME_IGNORED:
+            notes.append(f'{file}: an object of {LABELME_IGNORED}, which is no class, is left out')
+            continue
         if kind == 'rectangle' and len(points) >= 2:
             xs, ys = [p[0] for p in points], [p[1] for p in points]
             corners = [(min(xs), min(ys)), (max(xs), min(ys)), (max(xs), max(ys)),

@@ -175,8 +175,8 @@ class DetectionWriter(BaseMetric):
             UserError: The file cannot be written.
         """
         files = DetectionFiles(self.dataset_meta['classes'], self.score_threshold)
-        for image, annotations in results:
-            files.extend(image, annotations)
+        for image, found in results:
+            files.extend(image, found)
         try:
             Path(self.out_file).parent.mkdir(parents=True, exist_ok=True)
             files.write_coco(Path(self.out_file))

@@ -70,6 +70,12 @@ def test_ids_are_numbers_or_texts(key, tmp_path):
         load_coco(write(tmp_path / 'a.json', text))
 
 
+@pytest.mark.parametrize('name', ['area', 'iscrowd', 'ignore'])
+def test_lists_are_no_numbers(name, tmp_path):
+    with pytest.raises(UserError, match=rf'no number(?s:.*){name}=\[\]'):
+        load_coco(write(tmp_path / 'a.json', content(**{name: []})))
+
+
 def test_numbers_as_strings(tmp_path):
     text = content(id='1', image_id='1', category_id='1', bbox=['10', '10', '20.5', '20'],
                    area='400')

@@ -103,7 +103,8 @@ def test_labelme(tmp_path):
         dict(label='cup', points=[[30, 5], [40, 5], [40, 15]], shape_type='polygon', group_id=3),
         dict(label='box', points=[[50, 30], [10, 20]], shape_type='rectangle', group_id=None),
         dict(label='ball', points=[[30, 20], [40, 20]], shape_type='circle'),
-        dict(label='tip', points=[[3, 3]], shape_type='point')]
+        dict(label='tip', points=[[3, 3]], shape_type='point'),
+        dict(label='__ignore__', points=[[0, 0], [9, 9]], shape_type='rectangle')]
     write(tmp_path / 'a/1.json', json.dumps(dict(version='5', flags={}, shapes=shapes,
                                                  imagePath='..\\in.png', imageData=None)))
     write(tmp_path / 'a/2.json', json.dumps(dict(
@@ -120,6 +121,7 @@ def test_labelme(tmp_path):
     assert ball['bbox'] == pytest.approx([20, 10, 20, 20], abs=0.2)
     assert other['image_id'] == 2
     assert 'point of 1 points (tip)' in done.notes[0]
+    assert 'of __ignore__, which is no class, is left out' in done.notes[1]
 
 
 def test_what_is_not_converted(tmp_path):

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import DATASETS, METRICS
+from mmengine.registry import init_default_scope
 
 from convnext_mm import UserError
 
 CLASSES = ('ball', 'crate', 'star')
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Names without a scope are mmdet's, whatever ran before."""
+    init_default_scope('mmdet')
 
 
 def annotations(order: tuple[int, ...], first_id: int = 1) -> dict:

@@ -48,6 +48,25 @@ for name, optimizer in (('plain', None), ('sharded', {SHARDED!r})):
     assert {int(entry['step']) for entry in state.values()} == {16}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('task', 'small', 'errors'), [
+    ('segmentation', {'model.decode_head.channels': 32, 'model.auxiliary_head.channels': 32},
+     (1e-6, 1e-5)),
+    # Rounding decides which of nearly equal proposals are kept.
+    ('detection', {'model.neck.out_channels': 32}, (1e-3, 2e-2))])
+def test_gradients_of_recipes_are_those_of_the_whole_batch(task, small, errors, tmp_path):
+    small = {'model.backbone.depths': [1, 1, 1, 1], 'model.backbone.dims': [8, 16, 24, 32], **small}
+    output = processes.run(f'''
+from tests.runs import gradients
+print('errors', *gradients.compare({task!r}, {small!r}))
+''', tmp_path)
+    found = re.findall(r'^errors (\S+) (\S+)$', output, re.MULTILINE)
+    assert len(found) == 2
+    for loss, gradient in found:
+        assert float(loss) < errors[0]
+        assert 0 < float(gradient) < errors[1]
+
+
 RECIPE = '''
 from convnext_mm.engine.runner import ConvNeXtRunner
 ConvNeXtRunner._log_env = lambda self, cfg: None
