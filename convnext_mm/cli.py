@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import complexity, migration, prediction
+from . import complexity, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
-from .engine import datasets_cli, launch
+from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
 from .precision import DTYPES
@@ -137,15 +137,21 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('old', metavar='OLD.py', help='the old config')
-    parser.add_argument('new', metavar='NEW.py', nargs='?', help='the new config (OLD_new.py)')
-    parser.add_argument('--trust', action='store_true',
-                        help='execute the old config instead of reading it as data')
+    parser.add_argument('old', metavar='OLD', help='the old config, or a folder of old configs')
+    parser.add_argument('new', metavar='NEW', nargs='?', help='the new config (OLD_new.py), or '
+                        'the folder for the new configs (OLD_new)')
+    parser.add_argument('--trust', action='store_true', help='execute the old config instead of '
+                        'reading it as data, and import what it and --import name')
+    parser.add_argument('--import', dest='imports', action='append', default=[], metavar='MODULE',
+                        help='a module or .py file that registers types of your own; needs --trust; '
+                        'may be repeated')
 
 
 def _migrate(args: argparse.Namespace) -> None:
     old = Path(args.old)
-    print(migration.migrate(old, args.new or old.with_name(f'{old.stem}_new.py'), args.trust))
+    new = args.new or old.with_name(f'{old.stem}_new{old.suffix}')
+    convert = conversion.migrate_folder if old.is_dir() else conversion.migrate
+    print(convert(old, new, args.trust, args.imports))
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

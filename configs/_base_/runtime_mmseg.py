@@ -8,3 +8,4 @@ default_hooks = dict(
     visualization=dict(type='SegVisualizationHook'))
 log_processor = dict(by_epoch=False)
 tta_model = dict(type='SegTTAModel')
+env_cfg = dict(cudnn_benchmark=True)  # as the authors do: crops have one size

@@ -13,13 +13,22 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import (
+    METRICS,
+    MODELS,
+    PARAM_SCHEDULERS,
+    TRANSFORMS,
+    init_default_scope,
+)
 from torch import nn
 
 from ..backbone import ConvNeXt
 from ..errors import UserError
 from ..utils import describe
 from . import fallbacks
+
+
+SPLITS = ('train', 'val', 'test')
 
 
 class Parts(NamedTuple):
@@ -60,6 +69,56 @@ def build_parts(cfg: Config) -> Parts:
             wrapper = _build('optim_wrapper',
                              lambda: build_optim_wrapper(model, deepcopy(cfg.optim_wrapper)))
     return Parts(model, wrapper)
+
+
+def build_all(cfg: Config) -> Parts:
+    """Build the model, the optimizer wrapper, pipelines, evaluators and schedulers.
+
+    Args:
+        cfg: A resolved config; it stays as it is.
+
+    Raises:
+        UserError: One of them cannot be built; names its key of the config and the cause.
+    """
+    parts = build_parts(cfg)
+    cfg = deepcopy(cfg)
+    with _silently():
+        pipelines = {f'{split}_dataloader.dataset.pipeline': pipeline for split in SPLITS
+                     for pipeline in find_pipelines(cfg.get(f'{split}_dataloader') or {})}
+        pipelines['tta_pipeline'] = cfg.get('tta_pipeline') or []
+        for path, pipeline in pipelines.items():
+            for i, step in enumerate(pipeline):
+                _build(f'{path}.{i}', functools.partial(TRANSFORMS.build, step))
+        for split in SPLITS[1:]:
+            evaluators = cfg.get(f'{split}_evaluator') or []
+            for one in evaluators if isinstance(evaluators, list) else [evaluators]:
+                # Annotations are read when a run begins.
+                settings = dict(one, ann_file=None) if 'ann_file' in one else dict(one)
+                _build(f'{split}_evaluator', functools.partial(METRICS.build, settings))
+        if parts.optim_wrapper is not None:
+            _build_schedulers(cfg, parts.optim_wrapper.optimizer)
+    return parts
+
+
+def find_pipelines(node: Any) -> Iterator[list[dict[str, Any]]]:
+    """The pipelines of a data loader's data set and of those inside it."""
+    if isinstance(node, dict):
+        if isinstance(node.get('pipeline'), list):
+            yield node['pipeline']
+        for value in node.values():
+            yield from find_pipelines(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from find_pipelines(value)
+
+
+def _build_schedulers(cfg: Config, optimizer: torch.optim.Optimizer) -> None:
+    """Build the schedulers; they write to ``optimizer``."""
+    configs = cfg.get('param_scheduler') or []
+    for i, one in enumerate(configs if isinstance(configs, (list, tuple)) else [configs]):
+        settings = {k: v for k, v in one.items() if k != 'convert_to_iter_based'}
+        _build(f'param_scheduler.{i}', functools.partial(
+            PARAM_SCHEDULERS.build, settings, default_args=dict(optimizer=optimizer)))
 
 
 @torch.no_grad()

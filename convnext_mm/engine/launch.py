@@ -24,7 +24,7 @@ from ..datasets.findings import Findings, Problem
 from ..errors import UserError
 from ..precision import check_dtype
 from ..utils import atomic_path, is_first_process, track_rows, unwrap_model, writable_folder
-from . import checks, distillation, fallbacks, speed
+from . import checks, conversion, distillation, fallbacks, speed
 from .runner import ConvNeXtRunner
 from .summary import summarize
 
@@ -213,7 +213,7 @@ def _migrate_old_config(args: argparse.Namespace) -> str:
     old = Path(args.config)
     # In a subfolder, because mmengine dumps the complete config under this name to the work dir.
     new = Path(args.work_dir or Path('work_dirs', old.stem), 'migrated', old.name)
-    report = migration.migrate(old, new)
+    report = conversion.migrate(old, new)
     new.with_name('report.txt').write_text(report + '\n', encoding='utf-8')
     if is_first_process():
         print(report)

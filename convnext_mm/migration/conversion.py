@@ -12,10 +12,12 @@ from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
 from ..archs import ARCHS, Arch
-from ..bases import without_completion
+from ..bases import PACKAGES, config_folder, without_completion
 from ..errors import UserError
 from ..resolution.mmpretrain import map_backbone
+from ..utils import plain
 from .data import DataConverter
+from .own_parts import REPLACED_PACKAGES
 from .parsing import CONFIGS, REGISTER_HINT, OldConfig, merge
 from .schedule import convert_lr_config
 
@@ -39,10 +41,9 @@ VIS_BACKENDS: dict[str, str | None] = dict(
     WandbLoggerHook='WandbVisBackend', MMSegWandbHook='WandbVisBackend',
     MMDetWandbHook='WandbVisBackend', MlflowLoggerHook='MLflowVisBackend',
     ClearMLLoggerHook='ClearMLVisBackend', NeptuneLoggerHook='NeptuneVisBackend')
+LAYER_DECAY = ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimizerConstructor')
 CONSTRUCTORS: dict[str, str | None] = dict(
-    LearningRateDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
-    LayerDecayOptimizerConstructor='LearningRateDecayOptimizerConstructor',
-    DefaultOptimizerConstructor=None)
+    **dict.fromkeys(LAYER_DECAY, LAYER_DECAY[0]), DefaultOptimizerConstructor=None)
 UNNEEDED_KEYS = dict(gpu_ids='the launcher sets it', device='chosen automatically')
 
 
@@ -79,11 +80,17 @@ def convert_config(old: OldConfig) -> ConvertedConfig:
     scope = detect_scope(old)
     recipe = next((file for _, file in old.own_bases if file.parent == CONFIGS), None)
     same_name = CONFIGS / old.path.name
-    if recipe is None and same_name.is_file():
+    if recipe is None and same_name.is_file() and not has_model(old):
         recipe = same_name  # a config of the authors
     recipe = recipe or nearest_recipe(old, scope)
     bases = [recipe] if recipe else choose_fragments(old, scope)
     return Conversion(old, scope, bases).run()
+
+
+def has_model(old: OldConfig) -> bool:
+    """Whether an old config, with the bases that are there, defines a whole model."""
+    return 'type' in old.values.get('model', {}) and not any(
+        file.parent == CONFIGS or file.parent.name == 'models' for _, file in old.own_bases)
 
 
 def nearest_recipe(old: OldConfig, scope: str) -> Path | None:
@@ -141,9 +148,13 @@ def choose_fragments(old: OldConfig, scope: str) -> list[Path]:
 
 
 def uses_mixed_precision(values: dict[str, Any]) -> bool:
-    """Whether an old config trains in mixed precision, using PyTorch or apex."""
+    """Whether an old config trains in mixed precision, using PyTorch or apex.
+
+    An empty ``fp16`` does; ``fp16 = None`` does not.
+    """
     hook = values.get('optimizer_config') or {}
-    return bool(values.get('fp16')) or bool(hook.get('use_fp16')) or 'Fp16' in hook.get('type', '')
+    return (isinstance(values.get('fp16'), dict) or bool(hook.get('use_fp16'))
+            or 'Fp16' in hook.get('type', ''))
 
 
 def use_variants(old: Any, inherited: Any) -> None:
@@ -175,7 +186,8 @@ class Conversion:
         self.used_keys: set[str] = {'_base_'}
         # The kinds of bases whose values the old config has inherited too.
         self.shared_kinds = {file.parent.name for _, file in old.own_bases}
-        if any(base.parent == CONFIGS for base in bases):
+        if any(base.parent == CONFIGS for base in bases) and (
+                not old.own_bases or CONFIGS.name in self.shared_kinds):
             self.shared_kinds |= {'models', 'schedules'}
 
     def run(self) -> ConvertedConfig:
@@ -187,10 +199,13 @@ class Conversion:
         for name, file in self.old.own_bases:
             if file.parent.name == '_base_':  # the runtime, which is different for each toolbox
                 file = file.with_name(f'runtime_{self.scope}.py')
-            self.add_row(f'_base_ {name}', f'{file.relative_to(CONFIGS.parent)} of this package')
+            ours = file.is_relative_to(CONFIGS)
+            self.add_row(f'_base_ {name}', f'{shown_base(file)} of ' + (
+                'this package' if ours else f'the installed {self.scope}'), '' if ours else
+                'not found: the current file of that name stands for it, which may have other '
+                'values')
         if not self.old.own_bases:
-            self.add_row('(no _base_)', 'inherits ' + ', '.join(
-                str(base.relative_to(CONFIGS.parent)) for base in self.bases))
+            self.add_row('(no _base_)', 'inherits ' + ', '.join(map(shown_base, self.bases)))
         self.convert_model()
         self.convert_schedule()
         self.convert_optimizer()
@@ -220,19 +235,25 @@ class Conversion:
                 model[key] = self.use_key(key) or {}
                 self.add_row(key, f'model.{key}')
         inherited = self.target.get('model') or {}
-        if 'type' in model and 'models' not in self.shared_kinds:  # the old model is complete
+        use_variants(model, inherited)
+        if has_model(self.old):  # the old model is complete
             inherited = {k: v for k, v in inherited.items() if k == 'data_preprocessor'}
+        else:
+            self.complete_model(model, inherited)
         pretrained = model.pop('pretrained', None)
         if 'pretrained' in model.get('backbone', {}):
             pretrained = model['backbone'].pop('pretrained') or pretrained
         if model.get('backbone'):
             model['backbone'] = self.convert_backbone(model['backbone'])
-        use_variants(model, inherited)
         self.fill_box_heads(model, inherited)
         if pretrained:
             model.setdefault('backbone', {})['init_cfg'] = dict(
                 type='Pretrained', checkpoint=pretrained)
             self.add_row('model.pretrained', 'model.backbone.init_cfg')
+        recipe = CONFIGS / self.old.path.name
+        if has_model(self.old) and recipe.is_file() and not pretrained:
+            init_cfg = load_bases([recipe])['model']['backbone'].get('init_cfg')
+            inherited = dict(inherited, backbone=dict(init_cfg=init_cfg))
         merged = merge(inherited, model)
         if merged.get('backbone'):
             merged['backbone'] = use_arch_name(merged['backbone'])
@@ -252,6 +273,28 @@ class Conversion:
                                 f'in {self.scope}. {REGISTER_HINT}')
         if model:
             self.add_row('model', 'model')
+
+    def complete_model(self, model: dict, inherited: dict) -> None:
+        """Add what a missing base says: the size of the backbone, and testing of whole images."""
+        backbone, stem = model.get('backbone') or {}, self.old.path.stem
+        reader = model.get('decode_head') or model.get('neck') or {}
+        given = reader.get('in_channels') if isinstance(reader, dict) else None
+        known = {name: arch for name, arch in ARCHS.items() if not arch.use_grn}
+        word = next((name for name in sorted(known, key=len, reverse=True) if name in stem), None)
+        fits = [name for name, arch in known.items() if list(arch.dims) == plain(given)]
+        current = (inherited.get('backbone') or {}).get('arch', 'tiny')
+        if (not {'arch', 'depths', 'dims', '_delete_'} & backbone.keys() and fits
+                and inherited.get('backbone', {}).get('type') == 'ConvNeXt'
+                and (current not in fits or word not in (None, current))):
+            arch = word if word in fits else fits[0]
+            model['backbone'] = dict(backbone, arch=arch)
+            self.add_row('(no model.backbone)', f'arch={arch!r}', 'its base is missing: the size '
+                         'is that of model.decode_head or model.neck and of the name of the file')
+        names = {name.rsplit('/', 1)[-1] for name, _ in self.old.own_bases}
+        if 'upernet_convnext.py' in names and 'test_cfg' not in {**model, **self.values}:
+            model['test_cfg'] = dict(_delete_=True, mode='whole')
+            self.add_row('_base_ upernet_convnext.py', "model.test_cfg.mode='whole', as in the "
+                         "authors' and mmseg's file of that name")
 
     def convert_backbone(self, old: dict) -> dict:
         """Convert the ConvNeXt of mmcls, mmpretrain or the authors to ours."""
@@ -275,6 +318,8 @@ class Conversion:
     def fill_box_heads(self, model: dict, inherited: dict) -> None:
         """Repeat the last box head if there are fewer than the inherited cascade has stages."""
         roi_head = model.get('roi_head') or {}
+        if not isinstance(roi_head, dict):
+            return
         heads = roi_head.get('bbox_head')
         stages = (inherited.get('roi_head') or {}).get('bbox_head')
         if isinstance(heads, list) and isinstance(stages, list) and 0 < len(heads) < len(stages):
@@ -364,6 +409,11 @@ class Conversion:
             optimizer = merge({'x': base}, {'x': given})['x']
             constructor = optimizer.pop('constructor', None)
             paramwise = optimizer.pop('paramwise_cfg', None)
+            if constructor in LAYER_DECAY and 'layer_decay_rate' in (paramwise or {}):
+                paramwise['decay_rate'] = paramwise.pop('layer_decay_rate')
+                self.add_row('optimizer.paramwise_cfg.layer_decay_rate', 'decay_rate')
+            if constructor == 'LayerDecayOptimizerConstructor' and paramwise:
+                paramwise.setdefault('decay_type', 'layer_wise')
             if constructor not in CONSTRUCTORS and constructor and import_module(
                     f'{self.scope}.registry').OPTIM_WRAPPER_CONSTRUCTORS.get(constructor) is None:
                 raise UserError(f'{self.old.path}: optimizer.constructor={constructor!r} is not '
@@ -398,7 +448,9 @@ class Conversion:
             wrapper = {k: v for k, v in wrapper.items() if k != 'loss_scale'}
             wrapper['type'] = 'AmpOptimWrapper' if amp else 'OptimWrapper'
             if amp:
-                wrapper['loss_scale'] = (fp16 or hook).get('loss_scale', 'dynamic')
+                # The default of mmcv's hook; apex, which use_fp16 stands for, scales dynamically.
+                default = 'dynamic' if hook.get('use_fp16') else 512.0
+                wrapper['loss_scale'] = {**hook, **(fp16 or {})}.get('loss_scale', default)
             self.add_row(' and '.join(keys), 'optim_wrapper.type=' + wrapper['type'])
         key = 'update_interval' if 'update_interval' in hook else 'cumulative_iters'
         if (hook.get(key) or 1) > 1:
@@ -494,20 +546,32 @@ class Conversion:
                          'the loss on the validation set is no longer computed')
         imports = self.use_key('custom_imports', {}).get('imports', ())
         kept = [name for name in ([imports] if isinstance(imports, str) else imports)
-                if not name.startswith(('mmcls', 'mmpretrain', 'mmcv_custom'))]
+                if name.partition('.')[0] not in REPLACED_PACKAGES]
         if kept:
             self.target['custom_imports'] = dict(imports=['convnext_mm', *kept],
                                                  allow_failed_imports=False)
             self.add_row('custom_imports', f'custom_imports: {", ".join(kept)}',
                          'code for mmcv 0.x or 1.x may need changes')
-        custom_hooks = self.use_key('custom_hooks') or []
-        for hook in custom_hooks:
-            if import_module(f'{self.scope}.registry').HOOKS.get(hook['type']) is None:
-                raise UserError(f'{self.old.path}: custom_hooks type {hook["type"]!r} is not '
-                                f'registered in {self.scope}. {REGISTER_HINT}')
+        custom_hooks = []
+        for hook in self.use_key('custom_hooks') or []:
+            if self.is_hook(hook):
+                custom_hooks.append(hook)
+            else:
+                self.add_row(f'custom_hooks {hook.get("type")}', 'left out', 'look at it: it is '
+                             'not registered, or takes other arguments now. '
+                             + REGISTER_HINT)
         if custom_hooks:
             self.target['custom_hooks'] = [*self.target.get('custom_hooks', []), *custom_hooks]
             self.add_row('custom_hooks', 'custom_hooks, after ours')
+
+    def is_hook(self, config: dict) -> bool:
+        """Whether a hook can be built."""
+        settings = {key: value for key, value in config.items() if key != 'priority'}
+        try:
+            import_module(f'{self.scope}.registry').HOOKS.build(settings)
+        except Exception:  # a hook can raise anything
+            return False
+        return True
 
     def convert_log_config(self, old: dict) -> None:
         """Convert ``log_config`` to the logger's interval and the visualizer's backends."""
@@ -517,10 +581,10 @@ class Conversion:
         backends: list[dict[str, Any]] = [dict(type='LocalVisBackend')]
         for hook in old.get('hooks', ()):
             kind = hook.get('type')
-            if kind not in VIS_BACKENDS:
-                raise UserError(f'{self.old.path}: unknown log_config.hooks type {kind!r}; '
-                                f'expected one of {", ".join(VIS_BACKENDS)}')
-            backend = VIS_BACKENDS[kind]
+            backend = VIS_BACKENDS.get(kind)
+            if kind not in VIS_BACKENDS and 'TextLogger' not in str(kind):
+                self.add_row(f'log_config.hooks {kind}', 'left out', 'look at it: it is not known '
+                             f'here. Known are {", ".join(VIS_BACKENDS)}')
             if backend:
                 backends.append(dict(type=backend, **{
                     key: hook[key] for key in ('init_kwargs',) if key in hook}))
@@ -546,11 +610,10 @@ class Conversion:
 
 def load_bases(bases: list[Path]) -> dict[str, Any]:
     """Merge the values of several config files."""
-    merged: dict[str, Any] = {}
-    for file in bases:
-        with without_completion():
-            merged = merge(merged, Config.fromfile(file, import_custom_modules=False).to_dict())
-    return merged
+    names = [relative_base(base, CONFIGS) if not base.is_relative_to(CONFIGS) else str(base)
+             for base in bases]
+    with without_completion():
+        return Config.fromstring(f'_base_ = {names!r}', '.py').to_dict()
 
 
 def use_arch_name(backbone: dict) -> dict:
@@ -598,7 +661,18 @@ def _contains(container: Any, value: Any) -> bool:
     return False
 
 
+def shown_base(path: Path) -> str:
+    """A base as ``configs/…`` of this package, or as ``mmseg::…`` of a toolbox."""
+    if path.is_relative_to(CONFIGS):
+        return str(path.relative_to(CONFIGS.parent))
+    folders = {name: folder for name in PACKAGES if (folder := config_folder(name))}
+    return next(f'{name}::{path.relative_to(folder)}' for name, folder in folders.items()
+                if path.is_relative_to(folder))
+
+
 def relative_base(path: Path, folder: Path) -> str:
     """Return ``path`` as ``_base_`` of a config in ``folder``."""
+    if not path.is_relative_to(CONFIGS):
+        return shown_base(path)
     text = os.path.relpath(path, folder)
     return text if text.startswith('.') else f'./{text}'

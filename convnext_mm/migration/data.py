@@ -36,6 +36,7 @@ class ConversionState(Protocol):
 
     old: OldConfig
     scope: str
+    inherited: dict[str, Any]
     target: dict[str, Any]
 
     def add_row(self, old: str, new: str, warning: str = '') -> None:
@@ -89,6 +90,10 @@ class DataConverter:
                     'samples_per_gpu', 'drop_last') else f'{new_key} of all dataloaders')
         if self.scope == 'mmdet':
             self._update_evaluators()
+        elif data.get('samples_per_gpu') == 1:
+            self.conversion.add_row('data.samples_per_gpu', 'train_dataloader.batch_size', 'heads '
+                                    'that pool the image need several GPUs, or '
+                                    "norm_cfg=dict(type='GN', num_groups=32)")
         self._add_tta()
 
     def _refuse_key(self, key: str, known: Iterable[str]) -> NoReturn:
@@ -224,8 +229,23 @@ class DataConverter:
         return pipeline.steps
 
     def _add_tta(self) -> None:
-        """Test with augmentation where the old test pipeline had several scales or flips."""
+        """Test with augmentation where the old test pipeline had several scales or flips.
+
+        Otherwise the recipe's augmentation, which --tta switches on, follows the old test scale.
+        """
+        inherited = self.conversion.inherited.get('test_dataloader', {})
+        scale = next((step['scale'] for step in inherited.get('dataset', {}).get('pipeline', ())
+                      if step['type'] == 'Resize'), None)
+        augment = next((step['transforms'] for step in self.target.get('tta_pipeline') or ()
+                        if step['type'] == 'TestTimeAug'), None)
         for pipeline in self.test_pipelines:
+            old_scale = pipeline.augmentation['scales'][0]
+            if scale and augment and old_scale != scale:
+                ratios = [step['scale'][0] / scale[0] for step in augment[0]]
+                self.target['tta_pipeline'] = tta_pipeline(dict(
+                    pipeline.augmentation, flip=len(augment[1]) > 1, scales=[
+                        tuple(round(side * ratio) for side in old_scale) for ratio in ratios]),
+                    pipeline.steps)
             if pipeline.augmentation['flip'] or len(pipeline.augmentation['scales']) > 1:
                 self.target['tta_pipeline'] = tta_pipeline(pipeline.augmentation, pipeline.steps)
                 self.target['test_time_augmentation'] = True

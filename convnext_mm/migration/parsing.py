@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from ..bases import config_folder
 from ..errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -32,8 +33,8 @@ BASE_ALIASES = {
     **{f'schedule_{name}.py': 'schedule_160k.py' for name in ('20k', '40k', '80k', '320k')}}
 """Old base files that ours replace under another name. The length of a schedule is kept."""
 
-REGISTER_HINT = ('Replace or remove it, or import its module in the old config and convert that '
-                 'with --trust of tools/migrate_config.py.')
+REGISTER_HINT = ('Replace or remove it, or give the module that registers it, in the style of '
+                 'mmengine: --trust --import MODULE of tools/migrate_config.py.')
 """What to do about a type that is not registered; ends an error message."""
 
 FUNCTIONS: dict[str, Callable] = {f.__name__: f for f in (
@@ -53,7 +54,8 @@ class OldConfig(NamedTuple):
     Args:
         path: The config file.
         values: The merged values. ``_delete_`` stays in dicts that must replace those of our bases.
-        own_bases: Bases that our fragments or recipes replace: name in the config, our file.
+        own_bases: Bases that are not there: name in the config, the file that replaces it, which is
+            one of ours, or of the installed toolbox.
     """
 
     path: Path
@@ -249,11 +251,14 @@ def _base_names(tree: ast.Module, path: Path) -> list[str]:
 
 
 def _find_own_base(name: str, path: Path) -> Path:
-    """Our file that replaces a base which is missing or ours."""
+    """The file that replaces a base which is missing or ours: ours, or the toolbox's own."""
     filename = name.replace('\\', '/').rsplit('/', 1)[-1]
     filename = BASE_ALIASES.get(filename, filename)
     matches = [match for pattern in ('_base_/*/', '_base_/', '')
                for match in sorted(CONFIGS.glob(pattern + filename))]
+    if not matches:  # a base of mmseg or mmdet, whose current version is installed
+        matches = [match for folder in map(config_folder, ('mmseg', 'mmdet')) if folder
+                   for match in sorted(folder.glob(f'_base_/*/{filename}'))]
     if not matches:
         known = sorted(p.name for p in CONFIGS.glob('_base_/*/*.py'))
         raise UserError(f'{path}: base {name} not found at {(path.parent / name).resolve()}. Put '

@@ -1,6 +1,7 @@
 """Writes a converted config: our files as bases, and the values that differ from them."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,31 @@ from ..resolution import resolve
 from ..resolution.mmpretrain import PACKAGES, imports_of, uses
 from ..utils import atomic_path, describe, plain
 from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
-from .parsing import check_is_data, find_styles, old_keys, parse_config
+from .own_parts import import_own_parts
+from .parsing import OldConfig, check_is_data, find_styles, old_keys, parse_config
 
+Check = Callable[[Path, OldConfig | None], None]
 PIPELINES = ('train_pipeline', 'test_pipeline')
 
 
-def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
+def migrate(source: str | Path, target: str | Path, trust: bool = False,
+            imports: Sequence[str] = (), check: Check | None = None) -> str:
     """Convert a config file for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, to a new one.
 
     Args:
         source: The old file.
         target: The new file. It is not written if the conversion fails.
-        trust: Execute the old file instead of reading it as data.
+        trust: Execute the old file instead of reading it as data, and import the modules that it
+            and ``imports`` name.
+        imports: Modules or ``.py`` files that register types which the old config uses.
+        check: Called with the new file before it is in place, and with the old config.
 
     Returns:
         The report as text.
 
     Raises:
         UserError: The old config cannot be converted as a whole, needs no conversion, or
-            ``target`` is the same file.
+            ``target`` is the same file; ``check`` raises it.
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
@@ -39,9 +46,10 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
     try:
         old_keys(source)  # refuses a mix of styles
         if find_styles(source).is_current:
-            return _migrate_current(source, target, trust)
-        converted = convert_config(parse_config(source, trust))
-        _write(target, format_config(converted, source, target), converted.target)
+            return _migrate_current(source, target, trust, check)
+        old = parse_config(source, trust)
+        converted = convert_config(import_own_parts(old, imports, trust))
+        _write(target, format_config(converted, source, target), converted.target, check, old)
         return format_report(converted.rows, source, target)
     except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -50,7 +58,7 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False) -> str:
                         f'its key takes ({describe(error)})') from error
 
 
-def _migrate_current(source: Path, target: Path, trust: bool) -> str:
+def _migrate_current(source: Path, target: Path, trust: bool, check: Check | None) -> str:
     """Write a config in mmengine's style with our ConvNeXt for mmpretrain's.
 
     Nothing is inherited any more: the file has all values, those of the bases included, as they are
@@ -70,12 +78,13 @@ def _migrate_current(source: Path, target: Path, trust: bool) -> str:
     rows += [ReportRow('(resolved)', line) for line in resolve(cfg)]
     values = cfg.to_dict()
     _write(target, f'# Converted from {source.name} and all that it inherits.\n'
-           + _format_values(values) + '\n', values)
+           + _format_values(values) + '\n', values, check)
     return format_report(rows, source, target)
 
 
-def _write(target: Path, text: str, values: dict[str, Any]) -> None:
-    """Write a config and check that it has these values when it is read."""
+def _write(target: Path, text: str, values: dict[str, Any], check: Check | None = None,
+           old: OldConfig | None = None) -> None:
+    """Write a config and check that it has these values when it is read, and can be built."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(target) as part:
         part.write_text(text, encoding='utf-8')
@@ -85,6 +94,8 @@ def _write(target: Path, text: str, values: dict[str, Any]) -> None:
             and plain(written.get(key)) != plain(values.get(key)))
         if different:  # a bug in this module: the new file would train differently
             raise RuntimeError(f'The written config differs in {", ".join(different)}')
+        if check:
+            check(part, old)
 
 
 def read_file(path: Path) -> Config:
@@ -127,8 +138,8 @@ def difference(base: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
         inherited = base.get(key)
         if key in base and plain(inherited) == plain(value):
             continue
-        if isinstance(value, dict) and isinstance(inherited, dict):
-            if inherited.keys() - value.keys():
+        if isinstance(value, dict) and key in base:
+            if not isinstance(inherited, dict) or inherited.keys() - value.keys():
                 own[key] = dict(value, _delete_=True)
             else:
                 own[key] = difference(inherited, value)

@@ -20,8 +20,9 @@ OWN_ARGUMENTS = frozenset(inspect.signature(ConvNeXt).parameters)
 
 SAME_HERE: dict[str, tuple[Any, ...]] = dict(
     stem_patch_size=(4,), act_cfg=(dict(type='GELU'),), gap_before_final_norm=(False,),
-    norm_cfg=(dict(type='LN2d', eps=1e-6), dict(type='LN2d', eps=1e-6, requires_grad=True)),
-    linear_pw_conv=(True, False))
+    norm_cfg=tuple(dict(type=kind, eps=1e-6, **more) for kind in ('LN2d', 'LN')
+                   for more in ({}, dict(requires_grad=True))),
+    linear_pw_conv=(True, False), kernel_size=(7,), num_stages=(4,))
 """Arguments that ours does not have, and their values that compute the same.
 
 Pointwise convolutions and linear layers have the same numbers; checkpoints of both load.
