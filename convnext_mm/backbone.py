@@ -35,7 +35,8 @@ class ConvNeXt(BaseModule):
         drop_path_rate: Drop path rate of the last block; rises linearly from 0 in the first.
         layer_scale_init_value: Initial layer scale; 0: no layer scale. Default: 1e-6, or 0 with
             ``use_grn``.
-        out_indices: Stages whose feature maps are returned, in ascending order; -1 is the last.
+        out_indices: Stages whose feature maps are returned, in ascending order, or one stage; -1
+            is the last.
             Stages after the last of them are not built. Default: all.
         frozen_stages: -1: none, 0: the stem, n: the stem and n stages have no gradients and stay
             in eval mode.
@@ -74,7 +75,7 @@ class ConvNeXt(BaseModule):
                  use_grn: bool | None = None,
                  drop_path_rate: float = 0.0,
                  layer_scale_init_value: float | None = None,
-                 out_indices: Sequence[int] | None = None,
+                 out_indices: int | Sequence[int] | None = None,
                  frozen_stages: int = -1,
                  with_cp: bool | Sequence[int] | Sequence[bool] = False,
                  norm_eval: bool = False,

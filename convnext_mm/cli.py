@@ -143,7 +143,7 @@ def _add_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--trust', action='store_true', help='execute the old config instead of '
                         'reading it as data, and import what it and --import name')
     parser.add_argument('--import', dest='imports', action='append', default=[], metavar='MODULE',
-                        help='a module or .py file that registers types of your own; needs --trust; '
+                        help='a module or .py file that registers types of your own, with --trust; '
                         'may be repeated')
 
 

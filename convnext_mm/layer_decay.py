@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+EMBEDDINGS = ('cls_token', 'mask_token', 'pos_embed')
+"""Parameters of a backbone beside its layers, which come first."""
+
 
 class Rule(NamedTuple):
     """How a backbone's parameters are ordered.
@@ -23,6 +26,8 @@ class Rule(NamedTuple):
 
 def convnext_layer_id(name: str, num_layers: int) -> int:
     """Depth of a ConvNeXt parameter in ``layer_wise`` decay.
+
+    Embeddings that a subclass adds (:data:`EMBEDDINGS`) are part of the stem.
 
     The first two stages are one layer each, three blocks of the third stage form a layer, and the
     fourth stage (and any after it) is one layer. Output norms come last, as do neck and heads.
@@ -40,7 +45,7 @@ def convnext_layer_id(name: str, num_layers: int) -> int:
     if part[0] == 'stages':
         stage, block = int(part[1]), int(part[2])
         return (1, 2, 3 + block // 3, num_layers)[min(stage, 3)]
-    return num_layers + 1
+    return 0 if name in EMBEDDINGS else num_layers + 1
 
 
 def convnext_stage_id(name: str, num_layers: int) -> int:
@@ -58,7 +63,7 @@ def convnext_stage_id(name: str, num_layers: int) -> int:
         return 0
     if part[0] == 'stages':
         return int(part[1]) + 1
-    return num_layers + 1
+    return 0 if name in EMBEDDINGS else num_layers + 1
 
 
 def convnext_block_id(name: str, depths: Sequence[int]) -> int:
@@ -74,7 +79,7 @@ def convnext_block_id(name: str, depths: Sequence[int]) -> int:
     """
     part = name.split('.')
     if part[0] not in ('downsample_layers', 'stages'):
-        return sum(depths) + 1
+        return 0 if name in EMBEDDINGS else sum(depths) + 1
     stage = int(part[1])
     if part[0] == 'stages':
         return sum(depths[:stage]) + int(part[2]) + 1
@@ -109,7 +114,7 @@ def _count_layers(depths: Sequence[int], num_layers: int | str | None) -> int:
 
 def vit_layer_id(name: str, num_layers: int) -> int:
     """Depth of a BEiT or MAE parameter: 0 (embeddings) to ``num_layers + 1`` (the rest)."""
-    if name in ('cls_token', 'mask_token', 'pos_embed') or name.startswith('patch_embed'):
+    if name in EMBEDDINGS or name.startswith('patch_embed'):
         return 0
     if name.startswith('layers'):
         return int(name.split('.')[1]) + 1

@@ -47,7 +47,8 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         optim_wrapper_cfg: Config of the optimizer wrapper with its ``optimizer``.
         paramwise_cfg: Required:
 
-            - ``decay_rate``: factor per layer, above 0 and at most 1.
+            - ``decay_rate``: factor per layer, above 0; above 1, which makes the first layers learn
+              fastest, with a warning.
             - ``num_layers``: 6 or 12 in the authors' recipes; 'auto': one layer per block (with
               'stage_wise': per stage).
 
@@ -195,7 +196,8 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         # Looked up on the class, since wrappers forward attributes to the wrapped module.
         get_depth = getattr(type(module), 'get_layer_depth', None)
         is_convnext = {'stages', 'downsample_layers'} <= children
-        if get_depth and 'decay_type' in inspect.signature(get_depth).parameters:
+        parameters = inspect.signature(get_depth).parameters if get_depth else {}
+        if get_depth and 'decay_type' in parameters:
             def depth_of(name: str) -> tuple[int, int]:
                 return module.get_layer_depth(prefix + name, prefix, self.decay_type, num_layers)
             rule = Rule(lambda name: depth_of(name)[0], depth_of(names[0])[1] - 2)
@@ -222,17 +224,26 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         return rule
 
     def _mmpretrain_rule(self, module: Any, prefix: str, names: Sequence[str]) -> Rule:
-        """The rule of a backbone with mmpretrain's ``get_layer_depth(param_name, prefix)``."""
-        kind = type(module).__name__
+        """The rule of a backbone with mmpretrain's ``get_layer_depth(param_name, prefix)``.
+
+        That of a whole model takes the name alone, and also knows the neck and the head.
+        """
+        kind, whole = type(module).__name__, len(
+            inspect.signature(module.get_layer_depth).parameters) == 1
+
+        def depth_of(name: str) -> tuple[int, int]:
+            if whole:
+                return module.get_layer_depth(name)
+            return module.get_layer_depth(prefix + name, prefix)
         if self.decay_type == 'stage_wise':
             raise UserError(f"paramwise_cfg.decay_type='stage_wise', but the backbone {kind} has "
                             "layers only (get_layer_depth): write decay_type='layer_wise'")
-        defined = max(module.get_layer_depth(prefix + name, prefix)[1] for name in names) - 2
+        defined = max(depth_of(name)[1] for name in names) - 2
         if self.num_layers not in ('auto', defined):
             raise UserError(f'paramwise_cfg.num_layers={self.num_layers}, but the backbone {kind} '
                             f'has {defined} layers (get_layer_depth): write '
                             f"num_layers='auto' or {defined}")
-        return Rule(lambda name: module.get_layer_depth(prefix + name, prefix)[0], defined)
+        return Rule(lambda name: depth_of(name)[0], defined)
 
     def find_multipliers(self, name: str, param: nn.Parameter, owner: nn.Module,
                          parent: nn.Module | None) -> tuple[float, float, str | None]:
@@ -300,9 +311,12 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             raise UserError(f'paramwise_cfg={cfg!r} must be a dict: {example}')
         _check_keys('paramwise_cfg', cfg, self.KEYS)
         rate, layers = cfg.get('decay_rate'), cfg.get('num_layers')
-        if not _is_number(rate) or not 0 < rate <= 1:
-            raise UserError('paramwise_cfg.decay_rate must be a number above 0 and at most 1, got '
+        if not _is_number(rate) or rate <= 0:
+            raise UserError('paramwise_cfg.decay_rate must be a number above 0, got '
                             f'{rate!r}: {example}')
+        if rate > 1:
+            print_log(f'paramwise_cfg.decay_rate={rate} is above 1: the first layers learn fastest',
+                      logger='current', level=logging.WARNING)
         if layers != 'auto' and (not isinstance(layers, int) or isinstance(layers, bool)
                                  or layers < 1):
             raise UserError("paramwise_cfg.num_layers must be a whole number of at least 1, or "

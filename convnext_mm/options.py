@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
 def check_options(arch: str, depths: Sequence[int] | None, dims: Sequence[int] | None,
                   use_grn: bool | None, drop_path_rate: float,
-                  layer_scale_init_value: float | None, out_indices: Sequence[int] | None,
+                  layer_scale_init_value: float | None, out_indices: int | Sequence[int] | None,
                   frozen_stages: int, with_cp: bool | Sequence[int] | Sequence[bool],
                   output_stride: int | None, memory: str) -> Options:
     """Check the arguments of :class:`convnext_mm.ConvNeXt`, which documents them.
@@ -56,6 +56,8 @@ def check_options(arch: str, depths: Sequence[int] | None, dims: Sequence[int] |
     if not -1 <= frozen_stages <= stages:
         raise UserError(f'ConvNeXt: frozen_stages={frozen_stages} must be from -1 (none) to '
                         f'{stages} (the stem and {stages} stages)')
+    if isinstance(out_indices, int) and not isinstance(out_indices, bool):
+        out_indices = [out_indices]
     indices = _stage_indices('out_indices', range(stages) if out_indices is None else out_indices,
                              stages)
     if not indices:

@@ -118,7 +118,7 @@ def test_frozen_parameters_are_excluded():
 
 @pytest.mark.parametrize(('paramwise', 'message'), [
     (None, 'decay_rate must be a number above 0'),
-    (dict(num_layers=6), 'decay_rate must be a number above 0 and at most 1, got None: write'),
+    (dict(num_layers=6), 'decay_rate must be a number above 0, got None: write'),
     (dict(num_layers=6, decay_rate=0), 'decay_rate .* got 0:'),
     (dict(num_layers=6, decay_rate=-0.9), 'decay_rate .* got -0.9'),
     (dict(num_layers=6, decay_rate='0.9'), "decay_rate .* got '0.9'"),

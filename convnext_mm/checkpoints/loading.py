@@ -167,11 +167,14 @@ def rename_on_load(backbone: Backbone, state: dict[str, Tensor], prefix: str, *a
         backbone: The module that loads.
         state: The whole state dict; the names that begin with ``prefix`` may have any naming.
         prefix: The backbone's prefix in the model, such as 'backbone.'.
-        args: The hook's other arguments, not used.
+        args: The hook's other arguments, of which the second is ``strict``. PyTorch passes that of
+            the caller, mmengine's loaders True.
 
     Raises:
-        UserError: There are no weights for the backbone, or not all.
+        UserError: There are no weights for the backbone, or not all, and ``strict`` is True.
+            Otherwise what is missing stays as it is, and PyTorch returns its names.
     """
+    strict = bool(args[1]) if len(args) > 1 else True
     # Without a prefix this may be a whole file in which mmengine did not find the weights.
     part = extract_weights(state) if not prefix else {
         name.removeprefix(prefix): value for name, value in state.items()
@@ -179,12 +182,19 @@ def rename_on_load(backbone: Backbone, state: dict[str, Tensor], prefix: str, *a
     own = backbone.state_dict()
     if not find_mismatches(own, part) and len(part) == len(own):
         return
+    if not strict and part.keys() <= own.keys():
+        return
     if not part:
         raise UserError(f"The weights contain nothing for the ConvNeXt at {prefix.rstrip('.')!r} "
                         'of this model, which would stay randomly initialized. Load weights of a '
                         "backbone with its init_cfg=dict(type='Pretrained', checkpoint=...), or "
                         'with load_from.')
-    fitted = fit_backbone_weights(part, backbone, 'The state dict')
+    try:
+        fitted = fit_backbone_weights(part, backbone, 'The state dict')
+    except UserError:
+        if strict:
+            raise
+        return
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
     state.update({prefix + name: value for name, value in fitted.state.items()})

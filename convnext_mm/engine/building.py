@@ -27,7 +27,6 @@ from ..errors import UserError
 from ..utils import describe
 from . import fallbacks
 
-
 SPLITS = ('train', 'val', 'test')
 
 

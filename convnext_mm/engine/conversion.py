@@ -16,6 +16,9 @@ from ..resolution import resolve
 from . import checks
 from .building import Parts, build_all
 
+OWN_HINT = ('. If the config means a class of your own of that name, give its module: --trust '
+            '--import MODULE of tools/migrate_config.py')
+
 
 def migrate(source: str | Path, target: str | Path, trust: bool = False,
             imports: Sequence[str] = ()) -> str:
@@ -65,7 +68,7 @@ def migrate_folder(source: str | Path, target: str | Path, trust: bool = False,
         except UserError as error:
             result, why = 'refused', ' '.join(str(error).replace(f'{file}: ', '').split())
         counts[result] += 1
-        rows.append(f'  {str(name):<60}  {result:<20} {why}'.rstrip())
+        rows.append(f'  {name!s:<60}  {result:<20} {why}'.rstrip())
     if not rows:
         raise UserError(f'{source} has no config for mmcv 0.x or 1.x, other than in _base_')
     total = ', '.join(f'{count} {result}' for result, count in counts.items())
@@ -88,10 +91,16 @@ def check_result(path: Path, old: OldConfig | None) -> None:
     cfg.train_dataloader.batch_size = max(batch_size, 2)  # old configs count on several GPUs
     if cfg.get('visualizer'):
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]  # others may be missing here
-    resolve(cfg)
-    cfg.train_dataloader.batch_size = batch_size
-    parts = build_all(cfg)
-    for where, before, after in () if old is None else differences(old.values, cfg, parts):
+    try:
+        resolve(cfg)
+        cfg.train_dataloader.batch_size = batch_size
+        parts = build_all(cfg)
+    except UserError as error:
+        own = OWN_HINT if 'has no argument' in str(error) else ''
+        raise UserError(f'{old.path if old else path}: converted, but {error}{own}') from error
+    if old is None:
+        return
+    for where, before, after in differences(old.values, cfg, parts):
         raise UserError(f'{old.path}: {where} is {before!r} there, but {after!r} in what the new '
                         'config builds. Please report this, with the config')
 
@@ -110,6 +119,8 @@ def differences(old: dict[str, Any], cfg: Config,
         layers, scales = paramwise.get('num_layers'), [
             group['lr_scale'] for group in parts.optim_wrapper.param_groups if 'lr_scale' in group]
         if rate and isinstance(layers, int) and scales and 'custom_keys' not in paramwise:
+            # For a larger backbone than it counts for, num_layers was completed.
+            layers = max(layers, cfg.optim_wrapper.paramwise_cfg.num_layers)
             expected = rate ** (layers + 1)  # of the stem, the first of num_layers + 2
             built = min(scales) if rate <= 1 else max(scales)
             if abs(built - expected) > 1e-9 * expected:

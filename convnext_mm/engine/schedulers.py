@@ -1,6 +1,7 @@
 """The learning-rate policies of mmcv 1.x as an mmengine scheduler."""
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from ..errors import UserError
 def regular_rate(policy: str, base: float, progress: int, total: int, *,
                  step: int | Sequence[int] = (), gamma: float | None = None,
                  power: float = 1.0, min_lr: float | None = None,
-                 min_lr_ratio: float | None = None) -> float:
+                 min_lr_ratio: float | None = None, periods: Sequence[int] = (),
+                 restart_weights: Sequence[float] = (1.0,)) -> float:
     """Return the learning rate of mmcv 1.x without warm-up (``mmcv.runner.hooks.lr_updater``).
 
     Args:
@@ -26,6 +28,8 @@ def regular_rate(policy: str, base: float, progress: int, total: int, *,
         power: Exponent of 'poly' and 'inv'.
         min_lr: Final learning rate of every group.
         min_lr_ratio: Final learning rate relative to ``base``.
+        periods: Lengths of the cosines of 'CosineRestart'.
+        restart_weights: Factor of each of them.
     """
     if min_lr_ratio is not None:
         min_lr = base * min_lr_ratio
@@ -38,6 +42,11 @@ def regular_rate(policy: str, base: float, progress: int, total: int, *,
         return (base - low) * (1 - progress / total) ** power + low
     if policy == 'CosineAnnealing':
         return low + 0.5 * (base - low) * (math.cos(math.pi * progress / total) + 1)
+    if policy == 'CosineRestart':
+        ends = list(itertools.accumulate(periods))
+        i = min(sum(progress >= end for end in ends), len(ends) - 1)
+        done = min((progress - ends[i] + periods[i]) / periods[i], 1)
+        return low + 0.5 * restart_weights[i] * (base - low) * (math.cos(math.pi * done) + 1)
     if policy == 'LinearAnnealing':
         return base + (low - base) * progress / total
     if policy in ('exp', 'inv'):
@@ -80,18 +89,19 @@ class PolicyLR(_ParamScheduler):
         warmup: 'linear', 'constant', 'exp' or None; always counts iterations.
         warmup_iters: Length of the warm-up, in epochs if ``warmup_by_epoch``.
         warmup_ratio: Factor at its start.
+        per_iteration: Whether the policy counts the iterations of ``whole`` epochs.
         settings: See :func:`regular_rate`.
     """
 
     def __init__(self, optimizer: Any, policy: str, whole: int, *, epoch_length: int | None = None,
                  warmup: str | None = None, warmup_iters: int = 0, warmup_ratio: float = 0.1,
-                 warmup_by_epoch: bool = False, begin: int = 0, end: int = 10**9,
-                 last_step: int = -1, by_epoch: bool = False, verbose: bool = False,
-                 **settings: Any) -> None:
+                 warmup_by_epoch: bool = False, per_iteration: bool = False, begin: int = 0,
+                 end: int = 10**9, last_step: int = -1, by_epoch: bool = False,
+                 verbose: bool = False, **settings: Any) -> None:
         self.policy, self.whole, self.epoch_length = policy, whole, epoch_length
         self.warmup, self.warmup_ratio = warmup, warmup_ratio
         self.warmup_iters = warmup_iters * ((epoch_length or 1) if warmup_by_epoch else 1)
-        self.settings = settings
+        self.settings, self.per_iteration = settings, per_iteration
         super().__init__(optimizer, param_name='lr', begin=begin, end=end, last_step=last_step,
                          by_epoch=by_epoch, verbose=verbose)
 
@@ -103,7 +113,11 @@ class PolicyLR(_ParamScheduler):
 
     def _get_value(self) -> list[float]:
         iteration = self.last_step
-        progress = iteration // self.epoch_length if self.epoch_length else iteration
+        progress, whole = iteration, self.whole
+        if self.epoch_length and self.per_iteration:
+            whole *= self.epoch_length
+        elif self.epoch_length:
+            progress //= self.epoch_length
         factor = warmup_factor(self.warmup, iteration, self.warmup_iters, self.warmup_ratio)
-        return [factor * regular_rate(self.policy, base, progress, self.whole, **self.settings)
+        return [factor * regular_rate(self.policy, base, progress, whole, **self.settings)
                 for base in self.base_values]

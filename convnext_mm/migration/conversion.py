@@ -1,6 +1,7 @@
 """Converts an old config to mmengine's style, and reports what became of each key."""
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from copy import deepcopy
@@ -271,6 +272,9 @@ class Conversion:
             if import_module(f'{self.scope}.registry').MODELS.get(kind) is None:
                 raise UserError(f'{self.old.path}: {path}.type={part["type"]!r} is not registered '
                                 f'in {self.scope}. {REGISTER_HINT}')
+        for path, part in typed_parts(merged):
+            if path.rpartition('.')[2].startswith('loss'):
+                self.drop_arguments(path, part)
         if model:
             self.add_row('model', 'model')
 
@@ -314,6 +318,17 @@ class Conversion:
         if isinstance(new.get('init_cfg'), dict) and new['init_cfg'].pop('prefix', None):
             self.add_row('model.backbone.init_cfg.prefix', 'removed: names are recognized')
         return new
+
+    def drop_arguments(self, path: str, loss: dict) -> None:
+        """Leave out the arguments that a loss no longer has, in place."""
+        kind = import_module(f'{self.scope}.registry').MODELS.get(loss['type'])
+        known = inspect.signature(kind).parameters if kind else {}
+        if not known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            return
+        for key in loss.keys() - known.keys() - {'type', '_scope_', '_delete_'}:
+            del loss[key]
+            self.add_row(f'{path}.{key}', 'left out', f'look at it: {loss["type"]} no longer has '
+                         'this argument')
 
     def fill_box_heads(self, model: dict, inherited: dict) -> None:
         """Repeat the last box head if there are fewer than the inherited cascade has stages."""

@@ -104,9 +104,16 @@ class PipelineConverter:
         return []
 
     def _convert_pad(self, settings: dict) -> list[dict]:
-        if settings.get('size') is not None:
-            size = settings['size']
-            self.preprocessor['size'] = (size, size) if isinstance(size, int) else tuple(size)
+        size = settings.get('size')
+        if size is not None:
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            if self.scope == 'mmseg':
+                self.preprocessor['size'] = size
+            else:  # large-scale jitter: all batches have one size
+                value = settings.get('pad_val') or 0
+                self.preprocessor['batch_augments'] = [dict(
+                    type='BatchFixedSizePad', size=size, pad_mask=True,
+                    img_pad_value=value.get('img', 0) if isinstance(value, dict) else value)]
         if settings.get('size_divisor') is not None:
             divisor = 'size_divisor' if self.scope == 'mmseg' else 'pad_size_divisor'
             self.preprocessor[divisor] = settings['size_divisor']

@@ -8,6 +8,7 @@ from ..errors import UserError
 POLICIES: dict[str, tuple[str, ...]] = {
     'fixed': (), 'step': ('step', 'gamma', 'min_lr'), 'poly': ('power', 'min_lr'),
     'CosineAnnealing': ('min_lr', 'min_lr_ratio'), 'LinearAnnealing': ('min_lr', 'min_lr_ratio'),
+    'CosineRestart': ('periods', 'restart_weights', 'min_lr', 'min_lr_ratio'),
     'exp': ('gamma',), 'inv': ('gamma', 'power')}
 """The supported policies of mmcv 1.x with their settings."""
 
@@ -45,16 +46,23 @@ def convert_lr_config(lr_config: dict[str, Any], iterations: int | None,
                             f'{", ".join((*SHARED_SETTINGS, *POLICIES[policy]))}')
     by_epoch = lr_config.get('by_epoch', True)
     total = epochs if by_epoch else iterations
-    if total is None and policy not in ('fixed', 'step', 'exp', 'inv'):
-        raise UserError(f'lr_config.by_epoch={by_epoch}, but the runner counts '
-                        f'{"iterations" if by_epoch else "epochs"}: set by_epoch={not by_epoch}')
+    # Iterations of a run of epochs: their number follows from the data.
+    per_iteration = not by_epoch and total is None and policy in (
+        'poly', 'CosineAnnealing', 'LinearAnnealing')
+    if per_iteration:
+        by_epoch, total = True, epochs
+    if total is None and policy in ('poly', 'CosineAnnealing', 'LinearAnnealing'):
+        raise UserError('lr_config.by_epoch=True, but the runner counts iterations: set '
+                        'by_epoch=False')
+    if policy == 'CosineRestart':
+        _check_periods(lr_config, total)
     total = total or 10**9
     settings = {key: lr_config[key] for key in POLICIES[policy] if lr_config.get(key) is not None}
     if policy == 'poly' and not settings.get('min_lr'):
         settings.pop('min_lr', None)
     length = lr_config.get('warmup_iters', 0) if warmup else 0
     ratio = lr_config.get('warmup_ratio', 0.1)
-    exact = (policy in ('fixed', 'step', 'poly') and 'min_lr' not in settings
+    exact = (not per_iteration and policy in ('fixed', 'step', 'poly') and 'min_lr' not in settings
              and 'min_lr_ratio' not in settings and warmup in (None, 'linear', 'constant')
              and not lr_config.get('warmup_by_epoch') and (not length or 0 < ratio <= 1))
     if not exact:
@@ -63,7 +71,8 @@ def convert_lr_config(lr_config: dict[str, Any], iterations: int | None,
             warmup_settings['warmup_by_epoch'] = True
         return [dict(type='PolicyLR', policy=policy, whole=total, **settings,
                      **(warmup_settings if length else {}), by_epoch=by_epoch,
-                     **(dict(convert_to_iter_based=True) if by_epoch else {}))]
+                     **(dict(convert_to_iter_based=True) if by_epoch else {}),
+                     **(dict(per_iteration=True) if per_iteration else {}))]
     schedulers: list[dict[str, Any]] = []
     if length:
         # mmengine's warm-up schedulers reach their last factor one iteration before ``end``.
@@ -82,3 +91,14 @@ def convert_lr_config(lr_config: dict[str, Any], iterations: int | None,
                                milestones=list(settings.get('step', ())), gamma=gamma))
     return schedulers or [
         dict(type='ConstantLR', factor=1.0, by_epoch=by_epoch, begin=0, end=total)]
+
+
+def _check_periods(lr_config: dict[str, Any], total: int | None) -> None:
+    """Check that CosineRestart has a weight for each period, and periods for the whole run."""
+    periods, weights = lr_config.get('periods') or [], lr_config.get('restart_weights', [1])
+    if not periods or len(periods) != len(weights):
+        raise UserError(f'lr_config.periods={periods} and restart_weights={weights} must be lists '
+                        'of the same length')
+    if total and sum(periods) < total:
+        raise UserError(f'lr_config.periods={periods} end after {sum(periods)} of {total} '
+                        'iterations or epochs: add a period')
