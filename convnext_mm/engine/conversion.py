@@ -116,18 +116,18 @@ def differences(old: dict[str, Any], cfg: Config,
                 yield f'optimizer.{key}', optimizer[key], value
         paramwise = optimizer.get('paramwise_cfg') or {}
         rate = paramwise.get('decay_rate', paramwise.get('layer_decay_rate'))
-        layers, scales = paramwise.get('num_layers'), [
-            group['lr_scale'] for group in parts.optim_wrapper.param_groups if 'lr_scale' in group]
-        if rate and isinstance(layers, int) and scales and 'custom_keys' not in paramwise:
+        layers, stem = paramwise.get('num_layers'), [
+            group['lr_scale'] for group in parts.optim_wrapper.param_groups
+            if str(group.get('group_name')).startswith('layer_0_')]
+        if rate and isinstance(layers, int) and stem and 'custom_keys' not in paramwise:
             # For a larger backbone than it counts for, num_layers was completed.
             layers = max(layers, cfg.optim_wrapper.paramwise_cfg.num_layers)
-            expected = rate ** (layers + 1)  # of the stem, the first of num_layers + 2
-            built = min(scales) if rate <= 1 else max(scales)
-            if abs(built - expected) > 1e-9 * expected:
-                yield 'the learning rate of the stem, relative to the heads', expected, built
+            expected = rate ** (layers + 1)  # the stem is the first of num_layers + 2
+            if abs(stem[0] - expected) > 1e-9 * expected:
+                yield 'the learning rate of the stem, relative to the heads', expected, stem[0]
     runner = old.get('runner') or {}
     for key in ('max_iters', 'max_epochs'):
-        if key in runner and cfg.train_cfg.get(key) != runner[key]:
+        if key in runner and cfg.train_cfg.get(key, runner[key]) != runner[key]:
             yield f'runner.{key}', runner[key], cfg.train_cfg.get(key)
     data = old.get('data') or {}
     size = (data.get('train_dataloader') or {}).get('samples_per_gpu', data.get('samples_per_gpu'))
@@ -150,8 +150,8 @@ def _model_differences(old: dict[str, Any], built: nn.Module,
             for name in ('mode', 'crop_size', 'stride'):
                 if name in value and _as_lists(value[name]) != _as_lists(part.get(name)):
                     yield f'{path}.{key}.{name}', value[name], part.get(name)
-        elif (isinstance(value, (int, float)) and isinstance(part, (int, float))
-              and part != value):
+        elif (key != 'in_index' and isinstance(value, (int, float))  # out_indices may be fewer
+              and isinstance(part, (int, float)) and part != value):
             yield f'{path}.{key}', value, part
 
 

@@ -351,8 +351,11 @@ class Conversion:
         names = [name.rsplit('/', 1)[-1] for name, _ in self.old.own_bases]
         old_schedule = next((OLD_SCHEDULES[name] for name in names if name in OLD_SCHEDULES), {})
         runner = merge(old_schedule, self.use_key('runner', {}))
-        for key in ('total_epochs', 'total_iters'):
+        for key, other in (('total_epochs', 'max_iters'), ('total_iters', 'max_epochs')):
             if key in self.values:
+                if other in (self.values.get('runner') or {}):
+                    raise UserError(f'{self.old.path}: {key}={self.values[key]} contradicts '
+                                    f'runner.{other}={runner[other]}: remove one of them')
                 runner[key.replace('total', 'max')] = self.use_key(key)
                 runner.pop('max_iters' if key == 'total_epochs' else 'max_epochs', None)
         inherited = self.inherited['train_cfg']
@@ -434,7 +437,7 @@ class Conversion:
                 raise UserError(f'{self.old.path}: optimizer.constructor={constructor!r} is not '
                                 f'registered; expected one of {", ".join(CONSTRUCTORS)}. '
                                 f'{REGISTER_HINT}')
-            if OPTIMIZERS.get(optimizer.get('type')) is None:
+            if OPTIMIZERS.get(str(optimizer.get('type'))) is None:
                 raise UserError(f'{self.old.path}: optimizer.type={optimizer.get("type")!r} is '
                                 f'not registered. {REGISTER_HINT}')
             wrapper = {key: value for key, value in wrapper.items()

@@ -26,7 +26,7 @@ BASES = dict(
 SMALL = dict(type='ConvNeXt', in_chans=3, depths=[1, 1, 3, 1], dims=[8, 16, 24, 32],
              drop_path_rate=0.1, layer_scale_init_value=1.0, out_indices=[0, 1, 2, 3])
 MODEL = dict(type='EncoderDecoder', pretrained=None, backbone=SMALL, decode_head=dict(
-    type='FCNHead', in_channels=32, in_index=3, channels=8, num_convs=1, num_classes=7,
+    type='FCNHead', in_channels=32, in_index=3, channels=8, num_convs=1, num_classes=150,
     norm_cfg=dict(type='SyncBN', requires_grad=True), align_corners=False,
     loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     train_cfg=dict(), test_cfg=dict(mode='whole'))
@@ -57,14 +57,16 @@ OPTIMIZER_CONFIG = some(
     grad_clip=[None, dict(max_norm=35, norm_type=2)], loss_scale=[
         512.0, 'dynamic', dict(init_scale=512)], cumulative_iters=[4], update_interval=[1, 2],
     use_fp16=[True, False], coalesce=[True], bucket_size_mb=[-1])
-LR_CONFIG = some(
+POLICY = some(
     _delete_=[True], policy=['fixed', 'step', 'exp', 'poly', 'inv', 'CosineAnnealing',
                              'CosineRestart', 'FlatCosineAnnealing', 'cyclic', 'OneCycle'],
     by_epoch=[True, False], warmup=[None, 'linear', 'constant', 'exp'], warmup_iters=[10, 1500],
     warmup_ratio=[1e-6, 0.1], warmup_by_epoch=[True], step=[[8, 11], 5, []], gamma=[0.1, 0.5],
     power=[0.9, 1.0], min_lr=[0.0, 1e-5], min_lr_ratio=[0.01], periods=[[10, 20], [200000]],
     restart_weights=[[1], [1, 0.5]])
-RUNNER = some(type=['IterBasedRunner', 'EpochBasedRunner', 'IterBasedRunnerAmp', 'MyRunner'],
+LR_CONFIG = st.builds(lambda cfg, policy: {'policy': policy, **cfg}, POLICY,
+                      st.sampled_from(['poly', 'step', 'CosineAnnealing']))
+RUNNER = some(type=['IterBasedRunner', 'EpochBasedRunner', 'EpochBasedRunnerAmp'],
               max_iters=[1000, 80000], max_epochs=[12, 36])
 CHECKPOINT = some(interval=[1, 1000], by_epoch=[True, False], max_keep_ckpts=[-1, 3],
                   save_optimizer=[True], meta=[dict(a=1)], create_symlink=[False])

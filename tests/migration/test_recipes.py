@@ -6,6 +6,7 @@ from mmengine.config import Config
 
 from convnext_mm.archs import ARCHS
 from convnext_mm.bases import without_completion
+from convnext_mm.engine.conversion import migrate as convert
 from convnext_mm.migration.writing import migrate
 from tests.helpers import ROOT
 from tests.recipes import RECIPES
@@ -35,7 +36,7 @@ optimizer_config = dict(type='DistOptimizerHook', update_interval=1, grad_clip=N
 '''
     if name.startswith('upernet'):
         side = 640 if '_640_' in name else 512
-        test = ("test_cfg=dict(_delete_=True, mode='whole')" if name.endswith('_ms') else
+        test = ('' if name.endswith('_ms') else  # the base says mode='whole'
                 f"test_cfg=dict(mode='slide', crop_size=crop_size, "
                 f"stride=({side * 2 // 3}, {side * 2 // 3}))")
         data = 'ade20k_640x640.py' if side == 640 else 'ade20k.py'
@@ -125,3 +126,86 @@ def test_a_config_under_another_name_trains_the_same(name, tmp_path):
     assert ours['model']['backbone'].pop('init_cfg')
     ours.pop('test_time_augmentation', None)  # the authors' data set file sets the scales
     assert new == ours
+
+
+MODELS = dict(
+    upernet_convnext="""norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder', pretrained=None,
+    backbone=dict(type='ConvNeXt', in_chans=3, depths=[3, 3, 9, 3], dims=[96, 192, 384, 768],
+                  drop_path_rate=0.2, layer_scale_init_value=1.0, out_indices=[0, 1, 2, 3]),
+    decode_head=dict(
+        type='UPerHead', in_channels=[128, 256, 512, 1024], in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2, 3, 6), channels=512, dropout_ratio=0.1, num_classes=19,
+        norm_cfg=norm_cfg, align_corners=False, loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
+    auxiliary_head=dict(
+        type='FCNHead', in_channels=384, in_index=2, channels=256, num_convs=1,
+        concat_input=False, dropout_ratio=0.1, num_classes=19, norm_cfg=norm_cfg,
+        align_corners=False, loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)),
+    train_cfg=dict(), test_cfg=dict(mode='whole'))
+""")
+RUNTIME = """log_config = dict(interval=50, hooks=[
+    dict(type='CustomizedTextLoggerHook', by_epoch=False)])
+dist_params = dict(backend='nccl')
+log_level = 'INFO'
+load_from = None
+resume_from = None
+workflow = [('train', 1)]
+cudnn_benchmark = True
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder of the authors' repository, with the bases of segmentation beside the configs."""
+    for name, text in dict(default_runtime=RUNTIME, **{
+            f'models/{name}': text for name, text in MODELS.items()}).items():
+        file = tmp_path / 'configs/_base_' / f'{name}.py'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / 'configs/convnext').mkdir()
+    return tmp_path / 'configs/convnext'
+
+
+SEGMENTORS = [name for name in RECIPES if name.startswith('upernet')]
+
+
+@pytest.mark.parametrize('name', SEGMENTORS)
+@pytest.mark.parametrize('file', [None, 'mine'])
+def test_a_clone_converts_with_its_bases(name, file, clone):
+    """Under the authors' names and under others, every field as shipped."""
+    path = clone / f'{file or name}.py'
+    path.write_text(old_text(name))
+    report = convert(path, clone / 'new.py')
+    ours, new = load(ROOT / 'configs' / f'{name}.py'), load(clone / 'new.py')
+    if file:
+        assert 'randomly initialized' in report
+        assert ours['model']['backbone'].pop('init_cfg')
+    else:
+        assert 'No warnings.' in report
+    for cfg in (ours, new):
+        cfg.pop('test_time_augmentation', None)  # the authors' data set file sets the scales
+        del cfg['data_root'], cfg['dataset_type']
+    new['model'].pop('pretrained', None)
+    assert new['env_cfg']['cudnn_benchmark'] is True
+    assert new['model'].pop('backbone')['drop_path_rate'] == ours['model'].pop(
+        'backbone')['drop_path_rate']
+    assert new == ours
+
+
+def test_the_bases_of_the_user_win(clone):
+    base = clone.parent / '_base_/models/upernet_convnext.py'
+    base.write_text(base.read_text().replace('drop_path_rate=0.2', 'drop_path_rate=0.15'))
+    path = clone / 'upernet_convnext_tiny_512_160k_ade20k_ms.py'
+    path.write_text("""_base_ = ['../_base_/models/upernet_convnext.py',
+    '../_base_/datasets/ade20k.py', '../_base_/default_runtime.py',
+    '../_base_/schedules/schedule_160k.py']
+model = dict(decode_head=dict(in_channels=[96, 192, 384, 768]))
+""")
+    convert(path, clone / 'new.py')
+    model = load(clone / 'new.py')['model']
+    assert model['backbone']['drop_path_rate'] == 0.15
+    assert model['decode_head']['num_classes'] == model['auxiliary_head']['num_classes'] == 19
+    assert model['test_cfg'] == dict(mode='whole')

@@ -122,6 +122,33 @@ def test_errors_name_the_unknown_value(cfg, message):
         convert_lr_config(cfg, 100, None)
 
 
+@pytest.mark.parametrize('policy', [
+    dict(policy='poly', power=0.9, min_lr=1e-8), dict(policy='CosineAnnealing', min_lr_ratio=0.1),
+    dict(policy='LinearAnnealing', min_lr=0.0, warmup='linear', warmup_iters=60)])
+def test_iterations_of_a_run_of_epochs(policy, monkeypatch):
+    """by_epoch=False under an EpochBasedRunner, which knows their number when it starts."""
+    cfg = dict(policy, by_epoch=False)
+    settings, = convert_lr_config(cfg, None, EPOCHS)
+    assert (settings['whole'], settings['per_iteration']) == (EPOCHS, True)
+    monkeypatch.setitem(globals(), 'convert_lr_config', lambda *_: [settings])
+    for t, rates in enumerate(new_rates(cfg)):
+        assert rates == pytest.approx([old_rate(cfg, base, t) for base in BASES], rel=1e-9), t
+
+
+def test_cosine_with_restarts():
+    cfg = dict(policy='CosineRestart', periods=[100, 300], restart_weights=[1, 0.5], min_lr=1e-7,
+               by_epoch=False)
+    rates = [group[0] for group in new_rates(cfg)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[50] == pytest.approx(1e-7 + 0.5 * (1e-4 - 1e-7))
+    assert rates[100] == pytest.approx(1e-7 + 0.5 * (1e-4 - 1e-7))
+    assert rates[250] == pytest.approx(1e-7 + 0.25 * (1e-4 - 1e-7))
+    with pytest.raises(UserError, match='end after 100 of 400'):
+        convert_lr_config(dict(cfg, periods=[100], restart_weights=[1]), ITERATIONS, None)
+    with pytest.raises(UserError, match='must be lists of the same length'):
+        convert_lr_config(dict(cfg, periods=[400]), ITERATIONS, None)
+
+
 def test_policy_and_runner_must_count_alike():
-    with pytest.raises(UserError, match='the runner counts epochs: set by_epoch=True'):
-        convert_lr_config(dict(policy='poly', by_epoch=False), None, 36)
+    with pytest.raises(UserError, match='the runner counts iterations: set by_epoch=False'):
+        convert_lr_config(dict(policy='poly'), 1000, None)
