@@ -341,3 +341,8 @@ def test_the_epsilon_of_norms():
     assert epsilons() == {1e-6}
     assert epsilons(depths=[3, 4, 30, 3], dims=[384, 768, 1536, 3072]) == {1e-5}
     assert epsilons(norm_eps=1e-3, memory='plain') == {1e-3}
+
+
+def test_one_stage_may_be_given_as_a_number():
+    backbone = ConvNeXt(depths=[1, 1, 1, 1], dims=[8, 16, 24, 32], out_indices=-1)
+    assert backbone.out_indices == (3,)

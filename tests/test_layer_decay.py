@@ -30,3 +30,11 @@ def test_get_layer_depth_of_the_backbone():
     assert base.get_layer_depth('backbone.norm3.weight', 'backbone.') == (13, 14)
     assert tiny.get_layer_depth('stages.3.0.gamma', '', 'stage_wise', 6) == (4, 8)
     assert tiny.get_layer_depth('stages.3.2.gamma', '', 'layer_wise', 'auto') == (18, 20)
+
+
+def test_embeddings_of_a_subclass_are_the_first_layer():
+    for name in ('cls_token', 'mask_token', 'pos_embed'):
+        assert layer_decay.convnext_layer_id(name, 6) == 0
+        assert layer_decay.convnext_stage_id(name, 6) == 0
+        assert layer_decay.convnext_block_id(name, [1, 2, 3, 1]) == 0
+    assert layer_decay.convnext_layer_id('norm3.weight', 6) == 7

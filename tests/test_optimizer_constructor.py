@@ -419,3 +419,28 @@ def test_class_names_do_not_matter(decay_type, num_layers):
 def test_a_backbone_with_layers_only_has_no_stage_wise_decay():
     with pytest.raises(UserError, match="Layered has layers only .get_layer_depth.: write decay"):
         scales_of(Model(Layered()), decay_type='stage_wise')
+
+
+def test_a_decay_rate_above_1_warns(logged):
+    """mmseg's own tests have one: importing this package must not make them fail."""
+    found = scales_of(Model(small()), decay_rate=2)
+    assert found['backbone.downsample_layers.0.0.weight'][0] == 2.0 ** 9
+    assert any('decay_rate=2 is above 1' in line for line in logged)
+
+
+class Whole(nn.Module):
+    """mmpretrain's convention for a whole model: the depth of a parameter from its name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.head = nn.Linear(2, 2)
+
+    def get_layer_depth(self, param_name: str) -> tuple[int, int]:
+        return (int(param_name.split('.')[1]) + 1 if 'layers' in param_name else 4), 5
+
+
+def test_get_layer_depth_of_a_whole_model():
+    found = scales_of(Whole(), num_layers='auto')
+    assert [found[f'layers.{i}.weight'][0] for i in range(3)] == [0.125, 0.25, 0.5]
+    assert found['head.weight'][0] == 1

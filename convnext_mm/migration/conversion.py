@@ -245,7 +245,9 @@ class Conversion:
         if 'pretrained' in model.get('backbone', {}):
             pretrained = model['backbone'].pop('pretrained') or pretrained
         if model.get('backbone'):
-            model['backbone'] = self.convert_backbone(model['backbone'])
+            kind = (inherited.get('backbone') or {}).get('type')
+            model['backbone'] = self.convert_backbone({'type': kind, **model['backbone']} if kind
+                                                      else model['backbone'])
         self.fill_box_heads(model, inherited)
         if pretrained:
             model.setdefault('backbone', {})['init_cfg'] = dict(
@@ -572,6 +574,11 @@ class Conversion:
                          'code for mmcv 0.x or 1.x may need changes')
         custom_hooks = []
         for hook in self.use_key('custom_hooks') or []:
+            gone = {'warm_up', 'resume_from'} & hook.keys() if hook.get('type') == 'EMAHook' else ()
+            for key in gone:
+                del hook[key]
+                self.add_row(f'custom_hooks EMAHook.{key}', 'left out', 'look at it: mmengine has '
+                             'begin_iter, and resumes by itself')
             if self.is_hook(hook):
                 custom_hooks.append(hook)
             else:

@@ -357,3 +357,19 @@ def test_several_convnexts_of_a_whole_model_are_all_loaded(tmp_path):
 def test_models_without_our_convnext_are_unchanged():
     state = golden('v1_mmpretrain')['checkpoint']['state_dict']
     assert fit_model_weights(dict(state_dict=state), nn.Linear(1, 1), 'it') == (state, '')
+
+
+@pytest.mark.parametrize('kept', [(), ('decode_head.',), ('backbone.stages.1.',)])
+def test_parts_without_strict_return_what_is_missing(kept):
+    """As PyTorch promises; the strictness of init_cfg and of the tools is their own."""
+    model = nn.ModuleDict(dict(
+        backbone=ConvNeXt(depths=[1, 1, 1, 1], dims=[8, 16, 24, 32]),
+        decode_head=nn.Linear(2, 2)))
+    state = {name: torch.ones_like(value) for name, value in model.state_dict().items()
+             if name.startswith(kept or 'nothing')}
+    result = model.load_state_dict(state, strict=False)
+    assert sorted(result.missing_keys) == sorted(model.state_dict().keys() - state.keys())
+    assert result.unexpected_keys == []
+    assert all((model.state_dict()[name] == 1).all() for name in state)
+    with pytest.raises((UserError, RuntimeError)):
+        model.load_state_dict(state)

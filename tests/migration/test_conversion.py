@@ -337,14 +337,16 @@ def test_cosmetic_settings_are_never_fatal(convert):
 log_config = dict(interval=20, hooks=[dict(type='CustomizedTextLoggerHook', by_epoch=False),
                                       dict(type='PaviLoggerHook')])
 custom_hooks = [dict(type='EmptyCacheHook', after_epoch=True), dict(type='MyHook'),
-                dict(type='EMAHook', warm_up=100)]
+                dict(type='SyncBuffersHook', gone=1), dict(type='EMAHook', warm_up=100)]
 """)
     assert cfg.default_hooks.logger.interval == 20
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ['LocalVisBackend']
-    assert cfg.custom_hooks[-1] == dict(type='EmptyCacheHook', after_epoch=True)
+    assert cfg.custom_hooks[-2:] == [dict(type='EmptyCacheHook', after_epoch=True),
+                                     dict(type='EMAHook')]
     assert '! log_config.hooks PaviLoggerHook: look at it' in report
     assert '! custom_hooks MyHook: look at it' in report
-    assert '! custom_hooks EMAHook: look at it' in report
+    assert '! custom_hooks SyncBuffersHook: look at it' in report
+    assert '! custom_hooks EMAHook.warm_up: look at it' in report
     assert '! log_config.hooks CustomizedTextLoggerHook' not in report
 
 
