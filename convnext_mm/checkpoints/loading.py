@@ -167,34 +167,28 @@ def rename_on_load(backbone: Backbone, state: dict[str, Tensor], prefix: str, *a
         backbone: The module that loads.
         state: The whole state dict; the names that begin with ``prefix`` may have any naming.
         prefix: The backbone's prefix in the model, such as 'backbone.'.
-        args: The hook's other arguments, of which the second is ``strict``. PyTorch passes that of
-            the caller, mmengine's loaders True.
+        args: The hook's other arguments, not used.
+
+    A part of the backbone under its own names, or nothing for it, is left to the loader: PyTorch
+    returns what is missing, or raises an error if it is strict.
 
     Raises:
-        UserError: There are no weights for the backbone, or not all, and ``strict`` is True.
-            Otherwise what is missing stays as it is, and PyTorch returns its names.
+        UserError: The weights have another naming and do not fit, or are those of a backbone alone
+            while a whole model loads.
     """
-    strict = bool(args[1]) if len(args) > 1 else True
     # Without a prefix this may be a whole file in which mmengine did not find the weights.
     part = extract_weights(state) if not prefix else {
         name.removeprefix(prefix): value for name, value in state.items()
         if name.startswith(prefix)}
     own = backbone.state_dict()
-    if not find_mismatches(own, part) and len(part) == len(own):
-        return
-    if not strict and part.keys() <= own.keys():
-        return
-    if not part:
+    if not part and any(name.startswith(('stages.', 'downsample_layers.')) for name in state):
         raise UserError(f"The weights contain nothing for the ConvNeXt at {prefix.rstrip('.')!r} "
                         'of this model, which would stay randomly initialized. Load weights of a '
                         "backbone with its init_cfg=dict(type='Pretrained', checkpoint=...), or "
                         'with load_from.')
-    try:
-        fitted = fit_backbone_weights(part, backbone, 'The state dict')
-    except UserError:
-        if strict:
-            raise
+    if all(name in own and own[name].shape == value.shape for name, value in part.items()):
         return
+    fitted = fit_backbone_weights(part, backbone, 'The state dict')
     for name in [name for name in state if name.startswith(prefix)]:
         del state[name]
     state.update({prefix + name: value for name, value in fitted.state.items()})

@@ -119,7 +119,8 @@ def test_own_parts(how, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     parts = build_all(read_config(str(new), notes=[]))
     assert type(parts.model.backbone).__name__ == name
-    assert min(group['lr_scale'] for group in parts.optim_wrapper.param_groups) == 0.5 ** 4
+    groups = parts.optim_wrapper.optimizer.param_groups
+    assert min(group['lr_scale'] for group in groups) == 0.5 ** 4
 
 
 def test_own_optimizer_constructors_keep_their_keys(tmp_path):
