@@ -169,24 +169,21 @@ def rename_on_load(backbone: Backbone, state: dict[str, Tensor], prefix: str, *a
         prefix: The backbone's prefix in the model, such as 'backbone.'.
         args: The hook's other arguments, not used.
 
-    A part of the backbone under its own names, or nothing for it, is left to the loader: PyTorch
-    returns what is missing, or raises an error if it is strict.
+    Whole stages or norms under their own names, or nothing for the backbone, are left to the
+    loader: PyTorch returns what is missing, or raises an error if it is strict.
 
     Raises:
-        UserError: The weights have another naming and do not fit, or are those of a backbone alone
-            while a whole model loads.
+        UserError: Parameters of a stage are missing, or the weights do not fit.
     """
     # Without a prefix this may be a whole file in which mmengine did not find the weights.
     part = extract_weights(state) if not prefix else {
         name.removeprefix(prefix): value for name, value in state.items()
         if name.startswith(prefix)}
     own = backbone.state_dict()
-    if not part and any(name.startswith(('stages.', 'downsample_layers.')) for name in state):
-        raise UserError(f"The weights contain nothing for the ConvNeXt at {prefix.rstrip('.')!r} "
-                        'of this model, which would stay randomly initialized. Load weights of a '
-                        "backbone with its init_cfg=dict(type='Pretrained', checkpoint=...), or "
-                        'with load_from.')
-    if all(name in own and own[name].shape == value.shape for name, value in part.items()):
+    # Whole stages and norms may be missing; parameters of those that are there may not.
+    given = {_piece(name) for name in part}
+    expected = {name: value for name, value in own.items() if _piece(name) in given}
+    if not find_mismatches(expected, part) and len(part) == len(expected):
         return
     fitted = fit_backbone_weights(part, backbone, 'The state dict')
     for name in [name for name in state if name.startswith(prefix)]:
@@ -194,6 +191,12 @@ def rename_on_load(backbone: Backbone, state: dict[str, Tensor], prefix: str, *a
     state.update({prefix + name: value for name, value in fitted.state.items()})
     if fitted.convnext != naming.DetectedConvNeXt('official', ''):
         print_log(f'ConvNeXt: loaded from a state dict: {fitted}', logger='current')
+
+
+def _piece(name: str) -> str:
+    """The stage, downsampling or norm that a parameter is of: 'stages.2' or 'norm3'."""
+    first, _, rest = name.partition('.')
+    return first if first.startswith('norm') else f'{first}.{rest.partition(".")[0]}'
 
 
 def fit_model_weights(content: dict[str, Any], model: nn.Module, source: str
