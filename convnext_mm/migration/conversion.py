@@ -353,11 +353,14 @@ class Conversion:
         names = [name.rsplit('/', 1)[-1] for name, _ in self.old.own_bases]
         old_schedule = next((OLD_SCHEDULES[name] for name in names if name in OLD_SCHEDULES), {})
         runner = merge(old_schedule, self.use_key('runner', {}))
-        for key, other in (('total_epochs', 'max_iters'), ('total_iters', 'max_epochs')):
+        for key in ('total_epochs', 'total_iters'):
             if key in self.values:
-                if other in (self.values.get('runner') or {}):
+                length = {key.replace('total', 'max'): self.values[key]}
+                given = {unit: value for unit, value in (self.values.get('runner') or {}).items()
+                         if unit in ('max_epochs', 'max_iters')}
+                if given and given != length:
                     raise UserError(f'{self.old.path}: {key}={self.values[key]} contradicts '
-                                    f'runner.{other}={runner[other]}: remove one of them')
+                                    f'runner={given}: remove one of them')
                 runner[key.replace('total', 'max')] = self.use_key(key)
                 runner.pop('max_iters' if key == 'total_epochs' else 'max_epochs', None)
         inherited = self.inherited['train_cfg']
