@@ -23,7 +23,7 @@ def build(task: str, options: dict[str, Any]) -> nn.Module:
 
     Drop path and dropout draw numbers; batch normalization, which is SyncBN on GPUs, averages over
     the batch of a process on a CPU: its statistics are fixed. mmdet divides losses by the number of
-    samples of a process: each image has as many boxes, which are its only positives.
+    samples of a process: each image has as many anchors and boxes, of which as many are positive.
     """
     cfg = read_config(CONFIGS[task], {
         'model.backbone.init_cfg': None, 'model.backbone.drop_path_rate': 0.0, **options}, [])
@@ -32,6 +32,7 @@ def build(task: str, options: dict[str, Any]) -> nn.Module:
     if task == 'detection':
         from mmdet.models.task_modules.samplers import RandomSampler
         RandomSampler.random_choice = lambda self, gallery, num: gallery[:num]
+        cfg.model.train_cfg.rpn.sampler.num = 8
         for stage in cfg.model.train_cfg.rcnn:
             stage.sampler.num = 32
             stage.assigner.update(pos_iou_thr=0.999, neg_iou_thr=0.999, min_pos_iou=0.999)
