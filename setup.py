@@ -24,18 +24,21 @@ OPENMMLAB = dict(
     setuptools='setuptools>=77.0.3,<81')  # mmengine and mmcv's build import pkg_resources
 # What to build for compiled operators.
 COMPILED = dict(forks=FORKS['mmcv'], openmmlab='mmcv>=2.1,<2.2')
+# Exports to ONNX, and their comparison with PyTorch.
+EXPORT = ['onnx>=1.23,<1.24', 'onnxscript>=0.7.2,<0.8', 'onnxruntime>=1.32,<1.33']
 TIFF = 'tifffile>=2024.8.10,<2027'  # large images, and those of many bands
 # Python runs it when it starts, so that mmdet's own scripts work without compiled operators.
 STARTUP = Path('convnext_mm', 'ops', 'convnext_mm_operators.pth')
 EXTRAS = {
     'tiff': [TIFF],
+    'export': EXPORT,
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],
     'openmmlab-seg': [v for k, v in OPENMMLAB.items() if k != 'mmdet'],
     # transformers is the reference that the backbone is compared with.
     'test': ['pytest>=8,<10', 'pytest-xdist>=3.8,<4', 'pytest-timeout>=2.3,<3',
-             'hypothesis>=6.150,<7', TIFF, 'transformers>=5,<6', 'build>=1.5,<2', BUILD,
+             'hypothesis>=6.150,<7', TIFF, *EXPORT, 'transformers>=5,<6', 'build>=1.5,<2', BUILD,
              'ruff>=0.14,<0.16', 'mypy>=2.4,<3'],
     # Runs the Triton kernels in tests without a GPU; a PyTorch for GPUs brings its own Triton.
     # The interpreter of this one converts arrays of one value to numbers, an error since numpy 2.4.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from . import complexity, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
+from .deployment import export as exporting
 from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
@@ -136,6 +137,19 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', help='config file, or the name of a recipe')
+    parser.add_argument('checkpoint', help='file or URL of the weights')
+    parser.add_argument('--to', choices=exporting.FORMATS, default='onnx',
+                        help='format of the file (onnx)')
+    parser.add_argument('--out', metavar='FILE', help='the file to write (CONFIG.onnx, ...)')
+    parser.add_argument('--images', type=int, default=100, metavar='N',
+                        help='test images to compare the file on (100)')
+    parser.add_argument('--pictures', metavar='DIR',
+                        help='folder for a picture of the results on each of these images')
+    add_cfg_options(parser)
+
+
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('old', metavar='OLD', help='the old config, or a folder of old configs')
     parser.add_argument('new', metavar='NEW', nargs='?', help='the new config (OLD_new.py), or '
@@ -215,6 +229,8 @@ COMMANDS = {
                             'format.', _add_convert_data, datasets_cli.convert_dataset),
     'split-data': Command('Split images into training and validation data; near-duplicates stay '
                           'on one side.', _add_split_data, datasets_cli.split_dataset),
+    'export': Command('Export a model for another runtime, and compare it with PyTorch on the test '
+                      'images.', _add_export, exporting.main),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),
 }

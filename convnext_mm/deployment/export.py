@@ -1,0 +1,186 @@
+"""``tools/export.py``: writes a file for another runtime, and keeps it only if it is equal."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config
+from rich.progress import track
+
+from .. import checkpoints
+from ..bases import find_recipe
+from ..engine import checks
+from ..errors import UserError
+from ..prediction import Predictor
+from ..utils import writable_folder
+from .checking import METRIC, Comparison, Difference, Metric, mask_threshold, metric_problem
+from .images import ImageSource
+from .onnx_file import write_onnx
+from .pipelines import Pipeline, build_pipeline
+from .report import Report, draw_pair
+from .rewriting import exportable
+from .runtimes import load_exported
+
+
+class Format(NamedTuple):
+    """What a model can be exported to.
+
+    Args:
+        suffix: Of the file.
+        write: Writes it from a pipeline, an example (2, H, W, C), a path and the metadata.
+    """
+
+    suffix: str
+    write: Callable[[Pipeline, torch.Tensor, Path, dict[str, Any]], None]
+
+
+FORMATS = {'onnx': Format('.onnx', write_onnx)}
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Export a model and compare the file with PyTorch; without a difference, it is kept.
+
+    Args:
+        args: ``config``, ``checkpoint``, ``to`` (a key of :data:`FORMATS`), ``out``, ``images``,
+            ``pictures`` and ``cfg_options``.
+
+    Returns:
+        The exported file.
+
+    Raises:
+        UserError: The config, the weights or the data are unusable, packages are missing, or the
+            results of the file differ; then it is deleted.
+    """
+    cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
+    kind = FORMATS[args.to]
+    source = ImageSource(cfg, 'test', args.images)
+    if not len(source):
+        raise UserError('there are no test images to compare the file on')
+    predictor = Predictor(cfg, args.checkpoint, 'cpu')
+    out = Path(args.out or f'{Path(args.config).stem}{kind.suffix}')
+    if out.suffix != kind.suffix:
+        raise UserError(f'--out {out}: expected a name that ends in {kind.suffix}')
+    writable_folder(out.parent)
+    meta = metadata(cfg, predictor, args)
+    pixels = torch.from_numpy(source[0].pixels)[None]
+    print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
+    pipeline = build_pipeline(exportable(predictor.model))
+    kind.write(pipeline, pixels.expand(2, -1, -1, -1).contiguous(), out, meta)
+    return keep_if_equal(out, cfg, predictor, source, args, METRIC)
+
+
+def metadata(cfg: Config, predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
+    """What a program needs in order to use the file, and where it is from, without paths."""
+    weights = hashlib.sha256(checkpoints.locate_checkpoint(args.checkpoint).read_bytes())
+    palette = predictor.meta.get('palette')
+    return dict(
+        task=dict(mmseg='segmentation', mmdet='detection')[cfg.default_scope],
+        classes=list(predictor.meta.get('classes') or ()),
+        palette=[list(map(int, color)) for color in palette]
+        if isinstance(palette, (list, tuple)) else None,
+        channels=predictor.channels, resize=resize_rule(predictor.steps),
+        first_value=predictor.first_value, mask_threshold=mask_threshold(cfg),
+        config=Path(args.config).stem,
+        weights=f'sha256:{weights.hexdigest()}', version=package_version())
+
+
+def package_version() -> str:
+    """The version of this package, or of a checkout that is not installed, ''."""
+    try:
+        return version('convnext-mm')
+    except PackageNotFoundError:
+        return ''
+
+
+def resize_rule(steps: list[dict]) -> dict[str, Any] | None:
+    """How a pipeline resizes images: ``scale`` (width, height) and ``keep_ratio``; {}: not at all.
+
+    None: it does something else as well.
+    """
+    known = {'LoadImageFromFile', 'Resize', 'PackSegInputs', 'PackDetInputs'}
+    resize = [step for step in steps if step['type'] == 'Resize']
+    if not known.issuperset(step['type'] for step in steps) or len(resize) > 1:
+        return None
+    if not resize:
+        return {}
+    settings = {key: value for key, value in resize[0].items() if key != 'type'}
+    if not {'scale', 'keep_ratio'}.issuperset(settings) or not settings.get('scale'):
+        return None
+    scale = settings['scale']
+    return dict(scale=[scale, scale] if isinstance(scale, int) else list(scale),
+                keep_ratio=bool(settings.get('keep_ratio')))
+
+
+def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSource,
+                  args: argparse.Namespace, allowed: float) -> Path:
+    """Compare a file with PyTorch, write the report beside it, and delete it if it differs.
+
+    Args:
+        path: The file.
+        cfg: A completed config.
+        predictor: Its model in PyTorch.
+        source: The images.
+        args: See :func:`main`.
+        allowed: Difference in percent that a metric may have. Above
+            :data:`convnext_mm.deployment.checking.METRIC`, as for a quantized model, nothing else
+            is compared.
+
+    Raises:
+        UserError: It differs.
+    """
+    exported = load_exported(path)
+    comparison = Comparison(predictor.model, exported, cfg)
+    report = Report(path.name, exported.name, exported.meta, path.stat().st_size / 1e6)
+    whole = len(source) == len(source.dataset)
+    metrics = {name: Metric(cfg, source.dataset, whole) for name in ('PyTorch', exported.name)}
+    try:
+        compare(comparison, source, metrics, report, args.pictures)
+        report.problem = next((case.problem for case in report.cases if case.problem), '') \
+            if allowed <= METRIC else ''
+        report.problem = report.problem or metric_problem(
+            report.metrics['PyTorch'], report.metrics[exported.name], allowed)
+    except UserError:
+        raise
+    except Exception as error:  # runtimes raise errors of any type
+        report.problem = f'{exported.name} fails: {str(error).strip()[:400]}'
+    report.write(path)
+    print(f'{report}\n\nReport: {path}.md, {path}.json')
+    if report.problem:
+        path.unlink()
+        raise UserError(f'{path.name} is not equal to PyTorch and was deleted: {report.problem}')
+    print(f'Written: {path}')
+    return path
+
+
+def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metric],
+            report: Report, pictures: str | None) -> None:
+    """Fill a report.
+
+    Args:
+        comparison: The model and the file.
+        source: The images.
+        metrics: Of both.
+        report: Gets the results.
+        pictures: Folder for an image of each result, or None.
+    """
+    folder = writable_folder(pictures) if pictures else None
+    images = Difference('test images')
+    report.cases.append(images)
+    for i, image in enumerate(track(source, 'Comparing', total=len(source))):
+        ours, theirs = (found[0] for found in comparison.pair([image]))
+        images.add(ours, theirs, comparison.least, comparison.most)
+        for metric, sample in zip(metrics.values(), (ours, theirs), strict=True):
+            metric.add([sample])
+        if folder is not None:
+            draw_pair(image, {'PyTorch': ours, comparison.exported.name: theirs}, report.meta,
+                      folder / f'{i:04d}.png')
+    first, second = source[0], source[len(source) // 2]
+    report.cases += comparison.special_cases(first, second)
+    report.metrics = {name: metric.values() for name, metric in metrics.items()}
+    height, width = first.pixels.shape[:2]
+    report.latency = dict(input=f'one image of {width}×{height}', times=comparison.latency(first))

@@ -1,0 +1,116 @@
+"""Exported files behind one face: from an image to what a pipeline returns, as arrays."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
+
+from ..errors import UserError
+from .onnx_file import KEY
+from .optional import require
+
+Arrays = dict[str, np.ndarray]
+"""Names of a pipeline's outputs, and their values."""
+
+
+class Exported(NamedTuple):
+    """An exported file that has been loaded.
+
+    Args:
+        name: Of the runtime.
+        meta: The metadata in the file.
+        run: From images (B, H, W, C) and a size (2,) of int64 to the outputs.
+    """
+
+    name: str
+    meta: dict[str, Any]
+    run: Callable[[np.ndarray, np.ndarray], Arrays]
+
+
+def load_exported(path: str | Path) -> Exported:
+    """Load an exported file, by its suffix.
+
+    Raises:
+        UserError: There is no such file, it is not one of ours, or the runtime is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'exported file not found: {path.absolute()}')
+    try:
+        return LOADERS[path.suffix](path)
+    except UserError:
+        raise
+    except Exception as error:  # runtimes raise errors of any type
+        first = str(error).strip().partition('\n')[0]
+        raise UserError(f'{path} cannot be loaded: {first}. Export it again with tools/export.py'
+                        ) from error
+
+
+def _load_onnx(path: Path) -> Exported:
+    runtime = require('onnxruntime')
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    names = [output.name for output in session.get_outputs()]
+
+    def run(image: np.ndarray, size: np.ndarray) -> Arrays:
+        return dict(zip(names, session.run(None, {'image': image, 'size': size}), strict=True))
+    return Exported('ONNX Runtime', _parsed(text, path), run)
+
+
+def _parsed(text: str | None, path: Path) -> dict[str, Any]:
+    if not text:
+        raise UserError(f'{path} was not written by tools/export.py: it has no metadata named '
+                        f'{KEY!r}')
+    return json.loads(text)
+
+
+LOADERS: dict[str, Callable[[Path], Exported]] = {'.onnx': _load_onnx}
+"""From a suffix to what loads a file of it."""
+
+
+def is_exported(path: str) -> bool:
+    """Whether a path is that of an exported file, not of a checkpoint."""
+    return Path(path).suffix in LOADERS
+
+
+def to_sample(outputs: Arrays, index: int, sample: BaseDataElement, mask_threshold: float
+              ) -> BaseDataElement:
+    """Put the results of one image into its data sample, as the model's own are.
+
+    Args:
+        outputs: Of :class:`Exported`.
+        index: Of the image in the batch.
+        sample: A SegDataSample or DetDataSample, with the image's ``ori_shape``.
+        mask_threshold: What a mask's values are compared with.
+    """
+    if 'classes' in outputs:
+        classes = torch.from_numpy(outputs['classes'][index].astype(np.int64))
+        sample.pred_sem_seg = PixelData(data=classes[None])
+        return sample
+    count = int((outputs['scores'][index] > 0).sum())
+    boxes, scores, labels = (torch.from_numpy(np.array(outputs[key][index, :count]))
+                             for key in ('boxes', 'scores', 'labels'))
+    found = InstanceData(bboxes=boxes, scores=scores, labels=labels.long())
+    if 'masks' in outputs:
+        masks = torch.from_numpy(np.array(outputs['masks'][index, :count]))
+        found.masks = paste(masks, boxes, sample.ori_shape[:2], mask_threshold)
+    sample.pred_instances = found
+    return sample
+
+
+def paste(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float
+          ) -> torch.Tensor:
+    """Masks (n, m, m) that fill their boxes (n, 4) → (n, *size) of bool, as mmdet does."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+    out = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for mask, box, whole in zip(masks, boxes, out, strict=True):
+        part, where = _do_paste_mask(mask[None, None], box[None], *size, skip_empty=True)
+        whole[where] = part[0] >= threshold
+    return out
