@@ -32,6 +32,7 @@ STARTUP = Path('convnext_mm', 'ops', 'convnext_mm_operators.pth')
 EXTRAS = {
     'tiff': [TIFF],
     'export': EXPORT,
+    'openvino': [*EXPORT, 'openvino>=2026.4,<2026.5', 'nncf>=3.4,<3.5'],
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],

@@ -11,6 +11,7 @@ from . import complexity, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import export as exporting
+from .deployment import runtimes, testing
 from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
@@ -106,7 +107,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument('checkpoint', help='file or URL of the weights')
+    parser.add_argument('checkpoint', help='file or URL of the weights, or a file of '
+                        'tools/export.py')
     parser.add_argument('--out', help='write predictions: to a folder of PNG masks '
                         '(segmentation) or to a .pkl file (detection)')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
@@ -115,6 +117,10 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
                         help='seconds that each window stays open (2)')
     parser.add_argument('--tta', action='store_true', help='use test-time augmentation')
     _add_dtype(parser)
+
+
+def _test(args: argparse.Namespace) -> object:
+    return (testing if runtimes.is_exported(args.checkpoint) else launch).test(args)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +221,7 @@ def _table(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     'train': Command('Train a segmentor or a detector.', _add_train, launch.train),
-    'test': Command('Evaluate a segmentor or a detector.', _add_test, launch.test),
+    'test': Command('Evaluate a segmentor or a detector.', _add_test, _test),
     'predict': Command("Draw a trained model's predictions on your own images.", _add_predict,
                        prediction.image_demo),
     'check': Command("Check all images and annotations of a config's datasets, and draw "

@@ -19,12 +19,14 @@ from ..errors import UserError
 from ..prediction import Predictor
 from ..utils import writable_folder
 from .checking import METRIC, Comparison, Difference, Metric, mask_threshold, metric_problem
+from .formats import write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
 from .pipelines import Pipeline, build_pipeline
 from .report import Report, draw_pair
 from .rewriting import exportable
 from .runtimes import load_exported
+from .testing import TASKS
 
 
 class Format(NamedTuple):
@@ -39,7 +41,11 @@ class Format(NamedTuple):
     write: Callable[[Pipeline, torch.Tensor, Path, dict[str, Any]], None]
 
 
-FORMATS = {'onnx': Format('.onnx', write_onnx)}
+FORMATS = {
+    'onnx': Format('.onnx', write_onnx),
+    'openvino': Format('.xml', write_openvino),
+    'torch-export': Format('.pt2', write_torch_export),
+    'aoti': Format('.aoti.pt2', write_aoti)}
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -63,7 +69,7 @@ def main(args: argparse.Namespace) -> Path:
         raise UserError('there are no test images to compare the file on')
     predictor = Predictor(cfg, args.checkpoint, 'cpu')
     out = Path(args.out or f'{Path(args.config).stem}{kind.suffix}')
-    if out.suffix != kind.suffix:
+    if not out.name.endswith(kind.suffix):
         raise UserError(f'--out {out}: expected a name that ends in {kind.suffix}')
     writable_folder(out.parent)
     meta = metadata(cfg, predictor, args)
@@ -79,7 +85,7 @@ def metadata(cfg: Config, predictor: Predictor, args: argparse.Namespace) -> dic
     weights = hashlib.sha256(checkpoints.locate_checkpoint(args.checkpoint).read_bytes())
     palette = predictor.meta.get('palette')
     return dict(
-        task=dict(mmseg='segmentation', mmdet='detection')[cfg.default_scope],
+        task=TASKS[cfg.default_scope],
         classes=list(predictor.meta.get('classes') or ()),
         palette=[list(map(int, color)) for color in palette]
         if isinstance(palette, (list, tuple)) else None,
@@ -135,7 +141,8 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
     """
     exported = load_exported(path)
     comparison = Comparison(predictor.model, exported, cfg)
-    report = Report(path.name, exported.name, exported.meta, path.stat().st_size / 1e6)
+    report = Report(path.name, exported.name, exported.meta,
+                    sum(file.stat().st_size for file in files_of(path)) / 1e6)
     whole = len(source) == len(source.dataset)
     metrics = {name: Metric(cfg, source.dataset, whole) for name in ('PyTorch', exported.name)}
     try:
@@ -151,10 +158,16 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
     report.write(path)
     print(f'{report}\n\nReport: {path}.md, {path}.json')
     if report.problem:
-        path.unlink()
+        for file in files_of(path):
+            file.unlink(missing_ok=True)
         raise UserError(f'{path.name} is not equal to PyTorch and was deleted: {report.problem}')
     print(f'Written: {path}')
     return path
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of an exported model: those of OpenVINO are two."""
+    return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
 def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metric],

@@ -11,8 +11,10 @@ import torch
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 
 from ..errors import UserError
+from .formats import META_FILE
 from .onnx_file import KEY
 from .optional import require
+from .pipelines import DETECTOR_OUTPUTS, SEGMENTOR_OUTPUTS
 
 Arrays = dict[str, np.ndarray]
 """Names of a pipeline's outputs, and their values."""
@@ -71,7 +73,45 @@ def _parsed(text: str | None, path: Path) -> dict[str, Any]:
     return json.loads(text)
 
 
-LOADERS: dict[str, Callable[[Path], Exported]] = {'.onnx': _load_onnx}
+def _load_openvino(path: Path) -> Exported:
+    openvino = require('openvino', extra='openvino')
+    core = openvino.Core()
+    model = core.read_model(path)
+    text = model.get_rt_info([KEY]).value if model.has_rt_info([KEY]) else None
+    meta = _parsed(text, path)
+    # By default, processors with bf16 compute in it.
+    request = core.compile_model(model, 'CPU', {
+        'INFERENCE_PRECISION_HINT': meta.get('precision', 'f32'),
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'NUM_STREAMS': 1}).create_infer_request()
+
+    def run(image: np.ndarray, size: np.ndarray) -> Arrays:
+        found = request.infer({'image': image, 'size': size})
+        return {next(iter(output.names)): values for output, values in found.to_dict().items()}
+    return Exported('OpenVINO', meta, run)
+
+
+def _load_torch(path: Path) -> Exported:
+    from . import operations  # noqa: F401  registers the operators in the file
+    if path.suffixes[-2:-1] == ['.aoti']:
+        package = torch._inductor.aoti_load_package(str(path))
+        return _in_pytorch('AOTInductor', _parsed(package.get_metadata().get(KEY), path), package)
+    files = {META_FILE: ''}
+    program = torch.export.load(path, extra_files=files)
+    return _in_pytorch('torch.export', _parsed(files[META_FILE], path), program.module())
+
+
+def _in_pytorch(name: str, meta: dict[str, Any], call: Callable[..., Any]) -> Exported:
+    @torch.no_grad()
+    def run(image: np.ndarray, size: np.ndarray) -> Arrays:
+        found = call(torch.from_numpy(image), torch.from_numpy(size))
+        found = found if isinstance(found, (tuple, list)) else [found]
+        names = SEGMENTOR_OUTPUTS if meta['task'] == 'segmentation' else DETECTOR_OUTPUTS
+        return {key: value.numpy() for key, value in zip(names, found, strict=False)}
+    return Exported(name, meta, run)
+
+
+LOADERS: dict[str, Callable[[Path], Exported]] = {
+    '.onnx': _load_onnx, '.xml': _load_openvino, '.pt2': _load_torch}
 """From a suffix to what loads a file of it."""
 
 
