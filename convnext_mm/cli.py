@@ -149,6 +149,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--to', choices=exporting.FORMATS, default='onnx',
                         help='format of the file (onnx)')
     parser.add_argument('--out', metavar='FILE', help='the file to write (CONFIG.onnx, ...)')
+    parser.add_argument('--int8', action='store_true', help='quantize to 8 bits, calibrated on '
+                        'training images (onnx, openvino)')
+    parser.add_argument('--bf16', action='store_true', help='compute in bf16 (openvino)')
+    parser.add_argument('--max-drop', type=float, default=0.5, metavar='PERCENT',
+                        help='how much lower the metric may be with --int8 and --bf16 (0.5)')
+    parser.add_argument('--calibration', type=int, default=32, metavar='N',
+                        help='training images to calibrate on (32)')
     parser.add_argument('--images', type=int, default=100, metavar='N',
                         help='test images to compare the file on (100)')
     parser.add_argument('--pictures', metavar='DIR',

@@ -137,9 +137,11 @@ class Comparison:
         """The data samples of PyTorch and of the runtime, of images of one size."""
         return predict_in_pytorch(self.model, images), self.runtime(images)
 
-    def runtime(self, images: Sequence[Image]) -> list[BaseDataElement]:
+    def runtime(self, images: Sequence[Image], exported: Exported | None = None
+                ) -> list[BaseDataElement]:
         """The runtime's data samples of images of one size, the first one's ``ori_shape``."""
-        outputs = self.exported.run(np.stack([one.pixels for one in images]), images[0].size)
+        batch = np.stack([one.pixels for one in images])
+        outputs = (exported or self.exported).run(batch, images[0].size)
         return [to_sample(outputs, i, copy.deepcopy(one.sample), self.mask_threshold)
                 for i, one in enumerate(images)]
 
@@ -176,14 +178,21 @@ class Comparison:
                 return [case]
         return []
 
-    def latency(self, image: Image) -> dict[str, dict[str, float]]:
+    def latency(self, image: Image, plain: Exported | None = None
+                ) -> dict[str, dict[str, float]]:
         """Milliseconds that an image takes in both, in turns: of the processor, and on the clock.
 
         The median of some rounds, from the resized image to class map or pasted masks.
+
+        Args:
+            image: The image.
+            plain: The fp32 file of a quantized one, which is measured as well.
         """
         runs: dict[str, Callable[[], object]] = {
             'PyTorch': lambda: predict_in_pytorch(self.model, [image]),
             self.exported.name: lambda: self.runtime([image])}
+        if plain is not None:
+            runs[f'{plain.name}, fp32'] = lambda: self.runtime([image], plain)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for turn in range(LATENCY_ROUNDS + 2):
             for name, run in runs.items():

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,11 @@ from .formats import write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
 from .pipelines import Pipeline, build_pipeline
+from .quantizing import feeds_of, processor_has_bf16, quantize
 from .report import Report, draw_pair
 from .rewriting import exportable
-from .runtimes import load_exported
-from .testing import TASKS
+from .runtimes import Exported, load_exported
+from .testing import TASKS, evaluate
 
 
 class Format(NamedTuple):
@@ -53,7 +55,7 @@ def main(args: argparse.Namespace) -> Path:
 
     Args:
         args: ``config``, ``checkpoint``, ``to`` (a key of :data:`FORMATS`), ``out``, ``images``,
-            ``pictures`` and ``cfg_options``.
+            ``pictures``, ``int8``, ``bf16``, ``max_drop``, ``calibration`` and ``cfg_options``.
 
     Returns:
         The exported file.
@@ -62,22 +64,56 @@ def main(args: argparse.Namespace) -> Path:
         UserError: The config, the weights or the data are unusable, packages are missing, or the
             results of the file differ; then it is deleted.
     """
+    check_options(args)
     cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
     kind = FORMATS[args.to]
     source = ImageSource(cfg, 'test', args.images)
     if not len(source):
         raise UserError('there are no test images to compare the file on')
     predictor = Predictor(cfg, args.checkpoint, 'cpu')
-    out = Path(args.out or f'{Path(args.config).stem}{kind.suffix}')
-    if not out.name.endswith(kind.suffix):
-        raise UserError(f'--out {out}: expected a name that ends in {kind.suffix}')
+    numbers = '_int8' * args.int8 + '_bf16' * args.bf16
+    out = Path(args.out or f'{Path(args.config).stem}{numbers}{kind.suffix}')
     writable_folder(out.parent)
     meta = metadata(cfg, predictor, args)
     pixels = torch.from_numpy(source[0].pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
     pipeline = build_pipeline(exportable(predictor.model))
-    kind.write(pipeline, pixels.expand(2, -1, -1, -1).contiguous(), out, meta)
-    return keep_if_equal(out, cfg, predictor, source, args, METRIC)
+    example = pixels.expand(2, -1, -1, -1).contiguous()
+    if args.bf16:
+        meta['precision'] = 'bf16'
+    if not args.int8:
+        kind.write(pipeline, example, out, meta)
+        return keep_if_equal(out, cfg, predictor, source, args,
+                             args.max_drop if args.bf16 else METRIC)
+    if processor_has_bf16():
+        print('This processor has bf16, which may be faster still and needs no calibration: compare '
+              '--to openvino --bf16')
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, 'fp32.onnx')
+        write_onnx(pipeline, example, plain, meta)
+        feeds = feeds_of(ImageSource(cfg, 'train', args.calibration))
+        in_fp32 = quantize(plain, out, meta, feeds,
+                           lambda path: evaluate(load_exported(path), cfg, source), args.max_drop)
+        return keep_if_equal(out, cfg, predictor, source, args, args.max_drop,
+                             load_exported(plain), [f'Layers in fp32: {", ".join(in_fp32)}.'
+                                                    ] if in_fp32 else [])
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Check options against each other.
+
+    Raises:
+        UserError: Some cannot be combined.
+    """
+    for name, formats in (('int8', ('onnx', 'openvino')), ('bf16', ('openvino',))):
+        if getattr(args, name) and args.to not in formats:
+            raise UserError(f'--{name} is not available with --to {args.to}: use --to '
+                            f'{" or ".join(formats)}')
+    if args.int8 and args.bf16:
+        raise UserError('--int8 and --bf16 are two ways: choose one')
+    suffix = FORMATS[args.to].suffix
+    if args.out and not args.out.endswith(suffix):
+        raise UserError(f'--out {args.out}: expected a name that ends in {suffix}')
 
 
 def metadata(cfg: Config, predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
@@ -123,7 +159,8 @@ def resize_rule(steps: list[dict]) -> dict[str, Any] | None:
 
 
 def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSource,
-                  args: argparse.Namespace, allowed: float) -> Path:
+                  args: argparse.Namespace, allowed: float, plain: Exported | None = None,
+                  notes: Sequence[str] = ()) -> Path:
     """Compare a file with PyTorch, write the report beside it, and delete it if it differs.
 
     Args:
@@ -135,6 +172,8 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
         allowed: Difference in percent that a metric may have. Above
             :data:`convnext_mm.deployment.checking.METRIC`, as for a quantized model, nothing else
             is compared.
+        plain: The fp32 file of a quantized one, to compare the latency with.
+        notes: For the report.
 
     Raises:
         UserError: It differs.
@@ -142,11 +181,11 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
     exported = load_exported(path)
     comparison = Comparison(predictor.model, exported, cfg)
     report = Report(path.name, exported.name, exported.meta,
-                    sum(file.stat().st_size for file in files_of(path)) / 1e6)
+                    sum(file.stat().st_size for file in files_of(path)) / 1e6, notes=[*notes])
     whole = len(source) == len(source.dataset)
     metrics = {name: Metric(cfg, source.dataset, whole) for name in ('PyTorch', exported.name)}
     try:
-        compare(comparison, source, metrics, report, args.pictures)
+        compare(comparison, source, metrics, report, args.pictures, plain)
         report.problem = next((case.problem for case in report.cases if case.problem), '') \
             if allowed <= METRIC else ''
         report.problem = report.problem or metric_problem(
@@ -171,7 +210,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metric],
-            report: Report, pictures: str | None) -> None:
+            report: Report, pictures: str | None, plain: Exported | None) -> None:
     """Fill a report.
 
     Args:
@@ -180,6 +219,7 @@ def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metr
         metrics: Of both.
         report: Gets the results.
         pictures: Folder for an image of each result, or None.
+        plain: See :func:`keep_if_equal`.
     """
     folder = writable_folder(pictures) if pictures else None
     images = Difference('test images')
@@ -196,4 +236,5 @@ def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metr
     report.cases += comparison.special_cases(first, second)
     report.metrics = {name: metric.values() for name, metric in metrics.items()}
     height, width = first.pixels.shape[:2]
-    report.latency = dict(input=f'one image of {width}×{height}', times=comparison.latency(first))
+    report.latency = dict(input=f'one image of {width}×{height}',
+                          times=comparison.latency(first, plain))

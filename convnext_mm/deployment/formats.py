@@ -47,9 +47,7 @@ def save_openvino(model: Any, path: Path, meta: dict[str, Any]) -> None:
 
 def _program(pipeline: Pipeline, image: Tensor) -> Any:
     """The pipeline as torch.export's program for any batch and size."""
-    # The sides of the smallest map must not be 0 or 1, which PyTorch treats on their own.
-    shapes = {'image': {0: Dim('batch'), 1: Dim('height', min=64), 2: Dim('width', min=64)},
-              'size': None}
+    shapes = {'image': {0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC}, 'size': None}
     size = torch.tensor([image.shape[1] + 7, image.shape[2] + 3])
     with torch.no_grad(), quiet():
         return torch.export.export(pipeline, (image, size), dynamic_shapes=shapes)

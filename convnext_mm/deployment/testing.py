@@ -39,13 +39,26 @@ def test(args: argparse.Namespace) -> dict[str, float]:
     exported = load_exported(args.checkpoint)
     source = ImageSource(cfg, 'test', None)
     check_same_task(exported, cfg, source, args.checkpoint)
-    metric = Metric(cfg, source.dataset, all_images=True)
+    values = evaluate(exported, cfg, source, quietly=False)
+    print('\n'.join(f'{name}: {value:.2f}' for name, value in values.items()))
+    return values
+
+
+def evaluate(exported: Exported, cfg: Config, source: ImageSource, quietly: bool = True
+             ) -> dict[str, float]:
+    """The metrics of a file, in percent.
+
+    Args:
+        exported: The file.
+        cfg: A completed config.
+        source: Images with annotations.
+        quietly: Do not print the table of classes.
+    """
+    metric = Metric(cfg, source.dataset, len(source) == len(source.dataset))
     for image in track(source, exported.name, total=len(source)):
         outputs = exported.run(image.pixels[None], image.size)
         metric.add([to_sample(outputs, 0, image.sample, mask_threshold(cfg))])
-    values = metric.values(quietly=False)
-    print('\n'.join(f'{name}: {value:.2f}' for name, value in values.items()))
-    return values
+    return metric.values(quietly)
 
 
 def check_same_task(exported: Exported, cfg: Config, source: ImageSource, path: str) -> None:

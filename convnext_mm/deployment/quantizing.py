@@ -1,0 +1,192 @@
+"""int8 files, calibrated on the user's images; layers stay in fp32 until the metric is kept."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from .checking import metric_problem
+from .formats import save_openvino
+from .onnx_file import quiet, write_meta
+from .optional import require
+
+LAYERS = ('Conv', 'Gemm')
+"""The operators that are quantized."""
+LARGEST_SHARE = 0.4
+"""Of the fp32 file, that an int8 file may have: in a larger one, weights were left out."""
+NOISE_IMAGES = 2
+LAYERS_AT_ONCE = 8
+
+Feed = dict[str, np.ndarray]
+"""The inputs of an ONNX file."""
+
+
+def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[Feed],
+             measure: Callable[[Path], dict[str, float]], max_drop: float) -> list[str]:
+    """Write an int8 file whose metric is at most ``max_drop`` below that of the fp32 file.
+
+    If it is lower, the layers that 8 bits change most are left in fp32: one, two, four and so on.
+
+    Args:
+        source: The ONNX file in fp32.
+        target: The file to write: .onnx, or .xml for OpenVINO.
+        meta: Its metadata.
+        feeds: Inputs from the training images.
+        measure: From a file to its metrics in percent.
+        max_drop: In percent.
+
+    Returns:
+        The layers left in fp32.
+
+    Raises:
+        UserError: Packages are missing, weights were not found, or the metric drops even so.
+    """
+    write = _quantize_onnx if target.suffix == '.onnx' else _quantize_openvino
+    onnx = require('onnx', 'onnxruntime')
+    model = onnx.load(source)
+    expected = measure(source)
+    order: list[str] = []
+    kept = 0
+    while True:
+        chosen = order[:kept]
+        with quiet(), _no_logging():
+            write(model, source, target, dict(meta, int8=True, in_fp32=len(chosen)), feeds, chosen)
+        share = _bytes(target) / source.stat().st_size
+        if share > LARGEST_SHARE:
+            raise UserError(
+                f'the int8 file has {100 * share:.0f} % of the bytes of the fp32 file: '
+                + (f'with {kept} layers left in fp32 the drop is still more than {max_drop}: '
+                   'allow more with --max-drop, or more images with --calibration' if kept else
+                   'weights were not quantized'))
+        problem = metric_problem(expected, measure(target), max(max_drop, 0.11))
+        print(f'int8 with {kept} layers in fp32: {problem or "within the limit"}', flush=True)
+        if not problem:
+            return chosen
+        if not order:
+            order = layers_by_noise(model, feeds[:NOISE_IMAGES])
+        if kept >= len(order):
+            raise UserError(f'int8 is not within {max_drop} of fp32: {problem}')
+        kept = max(1, 2 * kept)
+
+
+def _bytes(path: Path) -> int:
+    files = [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _quantize_onnx(model: Any, source: Path, target: Path, meta: dict[str, Any],
+                   feeds: Sequence[Feed], in_fp32: list[str]) -> None:
+    quantization = require('onnxruntime.quantization')
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.feeds = iter(feeds)
+
+        def get_next(self) -> Feed | None:
+            return next(self.feeds, None)
+
+    quantization.quantize_static(
+        source, target, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+        op_types_to_quantize=list(LAYERS), nodes_to_exclude=in_fp32,
+        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        # The other methods need images of one size.
+        calibrate_method=quantization.CalibrationMethod.MinMax)
+    onnx = require('onnx')
+    written = onnx.load(target)
+    write_meta(written, meta)
+    onnx.save(written, target)
+
+
+def _quantize_openvino(model: Any, source: Path, target: Path, meta: dict[str, Any],
+                       feeds: Sequence[Feed], in_fp32: list[str]) -> None:
+    openvino = require('openvino', extra='openvino')
+    nncf = require('nncf', extra='openvino')
+    layers = openvino.Core().read_model(source)
+    ignored = nncf.IgnoredScope(names=in_fp32, validate=False) if in_fp32 else None
+    found = nncf.quantize(layers, nncf.Dataset(list(feeds)), subset_size=len(feeds),
+                          ignored_scope=ignored, preset=nncf.QuantizationPreset.MIXED)
+    save_openvino(found, target, meta)
+
+
+def layers_by_noise(model: Any, feeds: Sequence[Feed]) -> list[str]:
+    """Names of the layers, those first that 8 bits change most, relative to what they compute with.
+
+    The change of a layer is that of its inputs, with the step that their range gives, and of its
+    weights, with a step for each output channel.
+
+    Args:
+        model: The loaded ONNX file in fp32.
+        feeds: Inputs.
+    """
+    onnx = require('onnx')
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    layers = [node for node in model.graph.node
+              if node.op_type in LAYERS and node.input[1] in weights]
+    noise = {node.name: _weight_noise(weights[node.input[1]]) for node in layers}
+    for start in range(0, len(layers), LAYERS_AT_ONCE):
+        part = layers[start:start + LAYERS_AT_ONCE]
+        names = list(dict.fromkeys(node.input[0] for node in part))
+        for feed in feeds:
+            values = dict(zip(names, _inner_values(model, names, feed), strict=True))
+            for node in part:
+                noise[node.name] += _input_noise(values[node.input[0]]) / len(feeds)
+    return sorted(noise, key=lambda name: -noise[name])
+
+
+def _inner_values(model: Any, names: list[str], feed: Feed) -> list[np.ndarray]:
+    """Tensors inside of a model."""
+    onnx, runtime = require('onnx'), require('onnxruntime')
+    inner = onnx.ModelProto()
+    inner.CopyFrom(model)
+    del inner.graph.output[:]
+    inner.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    session = runtime.InferenceSession(inner.SerializeToString(), options,
+                                       providers=['CPUExecutionProvider'])
+    return session.run(names, feed)
+
+
+def _input_noise(x: np.ndarray) -> float:
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    step = (high - low) / 255 or 1.0
+    error = np.rint(x / step) * step - x
+    return float(np.mean(error**2) / max(float(np.mean(x**2)), 1e-20))
+
+
+def _weight_noise(weight: np.ndarray) -> float:
+    """Of (out, ...), with a symmetric step for each output."""
+    flat = weight.reshape(len(weight), -1)
+    step = np.maximum(np.abs(flat).max(1, keepdims=True) / 127, 1e-20)
+    error = np.rint(flat / step) * step - flat
+    return float(np.mean(error**2) / max(float(np.mean(flat**2)), 1e-20))
+
+
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """Hide what quantizers log; errors are raised."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def processor_has_bf16() -> bool:
+    """Whether the processor multiplies in bf16, which needs no calibration."""
+    try:
+        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError:
+        return False
+    return 'amx_bf16' in flags or 'avx512_bf16' in flags
+
+
+def feeds_of(images: Any) -> list[Feed]:
+    """The inputs of images, each for itself."""
+    return [dict(image=image.pixels[None], size=image.size) for image in images]
+
