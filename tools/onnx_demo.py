@@ -89,12 +89,24 @@ class Model:
         """An image (H, W, 3) in BGR → ``classes`` (H, W), or ``boxes`` (n, 4) in its pixels,
         ``scores``, ``labels`` and ``masks`` (n, H, W)."""
         size = np.array(image.shape[:2], np.int64)
-        inputs = dict(image=resize(image, self.meta['resize'])[None], size=size)
+        rule = self.meta['resize']
+        if self.meta['fixed']:
+            rule = dict(scale=self.meta['fixed'][::-1], keep_ratio=False)
+        inputs = dict(image=resize(image, rule)[None], size=size)
+        if self.meta['fixed']:
+            del inputs['size']
         result = {name: values[0] for name, values in zip(
             self.names, self.session.run(None, inputs), strict=True)}
         if 'scores' in result:
             count = int((result['scores'] > 0).sum())  # the outputs of a batch are filled up
             result = {name: values[:count] for name, values in result.items()}
+        if self.meta['fixed']:  # the results are of that size
+            if 'classes' in result:
+                result['classes'] = cv2.resize(result['classes'], size[::-1].tolist(),
+                                               interpolation=cv2.INTER_NEAREST)
+            else:
+                result['boxes'] = result['boxes'] * np.tile(size / self.meta['fixed'], 2)[
+                    [1, 0, 1, 0]].astype(np.float32)
         if 'masks' in result:
             result['masks'] = paste(result['masks'], result['boxes'], size,
                                     self.meta['mask_threshold'])

@@ -165,13 +165,11 @@ class Comparison:
             cases.append(('both sides smaller than the crop',
                           [first.resized(crop[0] // 2 + 3, crop[1] // 2 + 1)]))
         found = [self.difference(name, images) for name, images in cases]
-        if self.least:
-            found += self._nothing_found(first)
-        return found
+        return found + self.nothing_found(first)
 
-    def _nothing_found(self, image: Image) -> list[Difference]:
+    def nothing_found(self, image: Image) -> list[Difference]:
         """The comparison on an image without a detection, if there is one among flat ones."""
-        for value in (0, 255, 114):
+        for value in (0, 255, 114) if self.least else ():
             flat = image.of(np.full_like(image.pixels, value))
             case = self.difference('nothing detected', [flat])
             if not case.detections:

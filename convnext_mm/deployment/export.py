@@ -55,7 +55,8 @@ def main(args: argparse.Namespace) -> Path:
 
     Args:
         args: ``config``, ``checkpoint``, ``to`` (a key of :data:`FORMATS`), ``out``, ``images``,
-            ``pictures``, ``int8``, ``bf16``, ``max_drop``, ``calibration`` and ``cfg_options``.
+            ``pictures``, ``int8``, ``bf16``, ``size``, ``max_drop``, ``calibration`` and
+            ``cfg_options``.
 
     Returns:
         The exported file.
@@ -75,9 +76,12 @@ def main(args: argparse.Namespace) -> Path:
     out = Path(args.out or f'{Path(args.config).stem}{numbers}{kind.suffix}')
     writable_folder(out.parent)
     meta = metadata(cfg, predictor, args)
-    pixels = torch.from_numpy(source[0].pixels)[None]
+    fixed = args.size[::-1] if args.size else None
+    meta['fixed'] = fixed
+    first = source[0].fixed(*fixed) if fixed else source[0]
+    pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
-    pipeline = build_pipeline(exportable(predictor.model))
+    pipeline = build_pipeline(exportable(predictor.model), fixed)
     example = pixels.expand(2, -1, -1, -1).contiguous()
     if args.bf16:
         meta['precision'] = 'bf16'
@@ -86,8 +90,8 @@ def main(args: argparse.Namespace) -> Path:
         return keep_if_equal(out, cfg, predictor, source, args,
                              args.max_drop if args.bf16 else METRIC)
     if processor_has_bf16():
-        print('This processor has bf16, which may be faster still and needs no calibration: compare '
-              '--to openvino --bf16')
+        print('This processor has bf16, which needs no calibration and may be faster still: '
+              'compare --to openvino --bf16')
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, 'fp32.onnx')
         write_onnx(pipeline, example, plain, meta)
@@ -109,6 +113,8 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) and args.to not in formats:
             raise UserError(f'--{name} is not available with --to {args.to}: use --to '
                             f'{" or ".join(formats)}')
+    if args.size and (args.to != 'onnx' or args.int8):
+        raise UserError('--size is available with --to onnx, without --int8')
     if args.int8 and args.bf16:
         raise UserError('--int8 and --bf16 are two ways: choose one')
     suffix = FORMATS[args.to].suffix
@@ -188,8 +194,9 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
         compare(comparison, source, metrics, report, args.pictures, plain)
         report.problem = next((case.problem for case in report.cases if case.problem), '') \
             if allowed <= METRIC else ''
-        report.problem = report.problem or metric_problem(
-            report.metrics['PyTorch'], report.metrics[exported.name], allowed)
+        if report.metrics and not report.problem:
+            report.problem = metric_problem(report.metrics['PyTorch'],
+                                            report.metrics[exported.name], allowed)
     except UserError:
         raise
     except Exception as error:  # runtimes raise errors of any type
@@ -224,17 +231,24 @@ def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metr
     folder = writable_folder(pictures) if pictures else None
     images = Difference('test images')
     report.cases.append(images)
+    fixed = report.meta.get('fixed')
     for i, image in enumerate(track(source, 'Comparing', total=len(source))):
+        image = image.fixed(*fixed) if fixed else image
         ours, theirs = (found[0] for found in comparison.pair([image]))
         images.add(ours, theirs, comparison.least, comparison.most)
-        for metric, sample in zip(metrics.values(), (ours, theirs), strict=True):
+        for metric, sample in zip(() if fixed else metrics.values(), (ours, theirs), strict=False):
             metric.add([sample])
         if folder is not None:
             draw_pair(image, {'PyTorch': ours, comparison.exported.name: theirs}, report.meta,
                       folder / f'{i:04d}.png')
     first, second = source[0], source[len(source) // 2]
-    report.cases += comparison.special_cases(first, second)
-    report.metrics = {name: metric.values() for name, metric in metrics.items()}
+    if fixed:
+        first = first.fixed(*fixed)
+        report.cases += comparison.nothing_found(first)
+        report.notes.append('The test images were resized to the fixed size: there is no metric.')
+    else:
+        report.cases += comparison.special_cases(first, second)
+        report.metrics = {name: metric.values() for name, metric in metrics.items()}
     height, width = first.pixels.shape[:2]
     report.latency = dict(input=f'one image of {width}×{height}',
                           times=comparison.latency(first, plain))

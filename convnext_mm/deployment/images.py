@@ -38,6 +38,12 @@ class Image(NamedTuple):
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         return self.of(pixels)
 
+    def fixed(self, height: int, width: int) -> Image:
+        """The image resized as if it had always been of this size."""
+        image = self.resized(height, width)
+        image.sample.set_metainfo(dict(ori_shape=(height, width), scale_factor=(1.0, 1.0)))
+        return image
+
     def of(self, pixels: np.ndarray) -> Image:
         """Another input with the data sample of this one."""
         height, width = pixels.shape[:2]

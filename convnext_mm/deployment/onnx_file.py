@@ -25,16 +25,14 @@ LARGEST = 2**31 - 2**20
 
 
 @torch.no_grad()
-def write_onnx(pipeline: Pipeline, image: Tensor, path: Path, meta: dict[str, Any],
-               fixed: bool = False) -> None:
-    """Export a pipeline.
+def write_onnx(pipeline: Pipeline, image: Tensor, path: Path, meta: dict[str, Any]) -> None:
+    """Export a pipeline; one of a fixed size, for one image.
 
     Args:
         pipeline: Of :func:`convnext_mm.deployment.rewriting.exportable`.
         image: (2, H, W, C), an example.
         path: The file to write.
         meta: What a program needs to use the file, and where it is from.
-        fixed: Keep the example's batch and size, and return results at its size.
 
     Raises:
         UserError: Packages are missing, or the model is too large for a file.
@@ -42,12 +40,14 @@ def write_onnx(pipeline: Pipeline, image: Tensor, path: Path, meta: dict[str, An
     onnx = require('onnx', 'onnxscript')
     height, width = image.shape[1:3]
     # Of another size, so that the exporter does not take the two for one.
-    size = torch.tensor([height, width] if fixed else [height + 7, width + 3])
-    shapes = {'image': {0: 'batch', 1: 'height', 2: 'width'}, 'size': {}}
+    inputs: dict[str, Tensor] = dict(image=image, size=torch.tensor([height + 7, width + 3]))
+    shapes: Any = {'image': {0: 'batch', 1: 'height', 2: 'width'}, 'size': {}}
+    if pipeline.fixed is not None:
+        inputs, shapes = dict(image=image[:1]), None
     with quiet():
         program: Any = torch.onnx.export(
-            pipeline, (image, size), dynamo=True, verbose=False, input_names=['image', 'size'],
-            output_names=list(pipeline.outputs), dynamic_shapes=None if fixed else shapes,
+            pipeline, tuple(inputs.values()), dynamo=True, verbose=False,
+            input_names=list(inputs), output_names=list(pipeline.outputs), dynamic_shapes=shapes,
             custom_translation_table=onnx_translations())
     model = program.model_proto
     strip(model)

@@ -21,20 +21,22 @@ SEGMENTOR_OUTPUTS = ('classes',)
 DETECTOR_OUTPUTS = ('boxes', 'scores', 'labels', 'masks')
 
 
-def build_pipeline(model: nn.Module, fixed: bool = False) -> Pipeline:
+def build_pipeline(model: nn.Module, fixed: tuple[int, int] | None = None) -> Pipeline:
     """The pipeline of a model of mmseg or mmdet.
 
     Args:
         model: The model.
-        fixed: A detector returns ``max_per_img`` detections, filled up, instead of as many as the
-            image with the most has.
+        fixed: Height and width of all images, for runtimes that need constant shapes: the results
+            are of this size, :meth:`Pipeline.forward` takes no ``size``, and a detector returns
+            ``max_per_img`` detections, filled up, instead of as many as the image with the most
+            has.
 
     Raises:
         UserError: There is none for models of this kind.
     """
     model_type: Any = model
     if hasattr(model, 'decode_head'):
-        return Segmentor(model_type)
+        return Segmentor(model_type, fixed)
     if hasattr(model, 'rpn_head') and hasattr(model, 'roi_head'):
         return Detector(model_type, fixed)
     raise UserError(f'{type(model).__name__} cannot be exported: it is neither an EncoderDecoder '
@@ -46,6 +48,7 @@ class Pipeline(nn.Module):
 
     Args:
         model: The model, in eval mode.
+        fixed: See :func:`build_pipeline`.
     """
 
     outputs: tuple[str, ...]
@@ -53,9 +56,9 @@ class Pipeline(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, fixed: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.fixed = model, fixed
         pre = model.data_preprocessor
         self.reverse = bool(getattr(pre, '_channel_conversion', False)
                             or getattr(pre, 'channel_conversion', False))
@@ -81,8 +84,8 @@ class Segmentor(Pipeline):
 
     outputs = SEGMENTOR_OUTPUTS
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, fixed: tuple[int, int] | None = None) -> None:
+        super().__init__(model, fixed)
         head, cfg = model.decode_head, model.test_cfg
         if isinstance(head, nn.ModuleList) or not hasattr(head, 'conv_seg'):
             raise UserError(f'{type(model).__name__} with {type(head).__name__} cannot be '
@@ -94,11 +97,15 @@ class Segmentor(Pipeline):
         self.align_corners = bool(model.align_corners)
         self.out_channels = model.out_channels
 
-    def forward(self, image: Tensor, size: Tensor) -> Tensor:
+    def forward(self, image: Tensor, size: Tensor | None = None) -> Tensor:
         """See the class."""
-        height, width = (cast(int, length.item()) for length in (size[0], size[1]))
-        torch._check(height >= 2)
-        torch._check(width >= 2)
+        if size is None:
+            assert self.fixed is not None
+            height, width = self.fixed
+        else:
+            height, width = (cast(int, length.item()) for length in (size[0], size[1]))
+            torch._check(height >= 2)
+            torch._check(width >= 2)
         x = self.normalized(image)
         inside = x.shape[2:]
         x = self._padded(x)
@@ -173,9 +180,8 @@ class Detector(Pipeline):
     behind the last detection of an image, scores are 0 and labels -1.
     """
 
-    def __init__(self, model: Any, fixed: bool = False) -> None:
-        super().__init__(model)
-        self.fixed = fixed
+    def __init__(self, model: Any, fixed: tuple[int, int] | None = None) -> None:
+        super().__init__(model, fixed)
         roi_head, rcnn = model.roi_head, model.test_cfg.rcnn
         kinds = [type(roi_head).__name__, type(model.rpn_head).__name__,
                  *(type(head.bbox_coder).__name__ for _, head in self._stages('bbox'))]
@@ -193,7 +199,7 @@ class Detector(Pipeline):
         self.with_masks = bool(model.with_mask)
         self.outputs = DETECTOR_OUTPUTS if self.with_masks else DETECTOR_OUTPUTS[:3]
 
-    def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, image: Tensor, size: Tensor | None = None) -> tuple[Tensor, ...]:
         """See the class."""
         x = self.normalized(image)
         height, width = x.shape[2:]
@@ -201,17 +207,22 @@ class Detector(Pipeline):
         x = F.pad(x, (0, (-width) % divisor, 0, (-height) % divisor),
                   value=self.model.data_preprocessor.pad_value)
         maps = self.model.extract_feat(x)
-        area = torch.stack([torch.zeros_like(size[0]) + length for length in (width, height)])
+        area = torch.stack([torch.zeros((), dtype=torch.int64, device=x.device) + length
+                            for length in (width, height)])
         proposals, valid = self._propose(maps, area)
         boxes, scores, labels = self._classify(maps, proposals, valid, area)
-        if not self.fixed:
+        if self.fixed is None:
             most = (scores > 0).sum(1).amax(0).clamp(min=1).item()
             torch._check(most >= 1)
             torch._check(most <= boxes.shape[1])
             boxes, scores, labels = boxes[:, :most], scores[:, :most], labels[:, :most]
-        factor = size.flip(0).to(boxes) / area.to(boxes)
-        found = boxes * torch.cat([factor, factor]), scores, labels
-        return (*found, self._masks(maps, boxes, labels)) if self.with_masks else found
+        if size is not None:
+            factor = size.flip(0).to(boxes) / area.to(boxes)
+            boxes, inside = boxes * torch.cat([factor, factor]), boxes
+        else:
+            inside = boxes
+        found = boxes, scores, labels
+        return (*found, self._masks(maps, inside, labels)) if self.with_masks else found
 
     def _propose(self, maps: tuple[Tensor, ...], area: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes (B, P, 4) of the region proposal network, and whether each exists (B, P)."""

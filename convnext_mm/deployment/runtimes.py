@@ -26,7 +26,8 @@ class Exported(NamedTuple):
     Args:
         name: Of the runtime.
         meta: The metadata in the file.
-        run: From images (B, H, W, C) and a size (2,) of int64 to the outputs.
+        run: From images (B, H, W, C) and a size (2,) of int64 to the outputs. A file of a fixed
+            size takes one image of it, and its results are of this size.
     """
 
     name: str
@@ -59,10 +60,13 @@ def _load_onnx(path: Path) -> Exported:
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = runtime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     text = session.get_modelmeta().custom_metadata_map.get(KEY)
-    names = [output.name for output in session.get_outputs()]
+    inputs, names = ([one.name for one in some] for some in (session.get_inputs(),
+                                                             session.get_outputs()))
 
     def run(image: np.ndarray, size: np.ndarray) -> Arrays:
-        return dict(zip(names, session.run(None, {'image': image, 'size': size}), strict=True))
+        given = {'image': image, 'size': size}
+        return dict(zip(names, session.run(None, {key: given[key] for key in inputs}),
+                        strict=True))
     return Exported('ONNX Runtime', _parsed(text, path), run)
 
 

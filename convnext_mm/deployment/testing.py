@@ -39,6 +39,9 @@ def test(args: argparse.Namespace) -> dict[str, float]:
     exported = load_exported(args.checkpoint)
     source = ImageSource(cfg, 'test', None)
     check_same_task(exported, cfg, source, args.checkpoint)
+    if exported.meta.get('fixed'):
+        raise UserError(f'{args.checkpoint} is of a fixed size and not of that of the test images: '
+                        'a metric needs a file that was exported without --size')
     values = evaluate(exported, cfg, source, quietly=False)
     print('\n'.join(f'{name}: {value:.2f}' for name, value in values.items()))
     return values

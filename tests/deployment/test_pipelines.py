@@ -117,7 +117,7 @@ def test_nothing_detected_leaves_one_empty_entry():
 @torch.no_grad()
 def test_a_fixed_number_of_detections():
     model = build_model(DEMO_DETECTION, SMALL)
-    boxes, scores, *_ = build_pipeline(model, fixed=True)(noise(64, 96), torch.tensor([64, 96]))
+    boxes, scores, *_ = build_pipeline(model, fixed=(64, 96))(noise(64, 96))
     assert boxes.shape == (1, 100, 4)
     assert scores.shape == (1, 100)
 
