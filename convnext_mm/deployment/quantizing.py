@@ -153,18 +153,25 @@ def _inner_values(model: Any, names: list[str], feed: Feed) -> list[np.ndarray]:
 
 
 def _input_noise(x: np.ndarray) -> float:
-    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-    step = (high - low) / 255 or 1.0
-    error = np.rint(x / step) * step - x
-    return float(np.mean(error**2) / max(float(np.mean(x**2)), 1e-20))
+    """Of (N, C, ...), with one step for all."""
+    return _noise(x, (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / 255 or 1.0)
 
 
 def _weight_noise(weight: np.ndarray) -> float:
-    """Of (out, ...), with a symmetric step for each output."""
-    flat = weight.reshape(len(weight), -1)
-    step = np.maximum(np.abs(flat).max(1, keepdims=True) / 127, 1e-20)
-    error = np.rint(flat / step) * step - flat
-    return float(np.mean(error**2) / max(float(np.mean(flat**2)), 1e-20))
+    """Of (out, C, ...), with a symmetric step for each output."""
+    others = tuple(range(1, weight.ndim))
+    return _noise(weight, np.maximum(np.abs(weight).max(others, keepdims=True) / 127, 1e-20))
+
+
+def _noise(x: np.ndarray, step: np.ndarray | float) -> float:
+    """The mean over the channels C of (N, C, ...) of how much of each is lost, from 0 to 1.
+
+    Channels with outliers lose nothing, but take the steps from the others.
+    """
+    error = np.rint(x / step) * step - x
+    others = tuple(axis for axis in range(x.ndim) if axis != 1)
+    lost = (error**2).mean(others) / np.maximum((x**2).mean(others), 1e-20)
+    return float(np.minimum(lost, 1).mean())
 
 
 @contextmanager
