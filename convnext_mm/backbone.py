@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from . import checkpoints, fused, layer_decay
 from .archs import CLIP_XXLARGE
 from .layers import Block, Downsample, LayerNorm2d
-from .options import check_options
+from .options import check_hidden_dims, check_options
 
 
 class ConvNeXt(BaseModule):
@@ -31,6 +31,8 @@ class ConvNeXt(BaseModule):
             stem is adapted (:func:`convnext_mm.checkpoints.loading.adapt_stem`).
         depths: Blocks per stage; any number of stages.
         dims: Channels per stage.
+        hidden_dims: Channels inside of each block, a list per stage, as ``tools/prune.py`` writes
+            them. Default: 4 times ``dims``.
         use_grn: Use blocks of V2, with GRN and without layer scale.
         drop_path_rate: Drop path rate of the last block; rises linearly from 0 in the first.
         layer_scale_init_value: Initial layer scale; 0: no layer scale. Default: 1e-6, or 0 with
@@ -72,6 +74,7 @@ class ConvNeXt(BaseModule):
                  in_chans: int = 3,
                  depths: Sequence[int] | None = None,
                  dims: Sequence[int] | None = None,
+                 hidden_dims: Sequence[Sequence[int]] | None = None,
                  use_grn: bool | None = None,
                  drop_path_rate: float = 0.0,
                  layer_scale_init_value: float | None = None,
@@ -90,6 +93,7 @@ class ConvNeXt(BaseModule):
             arch, depths, dims, use_grn, drop_path_rate, layer_scale_init_value, out_indices,
             frozen_stages, with_cp, output_stride, memory)
         depths, dims, use_grn = self.arch
+        hidden = check_hidden_dims(hidden_dims, self.arch)
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
 
         # The only choice between the plain layers and the fast path.
@@ -112,8 +116,8 @@ class ConvNeXt(BaseModule):
                     make_downsample(dims[i - 1], dims[i], dilation if dilated else None))
                 dilation *= 2 if dilated else 1
             self.stages.append(nn.Sequential(*(
-                make_block(dims[i], next(rates), layer_scale, use_grn, dilation)
-                for _ in range(depths[i]))))
+                make_block(dims[i], next(rates), layer_scale, use_grn, dilation, hidden[i][j])
+                for j in range(depths[i]))))
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(dims[i], eps=1e-6))
 

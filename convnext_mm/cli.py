@@ -11,6 +11,7 @@ from . import complexity, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import export as exporting
+from .deployment import pruning, runtimes, testing
 from .deployment import runtimes, testing
 from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
@@ -165,6 +166,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', help='config file, or the name of a recipe')
+    parser.add_argument('checkpoint', help='file or URL of the weights')
+    parser.add_argument('--flops', type=float, required=True, metavar='SHARE',
+                        help="how much of the backbone's FLOPs remains, such as 0.6")
+    parser.add_argument('--out', metavar='DIR', help='output folder (CONFIG_pruned)')
+    parser.add_argument('--images', type=int, default=100, metavar='N',
+                        help='training images to solve for the weights on (100)')
+    parser.add_argument('--test-images', type=int, default=100, metavar='N',
+                        help='test images to measure the metric on (100)')
+    add_cfg_options(parser)
+
+
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('old', metavar='OLD', help='the old config, or a folder of old configs')
     parser.add_argument('new', metavar='NEW', nargs='?', help='the new config (OLD_new.py), or '
@@ -246,6 +260,8 @@ COMMANDS = {
                           'on one side.', _add_split_data, datasets_cli.split_dataset),
     'export': Command('Export a model for another runtime, and compare it with PyTorch on the test '
                       'images.', _add_export, exporting.main),
+    'prune': Command("Remove hidden channels of a trained model's backbone.", _add_prune,
+                     pruning.main),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),
 }

@@ -98,18 +98,20 @@ class Block(nn.Module):
         layer_scale_init_value: Initial value of ``gamma``; 0: no layer scale.
         use_grn: Whether the block has GRN, as in V2.
         dilation: Dilation of the depthwise convolution.
+        hidden: Channels between the 1x1 convolutions, by default 4C.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6,
-                 use_grn: bool = False, dilation: int = 1) -> None:
+                 use_grn: bool = False, dilation: int = 1, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3 * dilation, dilation=dilation,
                                 groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.pwconv1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
-        self.grn = GRN(4 * dim) if use_grn else nn.Identity()
-        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.grn = GRN(hidden) if use_grn else nn.Identity()
+        self.pwconv2 = nn.Linear(hidden, dim)
         self.gamma = (nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
                       if layer_scale_init_value > 0 else None)
         self.drop_path = DropPath(drop_path)

@@ -94,6 +94,24 @@ def check_arch(arch: str, depths: Sequence[int] | None = None,
     return Arch(depths, dims, published.use_grn if use_grn is None else bool(use_grn))
 
 
+def check_hidden_dims(hidden_dims: Sequence[Sequence[int]] | None, size: Arch
+                      ) -> Sequence[Sequence[int]]:
+    """The channels inside of each block, a list per stage.
+
+    Raises:
+        UserError: They do not fit the depths.
+    """
+    if hidden_dims is None:
+        return [[4 * dim] * depth for dim, depth in zip(size.dims, size.depths, strict=True)]
+    if (not isinstance(hidden_dims, (list, tuple))
+            or not all(isinstance(stage, (list, tuple)) for stage in hidden_dims)
+            or tuple(map(len, hidden_dims)) != tuple(size.depths)
+            or any(not isinstance(n, int) or n < 1 for stage in hidden_dims for n in stage)):
+        raise UserError(f'ConvNeXt: hidden_dims={hidden_dims} must be a list of whole numbers for '
+                        f'each stage, as many as it has blocks: depths={list(size.depths)}')
+    return hidden_dims
+
+
 def _stage_indices(key: str, indices: Sequence[int], stages: int) -> tuple[int, ...]:
     """Ascending stage indices without duplicates; -1 is the last stage."""
     if any(not isinstance(i, int) or not -stages <= i < stages for i in indices):

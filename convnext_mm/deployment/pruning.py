@@ -1,0 +1,298 @@
+"""``tools/prune.py``: removes hidden channels of a backbone's blocks, and solves for the weights.
+
+The channels with the least share in a block's output go first. The second 1x1 convolution is then
+solved anew by least squares, so that those that remain stand in for those that are gone.
+"""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from mmengine.config import Config
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..backbone import ConvNeXt
+from ..bases import find_recipe
+from ..engine import checks
+from ..errors import UserError
+from ..layers import GRN, Block
+from ..prediction import Predictor
+from ..utils import atomic_path, writable_folder
+from .checking import Metric, primary
+from .images import Image, ImageSource, predict_in_pytorch
+
+STEP = 32
+"""Channels are removed by this number, as processors like them."""
+RIDGE = 1e-6
+"""Of the mean variance, added to each channel's, so that equal channels can be solved for."""
+
+
+@dataclass
+class Statistics:
+    """Of the hidden channels of a block, over all pixels.
+
+    Args:
+        count: Pixels.
+        total: (hidden,): the sum.
+        products: (hidden, hidden): the sums of products.
+        output: The sum of squares of the block's output, for comparison between blocks.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+    output: float = 0.0
+
+    def covariance(self) -> tuple[Tensor, Tensor]:
+        """The mean (hidden,) and the covariance (hidden, hidden)."""
+        mean = self.total / self.count
+        return mean, self.products / self.count - torch.outer(mean, mean)
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Prune a model, and write its checkpoint and a config.
+
+    Args:
+        args: ``config``, ``checkpoint``, ``flops``, ``out``, ``images``, ``test_images`` and
+            ``cfg_options``.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: The config, the weights or the data are unusable, or so few FLOPs are impossible.
+    """
+    if not 0 < args.flops < 1:
+        raise UserError(f'--flops {args.flops}: expected the share of the FLOPs of the backbone '
+                        'that remains, between 0 and 1')
+    config = find_recipe(args.config)
+    cfg = checks.read_config(config, args.cfg_options)
+    source, test = ImageSource(cfg, 'train', args.images), ImageSource(
+        cfg, 'test', args.test_images)
+    model: Any = Predictor(cfg, args.checkpoint, 'cpu').model
+    if not isinstance(model.backbone, ConvNeXt):
+        raise UserError(f'{config}: only the backbone ConvNeXt can be pruned')
+    out = writable_folder(args.out or f'{Path(config).stem}_pruned')
+    before = metrics(model, cfg, test)
+    hidden = prune(model.backbone, list(track(source, 'Reading', total=len(source))),
+                   lambda image: predict_in_pytorch(model, [image]), args.flops)
+    after = metrics(model, cfg, test)
+    checkpoint = out / 'pruned.pth'
+    with atomic_path(checkpoint) as part:
+        torch.save(dict(state_dict=model.state_dict()), part)
+    path = out / f'{Path(config).stem}_pruned.py'
+    with atomic_path(path) as part:
+        part.write_text(
+            f'_base_ = {str(Path(config).absolute())!r}\n'
+            '# Of --cfg-options, those of the data and the schedule are not repeated here.\n'
+            f'load_from = {str(checkpoint.absolute())!r}\n'
+            'model = dict(backbone=dict(\n'
+            f'    init_cfg=None,\n    hidden_dims={hidden}))\n', encoding='utf-8')
+    for key, value in before.items():
+        print(f'{key}: {value:.2f} → {after.get(key, float("nan")):.2f}')
+    print(f'Hidden channels: {hidden}\nWritten: {path}, {checkpoint}')
+    return path
+
+
+def metrics(model: nn.Module, cfg: Config, source: ImageSource) -> dict[str, float]:
+    """The primary metrics of a model, in percent."""
+    metric = Metric(cfg, source.dataset, len(source) == len(source.dataset))
+    for image in track(source, 'Testing', total=len(source)):
+        metric.add(predict_in_pytorch(model, [image]))
+    return primary(metric.values())
+
+
+@torch.no_grad()
+def prune(backbone: ConvNeXt, images: Sequence[Image], run: Callable[[Image], object],
+          share: float) -> list[list[int]]:
+    """Remove hidden channels, in place.
+
+    Args:
+        backbone: The backbone.
+        images: To compute statistics of.
+        run: Runs the model on an image.
+        share: Of the backbone's FLOPs that remains.
+
+    Returns:
+        The hidden channels of each block, a list per stage.
+
+    Raises:
+        UserError: So few FLOPs are impossible.
+    """
+    blocks = [cast(Block, block) for stage in backbone.stages for block in cast(
+        nn.Sequential, stage)]
+    flops = Counter(backbone)
+    with flops, observed(blocks) as statistics:
+        for image in images:
+            run(image)
+    chosen = choose(blocks, statistics, flops.total, share)
+    pruned = [smaller(block, keep) for block, keep in zip(blocks, chosen, strict=True)]
+    with refitted(blocks, pruned) as solve:
+        for image in images if any(isinstance(block.grn, GRN) for block in blocks) else ():
+            run(image)
+        for block, new, one, keep in zip(blocks, pruned, statistics, chosen, strict=True):
+            solve(block, new, one, keep)
+    sizes = iter(len(keep) for keep in chosen)
+    return [[next(sizes) for _ in cast(nn.Sequential, stage)] for stage in backbone.stages]
+
+
+class Counter:
+    """Counts the multiplications of a module's layers while it is entered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.total = module, 0
+
+    def __enter__(self) -> None:
+        self.handles = [layer.register_forward_hook(self._count) for layer in self.module.modules()
+                        if isinstance(layer, (nn.Conv2d, nn.Linear))]
+
+    def _count(self, layer: Any, args: tuple, out: Tensor) -> None:
+        self.total += out.numel() * layer.weight[0].numel()
+
+    def __exit__(self, *args: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@contextmanager
+def observed(blocks: Sequence[Block]) -> Iterator[list[Statistics]]:
+    """The statistics of blocks that run meanwhile."""
+    found, handles = [], []
+    for block in blocks:
+        hidden = block.pwconv2.in_features
+        one = Statistics(0, torch.zeros(hidden, dtype=torch.double),
+                         torch.zeros(hidden, hidden, dtype=torch.double))
+
+        def add(layer: nn.Module, args: tuple, one: Statistics = one) -> None:
+            x = args[0].flatten(0, -2).float()
+            one.count += len(x)
+            one.total += x.sum(0).double()
+            one.products += (x.t() @ x).double()
+
+        def add_output(layer: nn.Module, args: tuple, out: Tensor, one: Statistics = one) -> None:
+            one.output += float(out.float().square().sum())
+
+        found.append(one)
+        handles += [block.pwconv2.register_forward_pre_hook(add),
+                    block.register_forward_hook(add_output)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def choose(blocks: Sequence[Block], statistics: Sequence[Statistics], flops: int, share: float
+           ) -> list[Tensor]:
+    """The channels to keep of each block, in ascending order.
+
+    Removes groups of channels whose part in the output of their block, relative to that output, is
+    smallest for the multiplications that they take.
+
+    Raises:
+        UserError: So few FLOPs are impossible.
+    """
+    orders, groups, costs = [], [], []
+    for block, one in zip(blocks, statistics, strict=True):
+        _, covariance = one.covariance()
+        weight = block.pwconv2.weight.double()
+        if block.gamma is not None:
+            weight = weight * block.gamma.double()[:, None]
+        energy = covariance.diagonal() * weight.square().sum(0) * one.count / max(one.output, 1e-20)
+        order = energy.argsort(descending=True)
+        first = len(order) % STEP or STEP
+        sizes = [first, *[STEP] * ((len(order) - first) // STEP)]
+        costs.append(2 * len(weight) * one.count)
+        orders.append(order)
+        groups.append([(float(part.sum()), len(part)) for part in energy[order].split(sizes)])
+    while flops > 0:
+        total = flops - sum(cost * (len(order) - sum(n for _, n in group)) for cost, order, group
+                            in zip(costs, orders, groups, strict=True))
+        if total <= share * flops:
+            break
+        removable = [(group[-1][0] / (group[-1][1] * cost), i) for i, (group, cost) in enumerate(
+            zip(groups, costs, strict=True)) if len(group) > 1]
+        if not removable:
+            raise UserError(f'--flops {share} is impossible: with {STEP} hidden channels in each '
+                            f'block, {total / flops:.2f} of the FLOPs remain')
+        groups[min(removable)[1]].pop()
+    return [order[:sum(n for _, n in group)].sort().values
+            for order, group in zip(orders, groups, strict=True)]
+
+
+def smaller(block: Block, keep: Tensor) -> nn.ModuleDict:
+    """The layers of a block with some of its hidden channels; ``pwconv2`` is not solved yet."""
+    first, second = block.pwconv1, block.pwconv2
+    layers: Any = nn.ModuleDict(dict(pwconv1=type(first)(first.in_features, len(keep)),
+                                     pwconv2=type(second)(len(keep), second.out_features),
+                                     grn=block.grn))
+    layers.pwconv1.weight.copy_(first.weight[keep])
+    layers.pwconv1.bias.copy_(first.bias[keep])
+    if isinstance(block.grn, GRN):
+        layers['grn'] = GRN(len(keep))
+        for name in ('gamma', 'beta'):
+            getattr(layers.grn, name).copy_(getattr(block.grn, name)[..., keep])
+    for parameter in layers.parameters():
+        parameter.requires_grad_(first.weight.requires_grad)
+    return layers.to(first.weight.device).eval()
+
+
+@contextmanager
+def refitted(blocks: Sequence[Block], pruned: Sequence[Any]) -> Iterator[Callable[..., None]]:
+    """Replaces layers of blocks by smaller ones, after the original blocks ran meanwhile.
+
+    GRN divides by the mean over all channels: with fewer, its outputs are others, and have to be
+    seen. Without GRN, the statistics of the original block are enough.
+    """
+    seen: dict[Block, list[Tensor]] = {}
+    normed: dict[Block, Tensor] = {}
+    handles = []
+    for block, new in zip(blocks, pruned, strict=True):
+        if not isinstance(block.grn, GRN):
+            continue
+        sizes = block.pwconv2.in_features, new.pwconv2.in_features
+        seen[block] = [torch.zeros(shape, dtype=torch.double) for shape in (
+            (), (sizes[0],), (sizes[1],), (sizes[0], sizes[1]), (sizes[1], sizes[1]))]
+
+        def add(layer: nn.Module, args: tuple, out: Tensor, block: Block = block, new: Any = new
+                ) -> None:
+            old = out.flatten(0, -2).float()
+            x = new.grn(block.act(new.pwconv1(normed[block]))).flatten(0, -2).float()
+            for total, value in zip(seen[block], (
+                    torch.tensor(float(len(x))), old.sum(0), x.sum(0), old.t() @ x, x.t() @ x),
+                    strict=True):
+                total += value.double()
+
+        def remember(layer: nn.Module, args: tuple, block: Block = block) -> None:
+            normed[block] = args[0]
+
+        handles += [block.pwconv1.register_forward_pre_hook(remember),
+                    block.grn.register_forward_hook(add)]
+
+    def solve(block: Block, new: Any, one: Statistics, keep: Tensor) -> None:
+        if block in seen:
+            count, old, total, products, own = seen[block]
+            old_mean, mean = old / count, total / count
+            cross = products / count - torch.outer(old_mean, mean)
+            covariance = own / count - torch.outer(mean, mean)
+        else:
+            old_mean, whole = one.covariance()
+            mean, cross, covariance = old_mean[keep], whole[:, keep], whole[keep][:, keep]
+        weight = block.pwconv2.weight.double()
+        ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-20)
+        covariance = covariance + ridge * torch.eye(len(keep), dtype=torch.double)
+        solved = torch.linalg.solve(covariance, (weight @ cross).t()).t()
+        new.pwconv2.weight.copy_(solved)
+        new.pwconv2.bias.copy_(block.pwconv2.bias.double() + weight @ old_mean - solved @ mean)
+        block.pwconv1, block.pwconv2, block.grn = new.pwconv1, new.pwconv2, new.grn
+    try:
+        yield solve
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,137 @@
+"""Fewer hidden channels with weights solved by least squares."""
+
+import numpy as np
+import pytest
+import torch
+
+from convnext_mm import ConvNeXt, UserError
+from convnext_mm.deployment.pruning import STEP, Counter, prune
+from convnext_mm.engine.checks import read_config
+from tests.helpers import DEMO_SEGMENTATION, ROOT, build_model, call_tool
+
+SIZE = dict(depths=[1, 2], dims=[16, 32], layer_scale_init_value=None)
+
+
+def backbone(use_grn: bool, memory: str = 'plain') -> ConvNeXt:
+    """A small backbone whose hidden channels differ in size."""
+    torch.manual_seed(0)
+    built = ConvNeXt(**SIZE, use_grn=use_grn, memory=memory)
+    generator = torch.Generator().manual_seed(1)
+    for stage in built.stages:
+        for block in stage:
+            hidden = block.pwconv1.out_features
+            for name, weight in block.named_parameters():
+                if name in ('gamma',):
+                    weight.data.fill_(0.5)
+                elif name != 'norm.weight':
+                    weight.data.normal_(std=0.2, generator=generator)
+            block.pwconv2.weight.data *= torch.logspace(0, -3, hidden)
+    return built.eval()
+
+
+def images(count: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(1, 3, 64, 48, generator=generator) for _ in range(count)]
+
+
+def cut(model: ConvNeXt, share: float) -> list[list[int]]:
+    """Prune on images of noise."""
+    def run(image):
+        with torch.no_grad():
+            model(image)
+    return prune(model, images(), run, share)
+
+
+def flops(model: ConvNeXt) -> int:
+    counter = Counter(model)
+    with counter, torch.no_grad():
+        model(images()[0])
+    return counter.total
+
+
+@pytest.mark.parametrize('memory', ['plain', 'lean'])
+@pytest.mark.parametrize('use_grn', [False, True])
+@torch.no_grad()
+def test_the_output_stays_while_flops_go(use_grn, memory):
+    model = backbone(use_grn, memory)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    before, cost = model(x), flops(model)
+    hidden = cut(model, 0.75)
+    assert flops(model) <= 0.75 * cost
+    assert flops(model) > 0.5 * cost
+    assert all(n % STEP == 0 for stage in hidden for n in stage)
+    assert [[block.pwconv1.out_features for block in stage] for stage in model.stages] == hidden
+    for a, b in zip(before, model(x), strict=True):
+        assert (a - b).norm() < 0.05 * a.norm()
+    new = ConvNeXt(**SIZE, use_grn=use_grn, hidden_dims=hidden).eval()
+    new.load_state_dict(model.state_dict())
+    for a, b in zip(model(x), new(x), strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('use_grn', [False, True])
+@torch.no_grad()
+def test_least_squares_is_better_than_leaving_out(use_grn):
+    model, other = backbone(use_grn), backbone(use_grn)
+    for built in (model, other):  # all channels matter
+        for stage in built.stages:
+            for block in stage:
+                block.pwconv2.weight.data /= torch.logspace(0, -3, block.pwconv1.out_features)
+    x = images(5)[4]
+    before = model(x)
+    cut(model, 0.7)
+    for stage, kept in zip(other.stages, model.stages, strict=True):
+        for block, small in zip(stage, kept, strict=True):
+            gone = [i for i, row in enumerate(block.pwconv1.weight)
+                    if not (small.pwconv1.weight == row).all(1).any()]
+            assert gone
+            block.pwconv2.weight[:, gone] = 0
+    ours, theirs = ((a - b).norm() for a, b in ((model(x)[-1], before[-1]),
+                                                (other(x)[-1], before[-1])))
+    assert ours < 0.9 * theirs
+
+
+@torch.no_grad()
+def test_equal_channels_are_removed_without_a_loss():
+    model = backbone(False)
+    for stage in model.stages:
+        for block in stage:
+            half = block.pwconv1.out_features // 2
+            block.pwconv2.weight /= torch.logspace(0, -3, 2 * half)
+            for weight in (block.pwconv1.weight, block.pwconv1.bias, block.pwconv2.weight.t()):
+                weight[half:] = weight[:half]
+            block.pwconv2.weight[:, half:] *= 0.01
+    x = images(5)[4]
+    before = model(x)
+    cut(model, 0.75)
+    for a, b in zip(before, model(x), strict=True):
+        assert (a - b).norm() < 0.02 * a.norm()
+
+
+def test_impossible_shares_and_sizes_are_refused():
+    with pytest.raises(UserError, match=r'--flops 0.01 is impossible: with 32 hidden'):
+        cut(backbone(False), 0.01)
+    for wrong in ([[64]], [[64], [128]], [[64], [128, 0]], [[64], 128], 64):
+        with pytest.raises(UserError, match='hidden_dims=.*as many as it has blocks'):
+            ConvNeXt(**SIZE, hidden_dims=wrong)
+
+
+@pytest.mark.slow
+def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
+    options = {'depths': [1, 1, 1, 1], 'dims': [16, 24, 32, 48],
+               'data_root': str(demo_data / 'ADEChallengeData2016')}
+    model = build_model(DEMO_SEGMENTATION, options)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    (tmp_path / 'mine.py').write_text('\n'.join([
+        f'_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}',
+        *(f'{key} = {value!r}' for key, value in options.items())]))
+    done = call_tool('tools/prune.py', tmp_path / 'mine.py', tmp_path / 'model.pth', '--flops',
+                     '0.7', '--images', '4', '--out', tmp_path / 'small')
+    assert done.returncode == 0, done.stderr
+    assert 'mIoU: ' in done.stdout
+    config = tmp_path / 'small' / 'mine_pruned.py'
+    cfg = read_config(str(config))
+    assert np.sum([sum(stage) for stage in cfg.model.backbone.hidden_dims]) < 4 * 120
+    done = call_tool('tools/test.py', config, tmp_path / 'small' / 'pruned.pth', '--work-dir',
+                     tmp_path / 'work')
+    assert done.returncode == 0, done.stderr

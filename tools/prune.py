@@ -1,0 +1,5 @@
+"""Remove hidden channels of a trained model's backbone."""
+from convnext_mm.cli import main
+
+if __name__ == '__main__':
+    main('prune')
