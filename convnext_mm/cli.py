@@ -147,7 +147,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file, or the name of a recipe')
     parser.add_argument('checkpoint', help='file or URL of the weights')
-    parser.add_argument('--to', choices=exporting.FORMATS, default='onnx',
+    parser.add_argument('--to', choices=[*exporting.FORMATS, 'coreml'], default='onnx',
                         help='format of the file (onnx)')
     parser.add_argument('--out', metavar='FILE', help='the file to write (CONFIG.onnx, ...)')
     parser.add_argument('--int8', action='store_true', help='quantize to 8 bits, calibrated on '

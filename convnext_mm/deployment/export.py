@@ -109,6 +109,10 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: Some cannot be combined.
     """
+    if args.to == 'coreml':
+        raise UserError('Core ML files run on macOS only, so that they cannot be compared here, and '
+                        'no file is handed over without that. Use --to onnx: on macOS, ONNX '
+                        "Runtime's CoreMLExecutionProvider runs the file")
     for name, formats in (('int8', ('onnx', 'openvino')), ('bf16', ('openvino',))):
         if getattr(args, name) and args.to not in formats:
             raise UserError(f'--{name} is not available with --to {args.to}: use --to '

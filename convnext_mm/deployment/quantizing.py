@@ -17,6 +17,8 @@ from .optional import require
 
 LAYERS = ('Conv', 'Gemm')
 """The operators that are quantized."""
+OPENVINO_LAYERS = ('Convolution', 'GroupConvolution', 'ConvolutionBackpropData', 'MatMul')
+"""The same in OpenVINO."""
 LARGEST_SHARE = 0.4
 """Of the fp32 file, that an int8 file may have: in a larger one, weights were left out."""
 NOISE_IMAGES = 2
@@ -107,10 +109,28 @@ def _quantize_openvino(model: Any, source: Path, target: Path, meta: dict[str, A
     openvino = require('openvino', extra='openvino')
     nncf = require('nncf', extra='openvino')
     layers = openvino.Core().read_model(source)
-    ignored = nncf.IgnoredScope(names=in_fp32, validate=False) if in_fp32 else None
+    names, types = _not_quantized(layers, in_fp32)
+    ignored = nncf.IgnoredScope(names=names, types=types, validate=False)
     found = nncf.quantize(layers, nncf.Dataset(list(feeds)), subset_size=len(feeds),
                           ignored_scope=ignored, preset=nncf.QuantizationPreset.MIXED)
     save_openvino(found, target, meta)
+
+
+def _not_quantized(model: Any, in_fp32: list[str]) -> tuple[list[str], list[str]]:
+    """Names and types of the operators of OpenVINO that stay in fp32.
+
+    By default, NNCF quantizes the arithmetic of boxes as well: steps of a 256th of the image.
+    """
+    names, types = [], set()
+    for node in model.get_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        if kind not in OPENVINO_LAYERS:
+            types.add(kind)
+        elif name.partition('/')[0] in in_fp32 or (
+                kind == 'MatMul' and node.input_value(1).get_node().get_type_name()
+                not in ('Constant', 'Transpose', 'Convert')):
+            names.append(name)
+    return names, sorted(types - {'Constant', 'Parameter', 'Result'})
 
 
 def layers_by_noise(model: Any, feeds: Sequence[Feed]) -> list[str]:

@@ -250,3 +250,6 @@ def test_wrong_options(demo_data):
                      '--cfg-options', f'data_root={demo_data / "ADEChallengeData2016"}')
     assert done.returncode == 2
     assert '--int8 is not available with --to aoti' in done.stderr
+    done = call_tool('tools/export.py', DEMO_SEGMENTATION, 'none.pth', '--to', 'coreml')
+    assert done.returncode == 2
+    assert 'Core ML files run on macOS only' in done.stderr
