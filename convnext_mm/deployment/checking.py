@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -250,12 +251,13 @@ class Metric:
 
 @contextmanager
 def _only_errors() -> Iterator[None]:
-    """Hide what mmengine logs."""
+    """Hide what mmengine logs and pycocotools prints."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel('ERROR')
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(level)
 

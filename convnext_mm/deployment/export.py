@@ -110,8 +110,8 @@ def check_options(args: argparse.Namespace) -> None:
         UserError: Some cannot be combined.
     """
     if args.to == 'coreml':
-        raise UserError('Core ML files run on macOS only, so that they cannot be compared here, and '
-                        'no file is handed over without that. Use --to onnx: on macOS, ONNX '
+        raise UserError('Core ML files run on macOS only, so that they cannot be compared here, '
+                        'and no file is handed over without that. Use --to onnx: on macOS, ONNX '
                         "Runtime's CoreMLExecutionProvider runs the file")
     for name, formats in (('int8', ('onnx', 'openvino')), ('bf16', ('openvino',))):
         if getattr(args, name) and args.to not in formats:
