@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> Path:
     pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
     pipeline = build_pipeline(exportable(predictor.model), fixed)
-    example = pixels.expand(2, -1, -1, -1).contiguous()
+    example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'
     if not args.int8:

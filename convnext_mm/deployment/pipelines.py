@@ -67,6 +67,14 @@ class Pipeline(nn.Module):
             value = torch.tensor([default]) if value is None else value
             self.register_buffer(name, value.detach().float().reshape(1, -1, 1, 1))
 
+    def example(self, image: Tensor) -> Tensor:
+        """Images (2, H, W, C) from which exporters generalize to any number and size.
+
+        Args:
+            image: (1, H, W, C), of the user's.
+        """
+        return image.expand(2, -1, -1, -1).contiguous()
+
     def normalized(self, image: Tensor) -> Tensor:
         """(B, H, W, C) as the config's pipeline loads and resizes it → (B, C, H, W) of floats."""
         x = image.permute(0, 3, 1, 2).to(self.mean.dtype)
@@ -121,6 +129,14 @@ class Segmentor(Pipeline):
         logits = logits.reshape(image.shape[0], ny, nx, classes, h, w).permute(
             0, 3, 1, 4, 2, 5).reshape(image.shape[0], classes, ny * h, nx * w)
         return self._classify(matrices[0] @ logits @ matrices[1].t())
+
+    def example(self, image: Tensor) -> Tensor:
+        """See the base class; of several windows, which exporters would else take for one."""
+        if self.slides and self.fixed is None:
+            height, width = (max(length, crop + stride + 1) for length, crop, stride in zip(
+                image.shape[1:3], self.crop, self.stride, strict=True))
+            image = image.new_zeros(1, height, width, image.shape[3])
+        return super().example(image)
 
     def _padded(self, x: Tensor) -> Tensor:
         """As mmseg's data preprocessor pads images of a test."""

@@ -19,8 +19,8 @@ from convnext_mm.errors import UserError
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, build_model, call_tool
 
 DIMS = ['depths=[1,1,1,1]', 'dims=[8,16,24,32]']
-SLIDE = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(128,128)',
-         'model.test_cfg.stride=(85,85)']
+SLIDE = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=(192,192)',
+         'model.test_cfg.stride=(128,128)']  # the images are smaller
 
 
 def spread(model: torch.nn.Module) -> None:

@@ -104,6 +104,13 @@ def spread_scores(model: nn.Module) -> None:
             layer.weight.data.normal_(std=0.5, generator=generator)
 
 
+def test_the_example_has_several_windows():
+    pipeline = build_pipeline(build_model(DEMO_SEGMENTATION, {**SMALL, **SLIDE}))
+    assert pipeline.example(noise(64, 300)).shape == (2, 161, 300, 3)
+    pipeline.slides = False
+    assert pipeline.example(noise(64, 300)).shape == (2, 64, 300, 3)
+
+
 @torch.no_grad()
 def test_nothing_detected_leaves_one_empty_entry():
     model = build_model(DEMO_DETECTION, {**SMALL, 'model.test_cfg.rcnn.score_thr': 0.999})
