@@ -154,7 +154,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
                         'training images (onnx, openvino)')
     parser.add_argument('--bf16', action='store_true', help='compute in bf16 (openvino)')
     parser.add_argument('--size', type=_parse_size, metavar='WxH', help='one image of this size '
-                        'alone, for runtimes that need constant shapes (onnx)')
+                        'alone, for runtimes that need constant shapes')
     parser.add_argument('--max-drop', type=float, default=0.5, metavar='PERCENT',
                         help='how much lower the metric may be with --int8 and --bf16 (0.5)')
     parser.add_argument('--calibration', type=int, default=32, metavar='N',

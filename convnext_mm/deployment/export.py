@@ -117,8 +117,10 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) and args.to not in formats:
             raise UserError(f'--{name} is not available with --to {args.to}: use --to '
                             f'{" or ".join(formats)}')
-    if args.size and (args.to != 'onnx' or args.int8):
-        raise UserError('--size is available with --to onnx, without --int8')
+    if args.size and (args.to == 'openvino' or args.int8):
+        raise UserError('--size is not available with --to openvino and --int8')
+    if args.to == 'aoti' and not args.size:
+        raise UserError('AOTInductor compiles for one size of the image: add --size WxH')
     if args.int8 and args.bf16:
         raise UserError('--int8 and --bf16 are two ways: choose one')
     suffix = FORMATS[args.to].suffix

@@ -46,7 +46,10 @@ def save_openvino(model: Any, path: Path, meta: dict[str, Any]) -> None:
 
 
 def _program(pipeline: Pipeline, image: Tensor) -> Any:
-    """The pipeline as torch.export's program for any batch and size."""
+    """The pipeline as torch.export's program, for any batch and size unless it has a fixed one."""
+    if pipeline.fixed is not None:
+        with torch.no_grad(), quiet():
+            return torch.export.export(pipeline, (image[:1],))
     shapes = {'image': {0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC}, 'size': None}
     size = torch.tensor([image.shape[1] + 7, image.shape[2] + 3])
     with torch.no_grad(), quiet():

@@ -107,7 +107,8 @@ def _load_torch(path: Path) -> Exported:
 def _in_pytorch(name: str, meta: dict[str, Any], call: Callable[..., Any]) -> Exported:
     @torch.no_grad()
     def run(image: np.ndarray, size: np.ndarray) -> Arrays:
-        found = call(torch.from_numpy(image), torch.from_numpy(size))
+        inputs = [image] if meta.get('fixed') else [image, size]
+        found = call(*map(torch.from_numpy, inputs))
         found = found if isinstance(found, (tuple, list)) else [found]
         names = SEGMENTOR_OUTPUTS if meta['task'] == 'segmentation' else DETECTOR_OUTPUTS
         return {key: value.numpy() for key, value in zip(names, found, strict=False)}
