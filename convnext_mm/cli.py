@@ -12,7 +12,6 @@ from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import export as exporting
 from .deployment import pruning, runtimes, testing
-from .deployment import runtimes, testing
 from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
