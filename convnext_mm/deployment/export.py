@@ -67,6 +67,8 @@ def main(args: argparse.Namespace) -> Path:
     """
     check_options(args)
     cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
+    if args.to == 'aoti' and cfg.default_scope == 'mmdet':
+        raise UserError('AOTInductor does not compile detectors: use --to torch-export')
     kind = FORMATS[args.to]
     source = ImageSource(cfg, 'test', args.images)
     if not len(source):
