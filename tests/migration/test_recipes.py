@@ -7,6 +7,7 @@ from mmengine.config import Config
 from convnext_mm.archs import ARCHS
 from convnext_mm.bases import without_completion
 from convnext_mm.engine.conversion import migrate as convert
+from convnext_mm.errors import UserError
 from convnext_mm.migration.writing import migrate
 from tests.helpers import ROOT
 from tests.recipes import RECIPES
@@ -204,8 +205,11 @@ def test_the_bases_of_the_user_win(clone):
     '../_base_/schedules/schedule_160k.py']
 model = dict(decode_head=dict(in_channels=[96, 192, 384, 768]))
 """)
+    # The authors' base has the classes of Cityscapes, which they set anew in every config.
+    with pytest.raises(UserError, match='num_classes=19, but the dataset has 150 classes'):
+        convert(path, clone / 'new.py')
+    base.write_text(base.read_text().replace('num_classes=19', 'num_classes=150'))
     convert(path, clone / 'new.py')
     model = load(clone / 'new.py')['model']
     assert model['backbone']['drop_path_rate'] == 0.15
-    assert model['decode_head']['num_classes'] == model['auxiliary_head']['num_classes'] == 19
     assert model['test_cfg'] == dict(mode='whole')

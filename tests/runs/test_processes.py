@@ -136,10 +136,8 @@ def test_a_process_that_hangs_or_dies_is_named(what, timeout, message, tmp_path)
     while not (tmp_path / 'here').is_file():
         assert started[0].poll() is None, (tmp_path / 'output_0.txt').read_text()
         time.sleep(0.05)
-    before = time.monotonic()
     code = started[0].wait(60)
     assert code == 2, (tmp_path / 'output_0.txt').read_text()
-    assert time.monotonic() - before < 30
     if '19' in what:
         started[1].send_signal(signal.SIGKILL)
     _, output = processes.wait(started, tmp_path, 60)
