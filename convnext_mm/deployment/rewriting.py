@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fused.conv_module import FusedConvModule, folded
 from ..layers import GRN, Block
 from ..precision import reset_inference_dtype
 
@@ -18,6 +20,7 @@ def exportable(model: nn.Module) -> nn.Module:
     - The weights of linear layers reach ONNX transposed; quantizers look for constants and leave
       the blocks, most of the network, in fp32 without a word. So they become 1x1 convolutions.
     - The layer scale is multiplied into the weights.
+    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     reset_inference_dtype(model)
@@ -27,6 +30,9 @@ def exportable(model: nn.Module) -> nn.Module:
                 setattr(parent, name, AdaptivePool(child.output_size))
             elif isinstance(child, Block):
                 setattr(parent, name, ConvolutionalBlock(child))
+            elif (hasattr(parent, 'fpn_bottleneck') and name in ('bottleneck', 'fpn_bottleneck')
+                  and isinstance(child, FusedConvModule) and child.foldable()):
+                setattr(parent, name, PyramidConvolution(child))
     return model
 
 
@@ -98,6 +104,61 @@ def _convolution(linear: nn.Linear, scale: Tensor | float = 1.0) -> nn.Conv2d:
     if linear.bias is not None:
         conv.bias = nn.Parameter(linear.bias * scale, requires_grad=False)
     return conv
+
+
+class PyramidConvolution(nn.Module):
+    """A ConvModule on upsampled and concatenated maps, with the multiplications at their own sizes.
+
+    As :mod:`convnext_mm.fused.pyramid`, in operators of ONNX: of each coarse map, a 1x1 convolution
+    computes what each of the k² taps adds; two matrices upsample, shift and sum it.
+
+    Args:
+        module: A ConvModule whose norm can be folded.
+    """
+
+    def __init__(self, module: FusedConvModule) -> None:
+        super().__init__()
+        norm = module.norm if module.with_norm else None
+        weight, bias = folded([module.conv.weight, module.conv.bias, *(() if norm is None else (
+            norm.weight, norm.bias, norm.running_mean, norm.running_var))],
+            None if norm is None else norm.eps)
+        self.weight, self.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, bias))
+        self.dilation, self.relu = module.conv.dilation[0], bool(module.with_activation)
+
+    def accepts_pyramid(self, x: Tensor) -> bool:
+        """Always."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H, W)."""
+        return self.of_pyramid([x], tuple(x.shape[2:]), False)
+
+    def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool,
+                   activate: bool = True) -> Tensor:
+        """As :meth:`FusedConvModule.of_pyramid`, where the first map has the output's size."""
+        channels, taps = self.weight.shape[0], self.weight.shape[-1]
+        first, *parts = self.weight.split([x.shape[1] for x in maps], 1)
+        out = F.conv2d(maps[0], first, self.bias, padding=self.dilation * (taps // 2),
+                       dilation=self.dilation)
+        rows, columns = [], []
+        for x, part in zip(maps[1:], parts, strict=True):
+            n, _, h, w = x.shape
+            by_row, by_column = (torch.cat(self._shifted(length, to, align_corners, x), 1)
+                                 for length, to in zip((h, w), size, strict=True))
+            # Its channels in the order (dx, O, dy), so that the rows of all dy follow each other
+            y = F.conv2d(x, part.permute(3, 0, 2, 1).flatten(0, 2)[..., None, None])
+            rows += (by_row @ y.reshape(n, taps, channels, taps * h, w)).unbind(1)
+            columns.append(by_column)
+        if rows:
+            out = out + torch.cat(rows, 3) @ torch.cat(columns, 1).t()
+        return F.relu(out) if activate and self.relu else out
+
+    def _shifted(self, length: int, out: int, align_corners: bool, like: Tensor) -> list[Tensor]:
+        """(out, length) for each tap: the interpolated pixels that it reads, zeros outside."""
+        taps = self.weight.shape[-1]
+        reach = self.dilation * (taps // 2)
+        matrix = F.pad(interpolation(length, out, align_corners, like), (0, 0, reach, reach))
+        return [matrix[start:start + out] for start in range(0, 2 * reach + 1, self.dilation)]
 
 
 def interpolation(length: int, out: int, align_corners: bool, like: Tensor) -> Tensor:

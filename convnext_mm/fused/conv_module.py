@@ -109,10 +109,14 @@ class FusedConvModule(ConvModule, Packable):
     def _folds(self, x: Tensor) -> bool:
         """Whether to compute with constant weights, into which the norm is folded."""
         return (self.packed and not (self.training or torch.is_grad_enabled())
-                and (not self.with_norm or (
-                    type(self.norm).forward in FOLDABLE and not self.norm.training
-                    and self.norm.running_mean is not None))
-                and (not self.with_activation or type(self.activate) is nn.ReLU))
+                and self.foldable())
+
+    def foldable(self) -> bool:
+        """Whether it is a convolution, into which a norm can be folded, and at most a ReLU."""
+        return ((not self.with_norm or (
+            type(self.norm).forward in FOLDABLE and not self.norm.training
+            and self.norm.running_mean is not None))
+            and (not self.with_activation or type(self.activate) is nn.ReLU))
 
     def _current(self, x: Tensor, activate: bool, pack: type, *settings: Any
                  ) -> Callable[..., Tensor]:
@@ -188,8 +192,9 @@ def folded(tensors: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor,
 
 
 def accepts_pyramid(module: nn.Module, x: Tensor) -> TypeGuard[FusedConvModule]:
-    """Whether a module is a :class:`FusedConvModule` that accepts several maps like ``x``."""
-    return isinstance(module, FusedConvModule) and module.accepts_pyramid(x)
+    """Whether a module, as :class:`FusedConvModule`, accepts several maps like ``x``."""
+    accepts: Any = getattr(module, 'accepts_pyramid', None)
+    return accepts is not None and accepts(x)
 
 
 def fuse_conv_modules(model: nn.Module) -> None:

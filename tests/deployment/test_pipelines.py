@@ -12,10 +12,12 @@ from convnext_mm.deployment.pipelines import build_pipeline
 from convnext_mm.deployment.rewriting import (
     AdaptivePool,
     ConvolutionalBlock,
+    PyramidConvolution,
     exportable,
     interpolation,
 )
 from convnext_mm.deployment.runtimes import paste
+from convnext_mm.fused.conv_module import FusedConvModule
 from convnext_mm.layers import Block
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, build_model
 
@@ -102,6 +104,35 @@ def spread_scores(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if name.endswith(('fc_cls', 'rpn_cls')):
             layer.weight.data.normal_(std=0.5, generator=generator)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('dilation', [1, 2])
+@torch.no_grad()
+def test_convolutions_at_the_maps_own_sizes(align_corners, dilation):
+    torch.manual_seed(0)
+    module = FusedConvModule(12, 8, 3, padding=dilation, dilation=dilation,
+                             norm_cfg=dict(type='BN')).eval()
+    module.norm.running_mean.normal_()
+    module.norm.running_var.uniform_(0.5, 2)
+    maps = [torch.randn(2, channels, *size) for channels, size in (
+        (5, (13, 18)), (4, (7, 9)), (2, (2, 1)), (1, (13, 18)))]
+    whole = torch.cat([nn.functional.interpolate(
+        x, (13, 18), mode='bilinear', align_corners=align_corners) for x in maps], 1)
+    ours = PyramidConvolution(module)
+    assert (ours.of_pyramid(maps, (13, 18), align_corners) - module(whole)).abs().max() < 1e-5
+    assert (ours.of_pyramid(maps, (13, 18), align_corners, activate=False)
+            - module(whole, activate=False)).abs().max() < 1e-5
+    assert (ours(whole) - module(whole)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_bottlenecks_of_upernet_are_at_the_maps_own_sizes():
+    model = build_model(DEMO_SEGMENTATION, SMALL)
+    head = exportable(model).decode_head
+    assert type(head.bottleneck) is type(head.fpn_bottleneck) is PyramidConvolution
+    maps = model.extract_feat(torch.randn(2, 3, 96, 160))
+    assert (head.forward(maps) - model.decode_head.forward(maps)).abs().max() < 1e-5
 
 
 def test_the_example_has_several_windows():
