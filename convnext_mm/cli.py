@@ -168,8 +168,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file, or the name of a recipe')
     parser.add_argument('checkpoint', help='file or URL of the weights')
-    parser.add_argument('--flops', type=float, required=True, metavar='SHARE',
+    parser.add_argument('--flops', type=float, metavar='SHARE',
                         help="how much of the backbone's FLOPs remains, such as 0.6")
+    parser.add_argument('--head-channels', type=int, metavar='N',
+                        help="channels of UPerNet's decode_head that remain, such as 256")
     parser.add_argument('--out', metavar='DIR', help='output folder (CONFIG_pruned)')
     parser.add_argument('--images', type=int, default=100, metavar='N',
                         help='training images to solve for the weights on (100)')
@@ -259,7 +261,7 @@ COMMANDS = {
                           'on one side.', _add_split_data, datasets_cli.split_dataset),
     'export': Command('Export a model for another runtime, and compare it with PyTorch on the test '
                       'images.', _add_export, exporting.main),
-    'prune': Command("Remove hidden channels of a trained model's backbone.", _add_prune,
+    'prune': Command("Remove channels of a trained model's backbone and head.", _add_prune,
                      pruning.main),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),

@@ -1,14 +1,14 @@
-"""``tools/prune.py``: removes hidden channels of a backbone's blocks, and solves for the weights.
+"""``tools/prune.py``: removes channels of a trained model, and solves for the weights.
 
-The channels with the least share in a block's output go first. The second 1x1 convolution is then
-solved anew by least squares, so that those that remain stand in for those that are gone.
+Of the backbone's blocks, the hidden channels with the least share in a block's output go first. The
+second 1x1 convolution is then solved anew by least squares, so that those that remain stand in for
+those that are gone. For UPerNet's head see :mod:`convnext_mm.deployment.head_pruning`.
 """
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,48 +19,26 @@ from torch import Tensor, nn
 
 from ..backbone import ConvNeXt
 from ..bases import find_recipe
-from ..engine import checks
+from ..engine import checks, speed
 from ..errors import UserError
 from ..layers import GRN, Block
 from ..prediction import Predictor
 from ..utils import atomic_path, writable_folder
 from .checking import Metric, primary
+from .head_pruning import prune_head
 from .images import Image, ImageSource, predict_in_pytorch
+from .least_squares import RIDGE, Statistics
 
 STEP = 32
 """Channels are removed by this number, as processors like them."""
-RIDGE = 1e-6
-"""Of the mean variance, added to each channel's, so that equal channels can be solved for."""
-
-
-@dataclass
-class Statistics:
-    """Of the hidden channels of a block, over all pixels.
-
-    Args:
-        count: Pixels.
-        total: (hidden,): the sum.
-        products: (hidden, hidden): the sums of products.
-        output: The sum of squares of the block's output, for comparison between blocks.
-    """
-
-    count: int
-    total: Tensor
-    products: Tensor
-    output: float = 0.0
-
-    def covariance(self) -> tuple[Tensor, Tensor]:
-        """The mean (hidden,) and the covariance (hidden, hidden)."""
-        mean = self.total / self.count
-        return mean, self.products / self.count - torch.outer(mean, mean)
 
 
 def main(args: argparse.Namespace) -> Path:
     """Prune a model, and write its checkpoint and a config.
 
     Args:
-        args: ``config``, ``checkpoint``, ``flops``, ``out``, ``images``, ``test_images`` and
-            ``cfg_options``.
+        args: ``config``, ``checkpoint``, ``flops``, ``head_channels``, ``out``, ``images``,
+            ``test_images`` and ``cfg_options``.
 
     Returns:
         The config.
@@ -68,7 +46,9 @@ def main(args: argparse.Namespace) -> Path:
     Raises:
         UserError: The config, the weights or the data are unusable, or so few FLOPs are impossible.
     """
-    if not 0 < args.flops < 1:
+    if args.flops is None and args.head_channels is None:
+        raise UserError('nothing to prune: give --flops, --head-channels or both')
+    if args.flops is not None and not 0 < args.flops < 1:
         raise UserError(f'--flops {args.flops}: expected the share of the FLOPs of the backbone '
                         'that remains, between 0 and 1')
     config = find_recipe(args.config)
@@ -80,8 +60,18 @@ def main(args: argparse.Namespace) -> Path:
         raise UserError(f'{config}: only the backbone ConvNeXt can be pruned')
     out = writable_folder(args.out or f'{Path(config).stem}_pruned')
     before = metrics(model, cfg, test)
-    hidden = prune(model.backbone, list(track(source, 'Reading', total=len(source))),
-                   lambda image: predict_in_pytorch(model, [image]), args.flops)
+    images = list(track(source, 'Reading', total=len(source)))
+    changes: dict[str, dict[str, Any]] = dict(backbone=dict(init_cfg=None))
+
+    def run(image: Image) -> object:
+        return predict_in_pytorch(model, [image])
+
+    if args.flops is not None:
+        changes['backbone']['hidden_dims'] = prune(model.backbone, images, run, args.flops)
+    if args.head_channels is not None:
+        prune_head(model, cfg.model.decode_head, args.head_channels, images, run)
+        changes['decode_head'] = dict(channels=args.head_channels)
+        speed.enable_packed_inference(model)
     after = metrics(model, cfg, test)
     checkpoint = out / 'pruned.pth'
     with atomic_path(checkpoint) as part:
@@ -92,11 +82,10 @@ def main(args: argparse.Namespace) -> Path:
             f'_base_ = {str(Path(config).absolute())!r}\n'
             '# Of --cfg-options, those of the data and the schedule are not repeated here.\n'
             f'load_from = {str(checkpoint.absolute())!r}\n'
-            'model = dict(backbone=dict(\n'
-            f'    init_cfg=None,\n    hidden_dims={hidden}))\n', encoding='utf-8')
+            f'model = {changes}\n', encoding='utf-8')
     for key, value in before.items():
         print(f'{key}: {value:.2f} → {after.get(key, float("nan")):.2f}')
-    print(f'Hidden channels: {hidden}\nWritten: {path}, {checkpoint}')
+    print(f'Changed: {changes}\nWritten: {path}, {checkpoint}')
     return path
 
 
@@ -165,15 +154,10 @@ def observed(blocks: Sequence[Block]) -> Iterator[list[Statistics]]:
     """The statistics of blocks that run meanwhile."""
     found, handles = [], []
     for block in blocks:
-        hidden = block.pwconv2.in_features
-        one = Statistics(0, torch.zeros(hidden, dtype=torch.double),
-                         torch.zeros(hidden, hidden, dtype=torch.double))
+        one = Statistics.empty(block.pwconv2.in_features)
 
         def add(layer: nn.Module, args: tuple, one: Statistics = one) -> None:
-            x = args[0].flatten(0, -2).float()
-            one.count += len(x)
-            one.total += x.sum(0).double()
-            one.products += (x.t() @ x).double()
+            one.add(args[0].flatten(0, -2))
 
         def add_output(layer: nn.Module, args: tuple, out: Tensor, one: Statistics = one) -> None:
             one.output += float(out.float().square().sum())

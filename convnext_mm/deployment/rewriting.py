@@ -140,7 +140,8 @@ class PyramidConvolution(nn.Module):
         first, *parts = self.weight.split([x.shape[1] for x in maps], 1)
         out = F.conv2d(maps[0], first, self.bias, padding=self.dilation * (taps // 2),
                        dilation=self.dilation)
-        rows, columns = [], []
+        rows: list[Tensor] = []
+        columns: list[Tensor] = []
         for x, part in zip(maps[1:], parts, strict=True):
             n, _, h, w = x.shape
             by_row, by_column = (torch.cat(self._shifted(length, to, align_corners, x), 1)

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from convnext_mm import ConvNeXt, UserError
+from convnext_mm.deployment import head_pruning, least_squares
+from convnext_mm.deployment.head_pruning import modules, prune_head
 from convnext_mm.deployment.pruning import STEP, Counter, prune
 from convnext_mm.engine.checks import read_config
 from tests.helpers import DEMO_SEGMENTATION, ROOT, build_model, call_tool
@@ -116,6 +118,75 @@ def test_impossible_shares_and_sizes_are_refused():
             ConvNeXt(**SIZE, hidden_dims=wrong)
 
 
+def segmentor(twins: bool) -> torch.nn.Module:
+    """A small UPerNet with random statistics; with ``twins``, of every channel there are two."""
+    model = build_model(DEMO_SEGMENTATION, {'model.backbone.depths': [1, 1, 1, 1],
+                                            'model.backbone.dims': [8, 16, 24, 32],
+                                            'model.decode_head.channels': 16})
+    generator = torch.Generator().manual_seed(3)
+    for module in modules(model.decode_head).values():
+        module.norm.running_mean.normal_(std=0.1, generator=generator)
+        module.norm.running_var.uniform_(0.5, 2, generator=generator)
+        for one in (module.conv.weight.data, *module.norm.state_dict().values()) if twins else ():
+            if one.ndim:
+                one[8:] = one[:8]
+    return model
+
+
+def smooth_images(count: int) -> list[torch.Tensor]:
+    """Of several pixels in the last map."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.nn.functional.interpolate(torch.randn(1, 3, 8, 8, generator=generator),
+                                            size=(128, 128), mode='bicubic') for _ in range(count)]
+
+
+def cut_head(model: torch.nn.Module, channels: int) -> None:
+    settings = read_config(DEMO_SEGMENTATION, {'model.backbone.dims': [8, 16, 24, 32]}
+                           ).model.decode_head
+    prune_head(model, settings, channels, smooth_images(40), lambda x: logits(model, x))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model.decode_head.forward(model.extract_feat(x))
+
+
+def test_twins_in_the_head_are_removed_without_a_loss():
+    model, x = segmentor(True), smooth_images(41)[40]
+    before = logits(model, x)
+    cut_head(model, 8)
+    assert model.decode_head.channels == 8
+    assert (logits(model, x) - before).norm() < 1e-3 * before.norm()
+
+
+def test_a_head_makes_up_for_lost_channels(monkeypatch):
+    """Better than with only the means of the channels that are gone."""
+    x, kept, errors = smooth_images(41)[40], [], []
+
+    def select(uses, count):
+        kept.append(least_squares.select(uses, count))
+        return kept[-1]
+
+    for ridge, choice in (least_squares.RIDGE, select), (1e20, lambda uses, count: kept.pop(0)):
+        monkeypatch.setattr(least_squares, 'RIDGE', ridge)
+        monkeypatch.setattr(head_pruning, 'select', choice)
+        model = segmentor(False)
+        before = logits(model, x)
+        cut_head(model, 12)
+        errors.append((logits(model, x) - before).norm())
+    assert kept == []
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_heads_that_cannot_be_pruned_are_refused():
+    model = segmentor(False)
+    with pytest.raises(UserError, match='--head-channels 16: expected fewer than the head has, 16'):
+        cut_head(model, 16)
+    model.decode_head = model.auxiliary_head
+    with pytest.raises(UserError, match='only a UPerHead with batch norms'):
+        cut_head(model, 8)
+
+
 @pytest.mark.slow
 def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
     options = {'depths': [1, 1, 1, 1], 'dims': [16, 24, 32, 48],
@@ -126,12 +197,13 @@ def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
         f'_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}',
         *(f'{key} = {value!r}' for key, value in options.items())]))
     done = call_tool('tools/prune.py', tmp_path / 'mine.py', tmp_path / 'model.pth', '--flops',
-                     '0.7', '--images', '4', '--out', tmp_path / 'small')
+                     '0.7', '--head-channels', '48', '--images', '4', '--out', tmp_path / 'small')
     assert done.returncode == 0, done.stderr
     assert 'mIoU: ' in done.stdout
     config = tmp_path / 'small' / 'mine_pruned.py'
     cfg = read_config(str(config))
     assert np.sum([sum(stage) for stage in cfg.model.backbone.hidden_dims]) < 4 * 120
+    assert cfg.model.decode_head.channels == 48
     done = call_tool('tools/test.py', config, tmp_path / 'small' / 'pruned.pth', '--work-dir',
                      tmp_path / 'work')
     assert done.returncode == 0, done.stderr
