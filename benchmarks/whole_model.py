@@ -37,11 +37,13 @@ TRITON = 'ours, Triton'
 LABELS = STOCK, OURS, *([TRITON] if DEVICE == 'cuda' else [])
 
 
-def build(args: argparse.Namespace, label: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(args: argparse.Namespace, label: str, options: dict | None = None
+          ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build the recipe's model with random weights and statistics, and its optimizer."""
     cfg = read_config(str(args.config), {'model.backbone.init_cfg': None,
                                          'model.backbone.drop_path_rate': args.drop_path,
-                                         'model.backbone.triton': label == TRITON})
+                                         'model.backbone.triton': label == TRITON,
+                                         **(options or {})})
     model = peers.build_recipe(cfg, label == STOCK)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
