@@ -71,7 +71,8 @@ def _(boxes: Tensor, scores: Tensor, limit: int, iou: float, threshold: float) -
 
 def onnx_translations() -> dict[Any, Callable[..., Any]]:
     """From an operator to what it is in ONNX, for ``torch.onnx.export``."""
-    from onnxscript import opset18 as op  # type: ignore[import-not-found,unused-ignore]
+    from onnxscript import opset18  # type: ignore[import-not-found,unused-ignore]
+    op: Any = opset18  # a constant's declared type is not known to be the one that is expected
 
     def onnx_roi_align(x: Any, boxes: Any, batch: Any, scale: float, size: int, sampling: int,
                        aligned: bool) -> Any:
