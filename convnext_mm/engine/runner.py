@@ -37,7 +37,8 @@ from .distillation import DistillationHook
 from .evaluation import count_in_blocks, keep_folders
 from .fallbacks import CPUAmpOptimWrapper
 from .memory import memory_advice
-from .sharding import collect_state, shard_optimizer
+from .sharding import (
+    ShardedModel, ShardingHook, collect_state, shard_model, shard_optimizer)
 
 
 class ConvNeXtRunner(Runner):
@@ -61,6 +62,7 @@ class ConvNeXtRunner(Runner):
         for line in resolve(cfg):
             print_log(line, logger='current')
         speed.apply_fast(cfg)
+        shard_model(cfg)
         shard_optimizer(cfg, int(os.environ.get('WORLD_SIZE', 1)))
         return super().from_cfg(cfg)
 
@@ -127,6 +129,8 @@ class ConvNeXtRunner(Runner):
             self.register_hook(FiniteLossHook())
         if not any(isinstance(hook, HeartbeatHook) for hook in self.hooks):
             self.register_hook(HeartbeatHook(self.cfg.get('process_timeout', TIMEOUT)))
+        if isinstance(self.model, ShardedModel):
+            self.register_hook(ShardingHook())
         if self.cfg.get('distil'):
             self.register_hook(DistillationHook())
 
@@ -244,8 +248,7 @@ class ConvNeXtRunner(Runner):
         Raises:
             UserError: It cannot be written.
         """
-        if kwargs.get('save_optimizer', True) and isinstance(self.optim_wrapper, OptimWrapper):
-            collect_state(self.optim_wrapper.optimizer)
+        collect_state(self, kwargs.get('save_optimizer', True))
         if not is_main_process():
             return
         if not is_local(out_dir):

@@ -19,7 +19,7 @@ RUNNER_KEYS = (
     'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'strategy')
 OWN_KEYS = ('test_time_augmentation', 'check_data', 'fast', 'early_stopping', 'log_to',
             'inference_dtype', 'max_bad_files', 'process_timeout', 'shard_optimizer',
-            'distil', *DATA_KEYS)
+            'shard_model', 'distil', *DATA_KEYS)
 
 SHORT: dict[str, tuple[str, ...]] = dict(
     max_iters=('train_cfg.max_iters',), max_epochs=('train_cfg.max_epochs',),

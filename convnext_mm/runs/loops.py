@@ -17,6 +17,7 @@ from . import guards
 from .batches import MAX_BAD_FILES, ResumableLoader, make_resumable
 from .random_state import ITERATION, VALIDATION, run_seed, seed_generators
 from .saving import SafeCheckpointHook, history_length, shorten_history
+from .shards import divided_like
 
 
 class ResumableLoop:
@@ -109,7 +110,7 @@ class ResumableLoop:
             self.taken = self._place_by_count()
         parameters = dict(unwrap_model(self.runner.model).named_parameters())
         for name, gradient in (self.resumed.get('gradients') or {}).items():
-            parameters[name].grad = gradient.to(parameters[name])
+            parameters[name].grad = divided_like(gradient, parameters[name])
         self._decide_current_val_interval()  # type: ignore[attr-defined]
         if self._due() and self.validated != self._iter:
             print_log('This checkpoint was saved before its validation, which follows',

@@ -15,10 +15,12 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import MessageHub, print_log
 from mmengine.optim import OptimWrapper
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError
 from ..utils import atomic_path, unwrap_model
 from . import guards
+from .shards import own_part, whole
 
 POINTER = 'last_checkpoint'
 """The file in the work dir that names the last checkpoint, relative to itself."""
@@ -234,7 +236,8 @@ class SafeCheckpointHook(CheckpointHook):
         """Whether all weights are finite in all processes; says so if not."""
         state = unwrap_model(runner.model).state_dict()
         bad = next((name for name, value in state.items() if isinstance(value, Tensor)
-                    and value.is_floating_point() and not torch.isfinite(value).all()), None)
+                    and value.is_floating_point() and not torch.isfinite(own_part(value)).all()),
+                   None)
         if not guards.any_process(bad is not None):
             return True
         print_log(f'Not saved: weights of the model are not finite ({bad}). The checkpoints before '
@@ -277,11 +280,16 @@ def accumulated_gradients(runner: Any) -> dict[str, Tensor]:
     if not isinstance(wrapper, OptimWrapper) or (
             wrapper._inner_count % wrapper._accumulative_counts == 0):
         return {}
-    found = {name: parameter.grad.detach().clone() for name, parameter in unwrap_model(
-        runner.model).named_parameters() if parameter.grad is not None}
-    for gradient in found.values():
-        all_reduce(gradient, 'mean')
-    return {name: gradient.cpu() for name, gradient in found.items()}
+    found = {}
+    for name, parameter in unwrap_model(runner.model).named_parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):  # already the mean
+            found[name] = whole(gradient).cpu()
+        elif gradient is not None:
+            gradient = gradient.detach().clone()
+            all_reduce(gradient, 'mean')
+            found[name] = gradient.cpu()
+    return found
 
 
 def history_length(runner: Any) -> int:

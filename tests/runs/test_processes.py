@@ -4,11 +4,12 @@ import signal
 import time
 
 import pytest
+import torch
 
 from convnext_mm.errors import UserError
 from convnext_mm.runs.heartbeat import HeartbeatHook
 from tests.runs import processes, toy
-from tests.runs.training import assert_equal, last
+from tests.runs.training import assert_equal, flat, last
 
 SAME = dict(dropout=0.0, sampler='InfiniteSampler')
 SHARDED = dict(type='ShardedOptimizer', optimizer_type='AdamW', lr=0.01)
@@ -70,8 +71,8 @@ RECIPE = '''
 from convnext_mm.engine.runner import ConvNeXtRunner
 ConvNeXtRunner._log_env = lambda self, cfg: None
 task, data = TASK, DATA
-for name, shard in (('plain', False), ('sharded', True)):
-    options = dict(seed=0, check_data=False, shard_optimizer=shard)
+for name in ('plain', 'shard_optimizer', 'shard_model'):
+    options = dict(seed=0, check_data=False, **({} if name == 'plain' else {name: True}))
     options['train_dataloader.num_workers'] = options['val_dataloader.num_workers'] = 0
     options.update({'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2,
                     'default_hooks.checkpoint.interval': 2} if task == 'segmentation'
@@ -81,10 +82,18 @@ for name, shard in (('plain', False), ('sharded', True)):
     cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
     cfg.env_cfg.dist_cfg = dict(backend='gloo')
     runner = ConvNeXtRunner.from_cfg(cfg)
-    runner.train()
+    record = training.recorded(runner)
+    torch.save(record.losses, folder / f'losses_{name}_{rank}')
     optimizer = runner.optim_wrapper.optimizer
-    assert (type(optimizer).__name__ == 'ShardedOptimizer') == shard
-    if shard:
+    assert (type(optimizer).__name__ == 'ShardedOptimizer') == (name == 'shard_optimizer')
+    if name == 'shard_model':
+        divided = [p for group in optimizer.param_groups for p in group['params']]
+        local = sum(p.to_local().numel() for p in divided)
+        assert 0.4 < local / sum(p.numel() for p in divided) < 0.6
+        kinds = [type(part).__name__ for part in runner.model.modules()]
+        assert kinds.count('FSDPConvNeXt') == 1
+        assert sum(kind.startswith('FSDP') for kind in kinds) == 6  # 4 blocks, backbone, model
+    if name == 'shard_optimizer':
         ours = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
         inside = [(group, p) for group in optimizer.optim.param_groups for p in group['params']]
         assert 0 < len(inside) < len(ours)
@@ -94,17 +103,24 @@ for name, shard in (('plain', False), ('sharded', True)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['segmentation', 'detection'])
-def test_a_sharded_optimizer_trains_a_recipe(task, demo_data, tmp_path):
-    """With the layer decay of the recipe, and the weights of the optimizer that is not sharded."""
+def test_a_sharded_recipe_trains_as_one_that_is_not(task, demo_data, tmp_path):
+    """With the layer decay of the recipe, its losses and its weights."""
     processes.run(RECIPE.replace('TASK', repr(task)).replace('DATA', repr(str(demo_data))),
                   tmp_path)
-    plain, sharded = last(tmp_path / 'plain'), last(tmp_path / 'sharded')
-    rates = [[(group['lr_scale'], group['lr'], group['weight_decay'], len(group['params']))
-              for group in one['optimizer']['param_groups']] for one in (plain, sharded)]
-    assert rates[0] == rates[1]
-    assert len({scale for scale, *_ in rates[0]}) > 2
-    assert difference(plain, sharded) < 1e-5
-    assert plain['optimizer']['state'].keys() == sharded['optimizer']['state'].keys()
+    plain = last(tmp_path / 'plain')
+    rates = [(group['lr_scale'], group['lr'], group['weight_decay'], len(group['params']))
+             for group in plain['optimizer']['param_groups']]
+    assert len({scale for scale, *_ in rates}) > 2
+    for name in ('shard_optimizer', 'shard_model'):
+        sharded = last(tmp_path / name)
+        assert rates == [(group['lr_scale'], group['lr'], group['weight_decay'],
+                          len(group['params'])) for group in sharded['optimizer']['param_groups']]
+        assert difference(plain, sharded) < 1e-5
+        assert flat(plain['optimizer']['state']).keys() == flat(sharded['optimizer']['state']).keys()
+        for rank in (0, 1):
+            losses = [torch.load(tmp_path / f'losses_{one}_{rank}') for one in ('plain', name)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+            assert len(losses[0]) >= 2
 
 
 CHECK = '''

@@ -77,7 +77,8 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
           sampler: str = 'DefaultSampler', seed: int | None = 0, resume: bool = False,
           load_from: str | None = None, length: int | None = None, bad: tuple[int, ...] = (),
           finite: dict[str, Any] | None = None, persistent: bool = False, max_keep: int = 1,
-          batch_size: int = 2, dropout: float = 0.5, distributed: bool = False,
+          batch_size: int = 2, dropout: float = 0.5, distributed: bool = False, shard: bool = False,
+          clip: float | None = None,
           optimizer: dict[str, Any] | None = None, cfg: dict[str, Any] | None = None,
           **checkpoint: Any) -> ConvNeXtRunner:
     """A run of 12 iterations, or 3 epochs of 4, that validates and saves twice or thrice."""
@@ -89,7 +90,8 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
         hooks['finite'] = dict(type='FiniteLossHook', **finite)
     train_cfg = (dict(type='EpochBasedTrainLoop', max_epochs=length or 3) if by_epoch else
                  dict(type='IterBasedTrainLoop', max_iters=length or 12, val_interval=4))
-    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+    wrapper = (dict(type='ShardedModel') if shard else
+               dict(type='MMDistributedDataParallel', device_ids=None))
     return ToyRunner(
         model=dict(type=Model, bad=bad, dropout=dropout), work_dir=str(work_dir), log_level='ERROR',
         train_dataloader=loader(workers, sampler, batch_size=batch_size,
@@ -97,7 +99,8 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
         train_cfg=train_cfg,
         val_dataloader=loader(shuffle=False), val_cfg=dict(), val_evaluator=dict(type=Score),
         optim_wrapper=dict(optimizer=optimizer or dict(type='AdamW', lr=0.01),
-                           accumulative_counts=accumulate),
+                           accumulative_counts=accumulate,
+                           clip_grad=clip and dict(max_norm=clip)),
         launcher='pytorch' if distributed else 'none',
         param_scheduler=dict(type='LinearLR', end=10, by_epoch=False),
         default_hooks=hooks, randomness=dict(seed=seed), resume=resume, load_from=load_from,
