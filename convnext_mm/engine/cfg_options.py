@@ -19,7 +19,8 @@ UNSET_KEYS = {
          'find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile',
          'experiment_name', 'custom_hooks', 'val_cfg', 'test_cfg', 'test_time_augmentation',
          'check_data', 'fast', 'early_stopping', 'log_to', 'inference_dtype', 'max_bad_files',
-         'process_timeout', 'shard_optimizer', 'shard_model', 'distil', *SHORT, *datasets.DATA_KEYS),
+         'process_timeout', 'shard_optimizer', 'shard_model', 'distil', *SHORT,
+         *datasets.DATA_KEYS),
     'fast': tuple(speed.DEFAULTS),
     'distil': ('teacher', 'checkpoint', 'weight', 'temperature'),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}

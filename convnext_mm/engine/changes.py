@@ -14,7 +14,8 @@ from ..utils import plain
 UNIMPORTANT = {
     'work_dir', 'resume', 'load_from', 'launcher', 'log_level', 'experiment_name', 'visualizer',
     'check_data', 'num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'out_dir',
-    'save_dir', 'out_folder', 'seed', 'process_timeout', 'log_processor', 'logger'}
+    'save_dir', 'out_folder', 'seed', 'process_timeout', 'log_processor', 'logger', 'shard_model',
+    'model_wrapper_cfg'}
 """Keys, at any depth, that change nothing of what is trained; the seed is that of the checkpoint.
 """
 MISSING = object()

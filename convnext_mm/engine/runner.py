@@ -37,8 +37,7 @@ from .distillation import DistillationHook
 from .evaluation import count_in_blocks, keep_folders
 from .fallbacks import CPUAmpOptimWrapper
 from .memory import memory_advice
-from .sharding import (
-    ShardedModel, ShardingHook, collect_state, shard_model, shard_optimizer)
+from .sharding import ShardedModel, ShardingHook, collect_state, shard_model, shard_optimizer
 
 
 class ConvNeXtRunner(Runner):

@@ -1,7 +1,8 @@
-"""Optimizer or model divided among the processes: ``shard_optimizer=True``, ``shard_model=True``."""
+"""The optimizer's state or the whole model divided among the processes, each by one key."""
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import torch
 from mmengine.config import Config
@@ -149,14 +150,16 @@ def divide(model: nn.Module, optimizer: torch.optim.Optimizer,
     before = dict(model.named_parameters())
     for parameter in before.values():
         parameter.data = parameter.data.contiguous()  # channels_last cannot be divided
+    # Nothing changes a block's output, which may be a view, in place.
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view tensor')
     mesh = init_device_mesh(next(iter(before.values())).device.type,
                             (torch.distributed.get_world_size(),))
-    backbones = [module for module in model.modules() if isinstance(module, ConvNeXt)]
-    blocks = [block for backbone in backbones for stage in backbone.stages
-              for block in stage]  # type: ignore[union-attr]
     try:
-        for unit in (*blocks, *backbones):
-            fully_shard(unit, mesh=mesh)
+        for backbone in [module for module in model.modules() if isinstance(module, ConvNeXt)]:
+            for stage in backbone.stages:
+                for block in cast(nn.Sequential, stage):
+                    fully_shard(block, mesh=mesh)
+            fully_shard(backbone, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f'shard_model=True: PyTorch cannot divide this model: {error}') from error
@@ -167,7 +170,8 @@ def divide(model: nn.Module, optimizer: torch.optim.Optimizer,
         for unit in _units(model):
             unit.set_reduce_scatter_unused_params(True)
     after = dict(model.named_parameters())
-    divided = {parameter: after[name] for name, parameter in before.items()}
+    divided: dict[Tensor, nn.Parameter] = {
+        parameter: after[name] for name, parameter in before.items()}
     for group in optimizer.param_groups:
         group['params'] = [divided[parameter] for parameter in group['params']]
     for old, state in list(optimizer.state.items()):

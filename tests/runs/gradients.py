@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from convnext_mm.engine.checks import read_config
 from convnext_mm.engine.fallbacks import adapt_to_device
+from convnext_mm.engine.sharding import divide
+from convnext_mm.runs.shards import whole
 from tests.helpers import DETECTION, SEGMENTATION
 
 CONFIGS = {'segmentation': SEGMENTATION, 'detection': DETECTION}
@@ -92,7 +94,7 @@ class Losses(nn.Module):
         return self.model.parse_losses(self.model(**data, mode='loss'))[0]
 
 
-def compare(task: str, options: dict[str, Any]) -> tuple[float, float]:
+def compare(task: str, options: dict[str, Any], shard: bool = False) -> tuple[float, float]:
     """In each process of a group: the difference to one process with the whole batch.
 
     Returns:
@@ -104,13 +106,16 @@ def compare(task: str, options: dict[str, Any]) -> tuple[float, float]:
     loss.backward()
     expected = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
-    wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+    if shard:
+        divide(module, torch.optim.SGD(module.parameters(), 0.1), find_unused_parameters=True)
+    wrapped = module if shard else DistributedDataParallel(module, find_unused_parameters=True)
     share = BATCH // processes
     mean = wrapped(batch(task, rank * share, (rank + 1) * share))
     mean.backward()
     mean = mean.detach() / processes
     dist.all_reduce(mean)
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    gradients = {name: whole(p.grad) for name, p in module.named_parameters()
+                 if p.grad is not None}
     assert gradients.keys() == expected.keys()
     assert len(gradients) > 50, 'nothing is left out'
     error = {name: float((gradients[name] - one).norm()) for name, one in expected.items()}

@@ -19,11 +19,16 @@ rank, folder = dist.get_rank(), pathlib.Path(sys.argv[1])
 """
 
 
-def start(code: str, folder: Path, processes: int = 2) -> list[subprocess.Popen]:
-    """Run code in each of several processes of a group; ``rank`` and ``folder`` are set."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(code: str, folder: Path, processes: int = 2) -> list[subprocess.Popen]:
+    """Run code in each of several processes of a group; ``rank`` and ``folder`` are set."""
+    port = free_port()
     folder.mkdir(exist_ok=True)
     started = []
     for rank in range(processes):

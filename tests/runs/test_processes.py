@@ -1,14 +1,18 @@
 """Several processes: equal to one, resumable, sharded, and ended when one of them hangs or dies."""
+import os
 import re
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from convnext_mm.errors import UserError
 from convnext_mm.runs.heartbeat import HeartbeatHook
-from tests.runs import processes, toy
+from tests.helpers import DEMO_SEGMENTATION, ROOT, run_tool
+from tests.runs import processes, toy, training
 from tests.runs.training import assert_equal, flat, last
 
 SAME = dict(dropout=0.0, sampler='InfiniteSampler')
@@ -49,16 +53,51 @@ for name, optimizer in (('plain', None), ('sharded', {SHARDED!r})):
     assert {int(entry['step']) for entry in state.values()} == {16}
 
 
+def test_two_processes_with_a_divided_model_are_one(tmp_path):
+    """Interrupted before a validation and in an accumulation; resumed with and without division.
+
+    Processes validate different numbers of batches.
+    """
+    kinds = dict(plain=dict(clip=0.1), accumulated=dict(clip=0.1, accumulate=3))
+    stops = dict(plain=4, accumulated=5)
+    same = dict(SAME, even=False)
+    processes.run(f'''
+for name, more in {kinds!r}.items():
+    more = dict(more, distributed=True, **{same!r})
+    toy.train(folder / name, **more)
+    toy.train(folder / (name + '_divided'), shard=True, **more)
+    for kind, shards in (('stopped', (True, True)), ('mixed', (True, False))):
+        for resume, shard in enumerate(shards):
+            asks = [] if resume else [training.AskToStop({stops!r}[name])] if rank else []
+            toy.train(folder / (name + '_' + kind), *asks, shard=shard, resume=bool(resume), **more)
+''', tmp_path)
+    for name, more in kinds.items():
+        whole, divided = last(tmp_path / name), last(tmp_path / f'{name}_divided')
+        assert whole['meta']['iter'] == 12
+        states = [flat(one['optimizer']['state']).keys() for one in (whole, divided)]
+        assert states[0] == states[1]
+        assert difference(whole, divided) < 1e-6
+        assert difference(whole, last(tmp_path / f'{name}_mixed')) < 1e-6
+        assert_equal(divided, last(tmp_path / f'{name}_stopped'))
+        # A divided run goes on in one process.
+        for run in (name, f'{name}_divided'):
+            toy.train(tmp_path / run, batch_size=4, resume=True, length=16, **more, **SAME)
+        whole, divided = last(tmp_path / name), last(tmp_path / f'{name}_divided')
+        assert whole['meta']['iter'] == 16
+        assert difference(whole, divided) < 1e-6
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize('shard', [False, True])
 @pytest.mark.parametrize(('task', 'small', 'errors'), [
     ('segmentation', {'model.decode_head.channels': 32, 'model.auxiliary_head.channels': 32},
      (1e-6, 1e-5)),
     ('detection', {'model.neck.out_channels': 32}, (1e-6, 1e-4))])
-def test_gradients_of_recipes_are_those_of_the_whole_batch(task, small, errors, tmp_path):
+def test_gradients_of_recipes_are_those_of_the_whole_batch(task, small, errors, shard, tmp_path):
     small = {'model.backbone.depths': [1, 1, 1, 1], 'model.backbone.dims': [8, 16, 24, 32], **small}
     output = processes.run(f'''
 from tests.runs import gradients
-print('errors', *gradients.compare({task!r}, {small!r}))
+print('errors', *gradients.compare({task!r}, {small!r}, {shard}))
 ''', tmp_path)
     found = re.findall(r'^errors (\S+) (\S+)$', output, re.MULTILINE)
     assert len(found) == 2
@@ -116,7 +155,8 @@ def test_a_sharded_recipe_trains_as_one_that_is_not(task, demo_data, tmp_path):
         assert rates == [(group['lr_scale'], group['lr'], group['weight_decay'],
                           len(group['params'])) for group in sharded['optimizer']['param_groups']]
         assert difference(plain, sharded) < 1e-5
-        assert flat(plain['optimizer']['state']).keys() == flat(sharded['optimizer']['state']).keys()
+        states = [flat(one['optimizer']['state']).keys() for one in (plain, sharded)]
+        assert states[0] == states[1]
         for rank in (0, 1):
             losses = [torch.load(tmp_path / f'losses_{one}_{rank}') for one in ('plain', name)]
             assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -163,6 +203,65 @@ def test_a_process_that_hangs_or_dies_is_named(what, timeout, message, tmp_path)
         assert 'process 1 on' in output
         assert '<string>' in output  # the line
     assert 'Traceback' not in output
+
+
+def under_torchrun(what: str, rank: int, folder: Path) -> subprocess.CompletedProcess:
+    """Two processes that torchrun starts as tools/dist_train.sh does, of which one fails."""
+    script = folder / 'run.py'
+    script.write_text(processes.PREAMBLE + CHECK.replace('WHAT', what).replace(
+        'TIMEOUT', '5').replace('rank == 1', f'rank == {rank}'))
+    return run_tool('tools/_torchrun.py', '--nproc_per_node=2', '--master_addr=127.0.0.1',
+                    f'--master_port={processes.free_port()}', script, folder, check=False,
+                    timeout=120)
+
+
+@pytest.mark.parametrize(('what', 'rank', 'message'), [
+    ('time.sleep(1000)', 0, r'no progress in 5 s.*\n  process 0 on \S+: after iteration 3, '),
+    ('time.sleep(1000)', 1, r'no progress in 5 s.*\n  process 1 on \S+: after iteration 3, '),
+    ('os.kill(os.getpid(), 9)', 1, r'process 1 of this machine was ended by SIGKILL')])
+def test_torchrun_ends_when_a_process_hangs_or_dies(what, rank, message, tmp_path):
+    done = under_torchrun(what, rank, tmp_path)
+    assert done.returncode in ((1, 2) if '9' in what else (2,)), done.stderr
+    assert len(re.findall(message, done.stderr)) == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    hung = int((tmp_path / 'here').read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)  # it does not outlive the run
+
+
+HANG = """
+_base_ = 'BASE'
+custom_imports = dict(imports=['convnext_mm', 'hang'])
+custom_hooks = [dict(type='Hang')]
+"""
+HOOK = """
+import time
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+@HOOKS.register_module()
+class Hang(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 2 and get_rank() == 1:
+            time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_dist_train_ends_when_a_process_hangs(demo_data, tmp_path):
+    (tmp_path / 'hang.py').write_text(HOOK)
+    (tmp_path / 'config.py').write_text(HANG.replace('BASE', DEMO_SEGMENTATION))
+    small = [f'{key}={value}'.replace(' ', '') for key, value in training.SEGMENTATION.items()
+             if key != 'custom_hooks']
+    done = run_tool('tools/dist_train.sh', tmp_path / 'config.py', '2', '--work-dir',
+                    tmp_path / 'run', '--cfg-options', *small, 'check_data=False',
+                    f'data_root={demo_data}/ADEChallengeData2016', 'process_timeout=20',
+                    env={'PYTHONPATH': f'{ROOT}:{tmp_path}'}, check=False)
+    assert done.returncode == 2, done.stdout[-3000:] + done.stderr[-3000:]
+    assert re.search(r'no progress in 20 s .*of 2 processes, the others wait for\n'
+                     r'  process 1 on \S+: after iteration 2, at \S+hang\.py:10', done.stderr)
+    assert done.stderr.count('Error: ') == 1
+    assert 'Traceback' not in done.stderr
 
 
 def test_timeouts_are_seconds():

@@ -68,9 +68,10 @@ class ToyRunner(ConvNeXtRunner):
 
 
 def loader(workers: int = 0, sampler: str = 'DefaultSampler', shuffle: bool = True,
-           batch_size: int = 2, **kwargs: Any) -> dict[str, Any]:
+           batch_size: int = 2, even: bool = True, **kwargs: Any) -> dict[str, Any]:
     return dict(batch_size=batch_size, num_workers=workers, dataset=dict(type=Noisy),
-                sampler=dict(type=sampler, shuffle=shuffle), **kwargs)
+                sampler=dict(type=sampler, shuffle=shuffle, **({} if even else dict(
+                    round_up=False))), **kwargs)
 
 
 def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: int = 1,
@@ -78,7 +79,7 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
           load_from: str | None = None, length: int | None = None, bad: tuple[int, ...] = (),
           finite: dict[str, Any] | None = None, persistent: bool = False, max_keep: int = 1,
           batch_size: int = 2, dropout: float = 0.5, distributed: bool = False, shard: bool = False,
-          clip: float | None = None,
+          clip: float | None = None, even: bool = True,
           optimizer: dict[str, Any] | None = None, cfg: dict[str, Any] | None = None,
           **checkpoint: Any) -> ConvNeXtRunner:
     """A run of 12 iterations, or 3 epochs of 4, that validates and saves twice or thrice."""
@@ -97,7 +98,8 @@ def build(work_dir: Path, by_epoch: bool = False, workers: int = 0, accumulate: 
         train_dataloader=loader(workers, sampler, batch_size=batch_size,
                                 persistent_workers=persistent),
         train_cfg=train_cfg,
-        val_dataloader=loader(shuffle=False), val_cfg=dict(), val_evaluator=dict(type=Score),
+        val_dataloader=loader(shuffle=False, batch_size=2 if even else 1, even=even),
+        val_cfg=dict(), val_evaluator=dict(type=Score),
         optim_wrapper=dict(optimizer=optimizer or dict(type='AdamW', lr=0.01),
                            accumulative_counts=accumulate,
                            clip_grad=clip and dict(max_norm=clip)),
