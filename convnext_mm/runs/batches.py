@@ -1,12 +1,16 @@
 """A data loader that starts at any batch, and draws the same augmentations wherever it starts."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from ..datasets.bad_files import BadFile, SkippedFiles
 from ..errors import UserError
@@ -73,6 +77,68 @@ class SeededDataset(Dataset):
         setattr(self.dataset, name, value)
 
 
+class EndlessOrder:
+    """The order of mmengine's InfiniteSampler, from any place on without drawing what is before it.
+
+    It draws one permutation for each pass over the data set. The state of the generator before a
+    pass is kept until the samples of the passes before are used, and is part of a checkpoint.
+
+    Args:
+        sampler: The sampler.
+    """
+
+    def __init__(self, sampler: InfiniteSampler) -> None:
+        self.sampler = sampler
+        self.states: dict[int, Tensor] = {}
+
+    def batches(self, first: int, size: int) -> Iterator[list[int]]:
+        """This process's batches.
+
+        Args:
+            first: The number of samples of all processes that are before them.
+            size: Samples in a batch.
+        """
+        indices = self._indices(first)
+        while True:
+            yield list(itertools.islice(indices, size))
+
+    def _indices(self, first: int) -> Iterator[int]:
+        count, step = self.sampler.size, self.sampler.world_size
+        number, place = first // count, first + self.sampler.rank
+        generator = torch.Generator()
+        if number in self.states:
+            generator.set_state(self.states[number])
+        else:  # a checkpoint of mmengine's own
+            generator.manual_seed(self.sampler.seed)
+            for _ in range(number):
+                self._permutation(generator)
+        self.states = {number: generator.get_state()}
+        while True:
+            own = self._permutation(generator)[place - number * count::step]
+            number += 1
+            self.states[number] = generator.get_state()
+            yield from own
+            place += len(own) * step
+
+    def _permutation(self, generator: torch.Generator) -> list[int]:
+        if not self.sampler.shuffle:
+            return list(range(self.sampler.size))
+        return torch.randperm(self.sampler.size, generator=generator).tolist()
+
+    def state(self, first: int) -> dict[str, Any] | None:
+        """What is needed to go on after some samples; the states of passes before are dropped."""
+        number = first // self.sampler.size
+        for used in [one for one in self.states if one < number]:
+            del self.states[used]
+        return dict(size=self.sampler.size, number=number, generator=self.states[number]
+                    ) if number in self.states else None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on with a state, unless it is that of another data set."""
+        if state and state['size'] == self.sampler.size:
+            self.states = {state['number']: state['generator'].cpu()}
+
+
 class NumberedBatches:
     """A batch sampler whose indices come with seeds, and which can start at a later batch.
 
@@ -88,6 +154,10 @@ class NumberedBatches:
     def __init__(self, batches: Any, seed: int) -> None:
         self.batches, self.seed = batches, seed
         self.epoch = self.start = 0
+        # Samplers and batch samplers of other types may draw in other ways.
+        sampler = getattr(batches, 'sampler', None)
+        self.endless = (EndlessOrder(sampler) if type(sampler) is InfiniteSampler
+                        and type(batches) is BatchSampler else None)
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Let the next iteration be that of an epoch, from a batch on."""
@@ -98,12 +168,29 @@ class NumberedBatches:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         rank, processes = get_dist_info()
-        drawn = rank
-        for number, batch in enumerate(self.batches):
-            if number >= self.start:  # those before are drawn again, but not loaded
+        drawn, first, batches = rank, 0, self.batches
+        if self.endless is not None:
+            first = self.start
+            drawn += self._samples(first)
+            batches = self.endless.batches(self._samples(first), self.batches.batch_size)
+        for number, batch in enumerate(batches, first):
+            if number >= self.start:  # those before, of an epoch, are drawn again but not loaded
                 yield [(index, (self.seed, SAMPLE, self.epoch, drawn + i * processes))
                        for i, index in enumerate(batch)]
             drawn += len(batch) * processes
+
+    def state(self, batches: int) -> dict[str, Any] | None:
+        """The state of an endless order after a number of batches; None: there is none."""
+        return self.endless.state(self._samples(batches)) if self.endless else None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on with the state of an endless order."""
+        if self.endless is not None:
+            self.endless.restore(state)
+
+    def _samples(self, batches: int) -> int:
+        """The number of samples of all processes in a number of batches."""
+        return batches * self.batches.batch_size * get_dist_info()[1]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -153,6 +240,14 @@ class ResumableLoader(DataLoader):
     def start_at(self, epoch: int, batch: int) -> None:
         """Let the next iteration be that of an epoch, from a batch on."""
         self.batch_sampler.start_at(epoch, batch)  # type: ignore[union-attr]
+
+    def order(self, batches: int) -> dict[str, Any] | None:
+        """What a resumed run needs of the sampler after a number of batches; None: nothing."""
+        return self.batch_sampler.state(batches)  # type: ignore[union-attr]
+
+    def restore(self, order: dict[str, Any] | None) -> None:
+        """Go on with what :meth:`order` has returned."""
+        self.batch_sampler.restore(order)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Iterate; workers start with the first batch, not before (mmengine asks early).

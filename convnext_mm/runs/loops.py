@@ -45,13 +45,14 @@ class ResumableLoop:
         super().__init__(runner, make_resumable(  # type: ignore[call-arg]
             dataloader, self.seed, limit), *args, **kwargs)
         self.taken = (0, 0)
+        self._order: dict[str, Any] | None = None
         self.validated = -1
         self.resumed: dict[str, Any] | None = None
 
     def state(self, iteration: int) -> dict[str, Any]:
         """The place in the run, for a checkpoint that is saved after an iteration."""
         return dict(epoch=self.taken[0], batches=self.taken[1], seed=self.seed,
-                    validated=self.validated == iteration)
+                    validated=self.validated == iteration, order=self._order)
 
     def run(self) -> Any:
         """Train, until the end or a stop request.
@@ -97,6 +98,8 @@ class ResumableLoop:
                     'train_dataloader.timeout=SECONDS') from error
             start += 1
             self.taken = (epoch, start)
+            if isinstance(self.dataloader, ResumableLoader):
+                self._order = self.dataloader.order(start)
             yield batch
 
     def _begin(self) -> None:
@@ -106,6 +109,9 @@ class ResumableLoop:
         if self.resumed:
             self.taken = self.resumed['epoch'], self.resumed['batches']
             self.validated = self._iter if self.resumed['validated'] else -1
+            self._order = self.resumed.get('order')
+            if isinstance(self.dataloader, ResumableLoader):
+                self.dataloader.restore(self._order)
         else:  # saved by mmengine's own hook
             self.taken = self._place_by_count()
         parameters = dict(unwrap_model(self.runner.model).named_parameters())

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import DefaultSampler
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import BatchSampler
 
 from convnext_mm.runs import batches
@@ -81,3 +81,46 @@ def test_all_generators_are_seeded():
     assert all(a != b for a, b in zip(first, draw(), strict=True))
     seed_generators(1, 2, 3)
     assert draw() == first
+
+
+@pytest.mark.parametrize(('shuffle', 'size', 'batch', 'processes'), [
+    (True, 7, 2, 1), (True, 7, 2, 2), (False, 5, 4, 3), (True, 2, 1, 3), (True, 6, 3, 2)])
+def test_an_endless_order_is_that_of_mmengine(shuffle, size, batch, processes, monkeypatch):
+    """From the beginning and, with and without a state, from any later batch."""
+    for rank in range(processes):
+        for module in ('mmengine.dataset.sampler', 'convnext_mm.runs.batches'):
+            monkeypatch.setattr(f'{module}.get_dist_info', lambda rank=rank: (rank, processes))
+
+        def build():
+            return BatchSampler(InfiniteSampler(range(size), shuffle, seed=3), batch, False)
+
+        def take(numbered, start=0):
+            numbered.start_at(0, start)
+            return [[index for index, _ in one] for one in itertools.islice(numbered, 12)]
+        wanted = list(itertools.islice(build(), 24))
+        places = list(itertools.islice(batches.NumberedBatches(build(), seed=5), 24))
+        assert [[index for index, _ in one] for one in places] == wanted
+        for start in range(12):
+            first = batches.NumberedBatches(build(), seed=5)
+            assert take(first) == wanted[:12]
+            later = batches.NumberedBatches(build(), seed=5)
+            assert take(later, start) == wanted[start:start + 12]
+            state = first.state(start)
+            if start:
+                assert len(first.endless.states) <= 2 + 12 * batch * processes // size
+            resumed = batches.NumberedBatches(build(), seed=5)
+            resumed.restore(state)
+            assert take(resumed, start) == wanted[start:start + 12]
+            resumed.start_at(0, start)
+            assert list(itertools.islice(resumed, 12)) == places[start:start + 12]
+
+
+def test_a_state_of_another_data_set_is_not_used():
+    def build(size):
+        return batches.NumberedBatches(
+            BatchSampler(InfiniteSampler(range(size), seed=3), 2, False), seed=5)
+    small = build(4)
+    next(iter(small))
+    large = build(8)
+    large.restore(small.state(0))
+    assert large.endless.states == {}

@@ -250,7 +250,7 @@ class Hang(Hook):
 @pytest.mark.slow
 def test_dist_train_ends_when_a_process_hangs(demo_data, tmp_path):
     (tmp_path / 'hang.py').write_text(HOOK)
-    (tmp_path / 'config.py').write_text(HANG.replace('BASE', DEMO_SEGMENTATION))
+    (tmp_path / 'config.py').write_text(HANG.replace('BASE', f'{ROOT}/{DEMO_SEGMENTATION}'))
     small = [f'{key}={value}'.replace(' ', '') for key, value in training.SEGMENTATION.items()
              if key != 'custom_hooks']
     done = run_tool('tools/dist_train.sh', tmp_path / 'config.py', '2', '--work-dir',
