@@ -5,11 +5,14 @@ import time
 
 import pytest
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from torch.utils.data import BatchSampler
 
 from convnext_mm.errors import UserError
 from convnext_mm.runs import loops, resuming
+from convnext_mm.runs.batches import NumberedBatches
 from tests.runs import toy, training
 from tests.runs.training import AskToStop, assert_equal, contents, last
 
@@ -202,3 +205,34 @@ def test_history_stays_short(tmp_path, monkeypatch):
     scalars = last(tmp_path)['message_hub']['log_scalars']
     assert len(scalars['train/loss'].data[0]) == 5
     assert torch.tensor(scalars['train/loss'].data[0]).isfinite().all()
+
+
+def test_a_late_resume_draws_as_little_as_an_early_one(tmp_path, monkeypatch):
+    """At iteration 100,000 as at 8: two permutations of the 7 samples for 4 batches of 2."""
+    toy.train(tmp_path / 'run', AskToStop(8), sampler='InfiniteSampler', length=200_000)
+    early = last(tmp_path / 'run')
+    late = 100_000
+    order = NumberedBatches(BatchSampler(InfiniteSampler(range(7), seed=0), 2, False), seed=0)
+    order.start_at(0, late)
+    next(iter(order))
+    drawn, losses = [], []
+    randperm = torch.randperm
+    monkeypatch.setattr(torch, 'randperm', lambda *args, **more: drawn.append(args) or randperm(
+        *args, **more))
+    counts = []
+    for iteration, state in ((8, early['run_state']['order']), (late, order.state(late)),
+                             (late, None)):
+        early['meta']['iter'] = iteration
+        early['run_state'].update(batches=iteration, order=state)
+        (tmp_path / 'copy').mkdir(exist_ok=True)
+        torch.save(early, tmp_path / 'copy' / 'iter_8.pth')
+        (tmp_path / 'copy' / 'last_checkpoint').write_text('iter_8.pth')
+        drawn.clear()
+        record = toy.train(tmp_path / 'copy', AskToStop(iteration + 4), sampler='InfiniteSampler',
+                           length=200_000, resume=True)
+        assert list(record.losses) == [iteration + one for one in range(1, 5)]
+        losses.append(record.losses)
+        counts.append(len(drawn))
+    assert counts[0] == counts[1] <= 3
+    assert counts[2] > 28_000  # of a checkpoint without a state
+    assert losses[1] == losses[2]
