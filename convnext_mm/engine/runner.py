@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..precision import keep_outputs_in_fp32, reset_inference_dtype
 from ..resolution import resolve
 from ..runs import resuming
-from ..runs.guards import FiniteLossHook, OutOfMemory, WorkerGuard, clear_ends
+from ..runs.guards import FiniteLossHook, OutOfMemory, WorkerGuard, clear_ends, end_workers
 from ..runs.heartbeat import TIMEOUT, HeartbeatHook
 from ..runs.loops import LOOPS, ResumableLoop
 from ..runs.random_state import run_seed
@@ -78,6 +78,9 @@ class ConvNeXtRunner(Runner):
                 return super().train()
         except OutOfMemory as error:
             raise OutOfMemory(f'{error}\n{memory_advice(self.cfg)}') from error
+        finally:
+            for loop in (self._train_loop, self._val_loop):
+                end_workers(getattr(loop, 'dataloader', None))
 
     def val(self) -> dict[str, float]:
         """Validate."""

@@ -121,6 +121,17 @@ class WorkerGuard:
             self.init(worker)
 
 
+def end_workers(loader: Any) -> None:
+    """End the workers that a data loader keeps between epochs, while its queues still work.
+
+    Left to the garbage collector, which ends the queues first, PyTorch waits 10 s for each of them.
+    """
+    iterator = getattr(loader, '_iterator', None)
+    if iterator is not None:
+        iterator._shutdown_workers()
+        loader._iterator = None
+
+
 def end_hung_workers() -> None:
     """Kill this process's children, which ignore the SIGTERM that Python ends them with."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them

@@ -1,4 +1,5 @@
 """A resumed run equals one that was never interrupted; what is resumed is the newest whole file."""
+import multiprocessing
 import os
 import shutil
 import time
@@ -47,6 +48,7 @@ def test_workers_draw_what_one_process_draws(by_epoch, persistent, tmp_path):
     second = toy.train(folder, resume=True, **settings)
     assert {**first.losses, **second.losses} == whole.losses
     assert_equal(last(folder), last(tmp_path / 'whole'))
+    assert not (persistent and multiprocessing.active_children()), 'they ended with their run'
 
 
 @pytest.mark.slow
