@@ -27,8 +27,8 @@ from ..utils import unwrap_model
 from . import checks
 
 LOSS = 'loss_distil'
-WEIGHTS = dict(mmseg=5.0, mmdet=6.0)
-"""Default weights of the loss: those of the papers' authors."""
+WEIGHTS = dict(mmseg=5.0, mmdet=1.0)
+"""Default weights of the loss."""
 
 
 class Settings(NamedTuple):
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     Args:
         teacher: Config of the teacher, or the name of a recipe.
         checkpoint: File or URL of its weights.
-        weight: Factor of the loss; None: the papers' (:data:`WEIGHTS`).
+        weight: Factor of the loss; None: :data:`WEIGHTS`.
         temperature: Of the distributions over pixels (segmentation).
     """
 
