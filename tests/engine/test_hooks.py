@@ -144,7 +144,8 @@ def test_results_of_each_class_of_a_detector(tmp_path):
                           segmentation=[[0, 0, 20, 0, 20, 20, 0, 20]]),
                      dict(square, id=2, image_id=1, category_id=2, bbox=[50, 50, 20, 20],
                           segmentation=[[50, 50, 70, 50, 70, 70, 50, 70]])])))
-    metric = METRICS.build(dict(type='CocoMetric', ann_file=str(file), metric=['bbox', 'segm']))
+    metric = METRICS.build(dict(type='mmdet.CocoMetric', ann_file=str(file),
+                                metric=['bbox', 'segm']))
     metric.dataset_meta = dict(classes=classes)
     masks = torch.zeros(2, 100, 100, dtype=torch.bool)
     masks[0, :20, :20] = True  # of the other, the box alone is right
