@@ -83,7 +83,8 @@ def main(args: argparse.Namespace) -> Path:
     first = source[0].fixed(*fixed) if fixed else source[0]
     pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
-    pipeline = build_pipeline(exportable(predictor.model), fixed)
+    # Quantizers do not find the weights of products at the maps' own sizes.
+    pipeline = build_pipeline(exportable(predictor.model, own_sizes=not args.int8), fixed)
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'
