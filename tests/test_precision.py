@@ -85,6 +85,7 @@ def test_training_and_its_validations_are_as_before():
 def test_the_runner_resets_before_it_trains(monkeypatch):
     monkeypatch.setattr(Runner, 'train', lambda self: self.model)
     runner = ConvNeXtRunner.__new__(ConvNeXtRunner)
+    runner._train_loop = runner._val_loop = None
     runner.model = build(DEMO_SEGMENTATION, inference_dtype='bf16')
     inside = dtypes_of(runner.model, 'decode_head.lateral_convs.0')
     predict(runner.train(), 'mmseg')
