@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import complexity, prediction
+from . import complexity, model_tables, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import export as exporting
@@ -230,7 +230,10 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
                         help="input size (the authors': 2048x512, 2560x640, 1280x800)")
     parser.add_argument('--memory', action='store_true',
                         help='estimate the memory of training with 2 images per GPU in mixed '
-                        'precision, for each value of model.backbone.memory (segmentors only)')
+                        'precision, for each value of model.backbone.memory')
+    parser.add_argument('--measure', nargs='?', const='docs/tables', metavar='DIR',
+                        help='instead, measure the latency of recipes on this machine, on one '
+                        'thread, and write tables for tools/choose_model.py to DIR (docs/tables)')
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -240,6 +243,9 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _table(args: argparse.Namespace) -> None:
+    if args.measure:
+        print(*model_tables.write_tables(args.measure, args.configs or recipe_files()), sep='\n')
+        return
     print(complexity.complexity_table(args.configs or recipe_files(), args.size, args.memory))
 
 

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config
 from rich.progress import track
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .engine import checks
-from .engine.building import build_on_meta
+from .engine.building import build_on_meta, run_roi_heads
 from .engine.memory import estimate_training_memory
 from .errors import UserError
 from .options import MEMORY
@@ -65,21 +64,9 @@ def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Comp
             features = model.extract_feat(image)
             model.rpn_head(features)
             for kind, rois in (('bbox', PROPOSALS), ('mask', MASKS)):
-                _run_heads(model.roi_head, kind, rois)
+                run_roi_heads(model, kind, rois, image.device)
     return Complexity(sum(p.numel() for p in model.parameters()),
                       counter.get_total_flops() // 2, size)
-
-
-def _run_heads(roi_head: nn.Module, kind: str, rois: int) -> None:
-    """Run each 'bbox' or 'mask' head on feature maps of ``rois`` RoIs, without RoIAlign."""
-    heads: Any = getattr(roi_head, f'{kind}_head', None)
-    extractors: Any = getattr(roi_head, f'{kind}_roi_extractor', None)
-    if heads is None:
-        return
-    if not isinstance(heads, nn.ModuleList):
-        heads, extractors = [heads], [extractors]
-    for head, extractor in zip(heads, extractors, strict=True):
-        head(torch.empty(rois, extractor.out_channels, *extractor.roi_layers[0].output_size))
 
 
 def complexity_table(configs: Iterable[str], size: tuple[int, int] | None = None,

@@ -134,14 +134,19 @@ def _run_once(cfg: Config, model: Any) -> nn.Module:
     for name in ('decode_head', 'auxiliary_head', 'rpn_head'):
         for head in _as_list(getattr(model, name, None)):
             head(features)
-    roi_head = getattr(model, 'roi_head', None)
     for kind in ('bbox', 'mask'):
-        heads, extractors = (_as_list(getattr(roi_head, f'{kind}_{part}', None))
-                             for part in ('head', 'roi_extractor'))
-        for one, extractor in zip(heads, extractors, strict=False):
-            one(torch.zeros(2, extractor.out_channels, *extractor.roi_layers[0].output_size,
-                            device=device))
+        run_roi_heads(model, kind, 2, device)
     return model.train()
+
+
+def run_roi_heads(model: Any, kind: str, rois: int, device: torch.device) -> None:
+    """Run each 'bbox' or 'mask' head of a detector on maps of ``rois`` RoIs, without RoIAlign."""
+    roi_head = getattr(model, 'roi_head', None)
+    heads, extractors = (_as_list(getattr(roi_head, f'{kind}_{part}', None))
+                         for part in ('head', 'roi_extractor'))
+    for one, extractor in zip(heads, extractors, strict=False):
+        one(torch.zeros(rois, extractor.out_channels, *extractor.roi_layers[0].output_size,
+                        device=device))
 
 
 def _as_list(part: Any) -> list[Any]:
