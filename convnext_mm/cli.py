@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import complexity, model_tables, prediction
+from . import choosing, complexity, model_tables, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import export as exporting
@@ -249,6 +249,41 @@ def _table(args: argparse.Namespace) -> None:
     print(complexity.complexity_table(args.configs or recipe_files(), args.size, args.memory))
 
 
+def _add_choose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--task', choices=choosing.TASKS, required=True,
+                        help='segmentation or detection')
+    parser.add_argument('--gpu-memory', type=_parse_limit, metavar='GB',
+                        help='memory of the GPU that you train on')
+    parser.add_argument('--latency-ms', type=_parse_limit, metavar='MS',
+                        help='the longest that an image may take, in PyTorch')
+    parser.add_argument('--prefer', choices=choosing.PREFERENCES, default='accuracy',
+                        help='; '.join(f'{key}: {text}' for key, text in
+                                       choosing.PREFERENCES.items()) + ' (accuracy)')
+    parser.add_argument('--measure-here', action='store_true', help='measure three recipes on this '
+                        'machine, and predict the latency of the others')
+    parser.add_argument('--threads', type=int, choices=range(1, 257), default=1, metavar='N',
+                        help='threads of a CPU with --measure-here (1)')
+
+
+def _parse_limit(text: str) -> float:
+    """Parse a number above 0."""
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f'expected a number above 0, not {text!r}')
+
+
+def _choose(args: argparse.Namespace) -> None:
+    table = choosing.read_table(args.task)
+    if args.measure_here:
+        table = model_tables.measure_here(table, threads=args.threads)
+        for row in table['recipes']:
+            print(f'{choosing.latency_of(row):8.0f} ms, {row["latency_from"]}: {row["name"]}')
+    print(choosing.explain(table, args.prefer, args.gpu_memory, args.latency_ms))
+
+
 COMMANDS = {
     'train': Command('Train a segmentor or a detector.', _add_train, launch.train),
     'test': Command('Evaluate a segmentor or a detector.', _add_test, _test),
@@ -269,6 +304,7 @@ COMMANDS = {
                       'images.', _add_export, exporting.main),
     'prune': Command("Remove channels of a trained model's backbone and head.", _add_prune,
                      pruning.main),
+    'choose': Command('Recommend a recipe for a GPU memory and a latency.', _add_choose, _choose),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),
 }

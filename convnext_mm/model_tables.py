@@ -23,7 +23,8 @@ from rich.progress import track
 from torch import nn
 
 from . import complexity
-from .bases import config_folder
+from .bases import config_folder, find_recipe
+from .choosing import TASKS, Table, anchors, predict
 from .engine import checks
 from .engine.fallbacks import adapt_to_device
 from .engine.memory import estimate_inference_memory, estimate_training_memory
@@ -31,8 +32,8 @@ from .engine.speed import enable_packed_inference
 from .errors import UserError
 from .utils import atomic_path
 
-TASKS = {'seg': ('segmentation', 'mIoU', 1.35), 'det': ('detection', 'box AP', 1.9)}
-"""Of each task: the name of its table, its metric, and :data:`MARGIN`."""
+METRICS = {'seg': 'mIoU', 'det': 'box AP'}
+MARGINS = {'seg': 1.35, 'det': 1.9}
 MARGIN = ("Measured by OpenMMLab, training takes up to this many times what is estimated for its "
           'operations (UPerNet xlarge: twice)')
 METHOD = dict(
@@ -69,20 +70,33 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
                                  onnx=None, int8=None)
         tables.setdefault(task, []).append(row)
     for task, rows in tables.items():
-        name, metric, margin = TASKS[task]
         table = dict(
-            task=task, metric=metric, memory_margin=margin, memory_margin_source=MARGIN,
+            task=task, metric=METRICS[task], memory_margin=MARGINS[task],
+            memory_margin_source=MARGIN,
             date=datetime.date.today().isoformat(), command='python tools/model_table.py --measure',
             machine=describe_processor(), threads=1, repeats=repeats, versions=installed_versions(),
             method=METHOD, recipes=sorted(rows, key=lambda row: row['latency_ms']['pytorch']))
-        paths.append(Path(folder) / f'{name}.json')
+        paths.append(Path(folder) / f'{TASKS[task]}.json')
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(paths[-1]) as part:
             part.write_text(format_table(table), encoding='utf-8')
     return paths
 
 
-def format_table(table: dict[str, Any]) -> str:
+def measure_here(table: Table, repeats: int = 2, threads: int = 1) -> Table:
+    """Measure three recipes on this machine, and predict the others.
+
+    Args:
+        table: A table of ``docs/tables``.
+        repeats: See :func:`measure_latency`.
+        threads: See :func:`measure_latency`.
+    """
+    rows = track(anchors(table), 'Measuring', transient=True)
+    return predict(table, {row['name']: measure_latency(
+        find_recipe(row['name']), row['size'], repeats, threads) for row in rows})
+
+
+def format_table(table: Table) -> str:
     """A table as JSON with one line for each recipe."""
     rows = ',\n'.join(f'  {json.dumps(row, ensure_ascii=False)}' for row in table['recipes'])
     head = json.dumps(dict(table, recipes=[]), indent=1, ensure_ascii=False)
@@ -121,7 +135,7 @@ def describe_recipe(path: str, published: dict[str, Any]) -> tuple[str, dict[str
         size=size, parameters=counted.parameters, flops=counted.flops, flops_size=counted.size,
         training_memory_gb=round(training.total / 1e9, 2),
         inference_memory_gb=round(inference / 1e9, 2),
-        accuracy=metrics.get(TASKS[task][1]), accuracies=metrics,
+        accuracy=metrics.get(METRICS[task]), accuracies=metrics,
         accuracy_source=published['Source'] if metrics else None)
 
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import use_stock_classes
 from convnext_mm import UserError, complexity
+from convnext_mm.engine import memory
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, call_tool, saved_by
 from tests.recipes import RECIPES
 
@@ -91,6 +92,38 @@ def test_large_recipes_fit_the_memory_of_common_gpus(name, limit):
     assert complexity.estimate_training_memory(cfg).total < lean
 
 
-def test_memory_of_detectors_is_refused():
-    with pytest.raises(UserError, match='for segmentors only'):
-        complexity.estimate_training_memory(Config.fromfile(DEMO_DETECTION))
+def test_memory_of_detectors_grows_with_the_sampled_rois():
+    def estimate(**sampler):
+        cfg = Config.fromfile(DEMO_DETECTION)
+        for stage in cfg.model.train_cfg.rcnn:
+            stage.sampler.update(sampler)
+        return complexity.estimate_training_memory(cfg, batch_size=2)
+    without = estimate(num=0)
+    boxes, both = (estimate(num=64, pos_fraction=share).activations - without.activations
+                   for share in (0.0, 0.25))
+    assert without.loss == 0
+    # Three heads save, of each RoI, at least four maps of 32 channels and 49 pixels in bf16.
+    assert boxes > 3 * 2 * 64 * 4 * 32 * 49 * 2
+    assert both > boxes
+
+
+def test_memory_of_other_models_is_refused():
+    cfg = Config.fromfile(DEMO_DETECTION)
+    del cfg.model.roi_head
+    with pytest.raises(UserError, match='for segmentors and two-stage detectors only, not for '
+                       'CascadeRCNN'):
+        complexity.estimate_training_memory(cfg)
+
+
+def test_estimated_memory_of_inference_is_that_of_weights_and_largest_maps():
+    """A chain of two convolutions: input and output of one of them are alive at once."""
+    with torch.no_grad(), memory._Peak() as tensors:
+        x = torch.empty(1, 3, 8, 8, device='meta')
+        x = torch.ops.aten.mul(x, 2)
+        for channels in (16, 4):
+            x = torch.nn.functional.conv2d(x, x.new_empty(channels, x.shape[1], 1, 1))
+    assert tensors.peak == 4 * (64 * (16 + 4) + 16 * 4)
+    small, middle, large = (
+        memory.estimate_inference_memory(Config.fromfile(DEMO_SEGMENTATION), (side, side), {})
+        for side in (256, 512, 1024))
+    assert (large - middle) / (middle - small) == pytest.approx(4, rel=0.01)

@@ -177,7 +177,8 @@ def test_every_option_is_described():
     assert set(PATCHES) <= first_cells['docs/training.md']
 
 
-@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'image_demo.py', 'model_table.py'])
+@pytest.mark.parametrize('tool', ['train.py', 'test.py', 'image_demo.py', 'model_table.py',
+                                  'choose_model.py'])
 def test_options_of_the_tools_exist(tool):
     row, = re.findall(rf'^\| `tools/{tool} .*?` \|(.*)\|$', text('docs/training.md'), re.M)
     described = set(re.findall(r'`(--[\w-]+)', row))

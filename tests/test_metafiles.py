@@ -80,7 +80,7 @@ def test_weights_have_the_addresses_of_the_authors(models):
 
 def test_an_installed_package_contains_the_files_that_mim_needs(tmp_path):
     source = tmp_path / 'source'
-    for name in ('convnext_mm', 'configs', 'tools'):
+    for name in ('convnext_mm', 'configs', 'tools', 'docs'):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('.mim'))
     for name in ('setup.py', 'pyproject.toml', 'README.md', 'model-index.yml'):
         shutil.copy(ROOT / name, source)
@@ -88,7 +88,7 @@ def test_an_installed_package_contains_the_files_that_mim_needs(tmp_path):
                     '-w', tmp_path, source], check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     for name in ('model-index.yml', 'tools/train.py', 'tools/test.py', 'configs/metafile_coco.yml',
-                 'configs/_base_/default_runtime.py',
+                 'configs/_base_/default_runtime.py', 'docs/tables/segmentation.json',
                  'configs/upernet_convnext_tiny_512_160k_ade20k.py'):
         assert f'convnext_mm/.mim/{name}' in names
     assert not any('__pycache__' in name for name in names)

@@ -1,11 +1,13 @@
-"""Write the tables of figures into README.md and docs/, in both languages.
+"""Write the tables of figures into README.md and docs/, in both languages, and into docs/choose.
 
 Figures come from configs/metafile_*.yml, the backbone itself and benchmarks/results/. A table
-replaces the text between the comments "begin: NAME" and "end: NAME" of a page.
+replaces the text between the comments "begin: NAME" and "end: NAME" of a page. The page docs/choose
+contains docs/tables.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -14,12 +16,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from convnext_mm import ConvNeXt
+from convnext_mm import ConvNeXt, choosing
 from convnext_mm.archs import ARCHS
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 1000  # of ImageNet, as published sizes are counted
 MARKERS = re.compile(r'(<!-- begin: (\S+) -->\n).*?(<!-- end: \2 -->)', re.S)
+PAGE = ROOT / 'docs' / 'choose' / 'index.html'
+DATA = re.compile(r'(<script type="application/json" id="tables">\n).*?(</script>)', re.S)
 
 CHINESE = {
     'config': '配置', 'pretrained on': '预训练数据', 'parameters': '参数量',
@@ -172,6 +176,14 @@ def with_tables(page: Path) -> str:
     return MARKERS.sub(table, page.read_text(encoding='utf-8'))
 
 
+def with_data(page: Path) -> str:
+    """The text of docs/choose/index.html, with docs/tables in it: a local page can read no file."""
+    rows = [f'{json.dumps(task)}: {(ROOT / "docs/tables" / f"{name}.json").read_text().strip()}'
+            for task, name in choosing.TASKS.items()]
+    data = '{' + ',\n'.join(rows).replace('</', '<\\/') + '}'
+    return DATA.sub(lambda match: f'{match[1]}{data}\n{match[2]}', page.read_text(encoding='utf-8'))
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true',
@@ -179,6 +191,7 @@ if __name__ == '__main__':
     args = parser.parse_args()
     pages = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')]
     texts = {page: with_tables(page) for page in sorted(pages)}
+    texts[PAGE] = with_data(PAGE)
     changed = [page for page, text in texts.items() if page.read_text(encoding='utf-8') != text]
     for page in changed:
         if not args.check:

@@ -1,0 +1,183 @@
+"""Which recipe to take: one rule on the tables of ``docs/tables``.
+
+``docs/choose/index.html`` follows the same rule; ``tests/data/choices.json`` has cases for both.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import UserError
+
+TASKS = {'seg': 'segmentation', 'det': 'detection'}
+"""Names of the tables."""
+PREFERENCES = {'accuracy': 'the most accurate', 'balance': 'the fastest within 1 point of the most '
+               'accurate', 'speed': 'the fastest'}
+POINT = 1.0 + 1e-9  # of accuracy; published figures have one decimal
+
+Row = dict[str, Any]
+Table = dict[str, Any]
+
+
+class Choice(NamedTuple):
+    """What :func:`choose` found.
+
+    Args:
+        best: The recipe to take; None: none fits.
+        runner_up: The next best that fits, if there is one.
+        nearest: If none fits, the one that exceeds a limit by the smallest factor.
+        fitting: How many of the recipes with published results fit.
+        untrained: Those without that fit.
+    """
+
+    best: Row | None
+    runner_up: Row | None
+    nearest: Row | None
+    fitting: int
+    untrained: list[Row]
+
+
+def choose(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = None,
+           latency: float | None = None) -> Choice:
+    """Choose a recipe with published results.
+
+    Args:
+        table: A table of ``docs/tables``.
+        prefer: A key of :data:`PREFERENCES`.
+        gpu_memory: The most that training may need, in GB; None: no limit.
+        latency: The most milliseconds that an image may take; None: no limit.
+    """
+    def excess(row: Row) -> float:
+        """The largest factor by which a limit is exceeded; at most 1: the recipe fits."""
+        return max(needed_memory(table, row) / (gpu_memory or math.inf),
+                   latency_of(row) / (latency or math.inf))
+    trained = [row for row in table['recipes'] if row['accuracy'] is not None]
+    fitting = [row for row in trained if excess(row) <= 1]
+    untrained = [row for row in table['recipes'] if row['accuracy'] is None and excess(row) <= 1]
+    if not fitting:
+        nearest = min(trained, key=lambda row: (excess(row), -row['accuracy']))
+        return Choice(None, None, nearest, 0, untrained)
+    most = max(row['accuracy'] for row in fitting)
+
+    def rank(row: Row) -> tuple[float, ...]:
+        by_accuracy = -row['accuracy'], latency_of(row)
+        if prefer == 'accuracy' or (prefer == 'balance' and most - row['accuracy'] > POINT):
+            return 1, *by_accuracy
+        return 0, latency_of(row), -row['accuracy']
+    best, *others = sorted(fitting, key=rank)
+    return Choice(best, others[0] if others else None, None, len(fitting), untrained)
+
+
+def needed_memory(table: Table, row: Row) -> float:
+    """GB of GPU memory that training needs: what is estimated, with the table's margin."""
+    return table['memory_margin'] * row['training_memory_gb']
+
+
+def latency_of(row: Row) -> float:
+    """Milliseconds for an image in PyTorch."""
+    return row['latency_ms']['pytorch']
+
+
+def anchors(table: Table) -> list[Row]:
+    """The recipes to measure on another machine: the fastest, the middle one and the slowest."""
+    rows = sorted(table['recipes'], key=latency_of)
+    return [rows[0], rows[len(rows) // 2], rows[-1]]
+
+
+def predict(table: Table, measured: Mapping[str, float]) -> Table:
+    """The table for another machine, from the latencies of some recipes there.
+
+    The others take the table's, scaled by the ratio of both at the recipes that were measured,
+    interpolated between them along the logarithm of the table's latency.
+
+    Args:
+        table: A table of ``docs/tables``.
+        measured: Milliseconds by name.
+
+    Returns:
+        A new table. ``latency_from`` of each row is 'measured here' or 'predicted'.
+    """
+    known = sorted((math.log(latency_of(row)), measured[row['name']] / latency_of(row))
+                   for row in table['recipes'] if row['name'] in measured)
+    rows = []
+    for row in table['recipes']:
+        name, here = row['name'], 'predicted'
+        value = latency_of(row) * _interpolate(known, math.log(latency_of(row)))
+        if name in measured:
+            value, here = measured[name], 'measured here'
+        rows.append(dict(row, latency_ms=dict(pytorch=value), latency_from=here))
+    return dict(table, recipes=rows)
+
+
+def _interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """Linear between points that are sorted by x, constant outside."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * min(max((x - x0) / (x1 - x0), 0.0), 1.0)
+    return points[-1][1]
+
+
+def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = None,
+            latency: float | None = None) -> str:
+    """The choice in words: the recipe, why, and the runner-up.
+
+    Args:
+        table: See :func:`choose`.
+        prefer: See :func:`choose`.
+        gpu_memory: See :func:`choose`.
+        latency: See :func:`choose`.
+
+    Raises:
+        UserError: None fits; names what comes nearest.
+    """
+    found = choose(table, prefer, gpu_memory, latency)
+    limits = ' and '.join([f'{gpu_memory:g} GB for training'] * (gpu_memory is not None)
+                          + [f'{latency:g} ms an image'] * (latency is not None))
+    untrained = ''.join(f'\n  {row["name"]}: {_needs(table, row)}' for row in found.untrained)
+    untrained = untrained and f'\nAlso within the limits, but not trained yet:{untrained}'
+    if found.best is None:
+        assert found.nearest is not None
+        raise UserError(
+            f'No recipe with published results fits {limits}. The nearest is '
+            f'{found.nearest["name"]}: {_needs(table, found.nearest)}. Allow more, or make it '
+            'smaller: model.backbone.memory=minimal in training, tools/prune.py and '
+            f'tools/export.py --int8 for inference{untrained}')
+    lines = [found.best['name'], f'  {_figures(table, found.best)}',
+             f'  why: {PREFERENCES[prefer]} of the {found.fitting} recipes with published results'
+             + (f' that fit {limits}' if limits else '')]
+    if found.runner_up:
+        lines += [f'runner-up: {found.runner_up["name"]}', f'  {_figures(table, found.runner_up)}']
+    return '\n'.join(lines) + untrained
+
+
+def _figures(table: Table, row: Row) -> str:
+    return f'{row["title"]}: {table["metric"]} {row["accuracy"]}, {_needs(table, row)}'
+
+
+def _needs(table: Table, row: Row) -> str:
+    """The latency with where it is from, memory and parameters."""
+    source = row.get('latency_from', f'measured on one thread of {table["machine"]}')
+    return (f'{latency_of(row):.0f} ms an image ({source}), about '
+            f'{needed_memory(table, row):.1f} GB for training (estimated), '
+            f'{row["parameters"] / 1e6:.0f}M parameters')
+
+
+def read_table(task: str) -> Table:
+    """Read a table of ``docs/tables``.
+
+    Args:
+        task: A key of :data:`TASKS`.
+
+    Raises:
+        UserError: There is none.
+    """
+    package, name = Path(__file__).parent, Path('docs', 'tables', f'{TASKS[task]}.json')
+    for file in (package.parent / name, package / '.mim' / name):
+        if file.is_file():
+            return json.loads(file.read_text(encoding='utf-8'))
+    raise UserError(f'{package.parent / name} is missing: python tools/model_table.py --measure '
+                    'writes it')
