@@ -137,21 +137,24 @@ def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = N
     found = choose(table, prefer, gpu_memory, latency)
     limits = ' and '.join([f'{gpu_memory:g} GB for training'] * (gpu_memory is not None)
                           + [f'{latency:g} ms an image'] * (latency is not None))
-    untrained = ''.join(f'\n  {row["name"]}: {_needs(table, row)}' for row in found.untrained)
-    untrained = untrained and f'\nAlso within the limits, but not trained yet:{untrained}'
+    notes = ''.join(f'\n  {row["name"]}: {_needs(table, row)}' for row in found.untrained)
+    notes = notes and f'\nAlso within the limits, but not trained yet:{notes}'
+    if 'latency_from' not in table['recipes'][0]:
+        notes += (f'\nThe latency is that of one thread of {table["machine"]}, in PyTorch; '
+                      '--measure-here predicts that of this machine')
     if found.best is None:
         assert found.nearest is not None
         raise UserError(
             f'No recipe with published results fits {limits}. The nearest is '
             f'{found.nearest["name"]}: {_needs(table, found.nearest)}. Allow more, or make it '
             'smaller: model.backbone.memory=minimal in training, tools/prune.py and '
-            f'tools/export.py --int8 for inference{untrained}')
+            f'tools/export.py --int8 for inference{notes}')
     lines = [found.best['name'], f'  {_figures(table, found.best)}',
              f'  why: {PREFERENCES[prefer]} of the {found.fitting} recipes with published results'
              + (f' that fit {limits}' if limits else '')]
     if found.runner_up:
         lines += [f'runner-up: {found.runner_up["name"]}', f'  {_figures(table, found.runner_up)}']
-    return '\n'.join(lines) + untrained
+    return '\n'.join(lines) + notes
 
 
 def _figures(table: Table, row: Row) -> str:
@@ -159,9 +162,9 @@ def _figures(table: Table, row: Row) -> str:
 
 
 def _needs(table: Table, row: Row) -> str:
-    """The latency with where it is from, memory and parameters."""
-    source = row.get('latency_from', f'measured on one thread of {table["machine"]}')
-    return (f'{latency_of(row):.0f} ms an image ({source}), about '
+    """The latency with where it is from, unless it is the table's, memory and parameters."""
+    source = f' ({row["latency_from"]})' if 'latency_from' in row else ''
+    return (f'{latency_of(row):.0f} ms an image{source}, about '
             f'{needed_memory(table, row):.1f} GB for training (estimated), '
             f'{row["parameters"] / 1e6:.0f}M parameters')
 

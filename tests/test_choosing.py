@@ -53,9 +53,13 @@ def test_the_answer_gives_reason_and_runner_up():
     assert text.splitlines()[0] == 'base'
     assert 'why: the fastest within 1 point of the most accurate of the 3 recipes' in text
     assert 'that fit 12 GB for training and 1000 ms an image' in text
-    assert 'mIoU 49.5, 300 ms an image (measured on one thread of a CPU), about 6.0 GB' in text
+    assert 'mIoU 49.5, 300 ms an image, about 6.0 GB' in text
     assert 'runner-up: large' in text
     assert 'not trained yet:\n  v2: 50 ms' in text
+    assert 'one thread of a CPU' in text
+    predicted = choosing.explain(choosing.predict(TABLE, dict(tiny=70.0)), 'accuracy')
+    assert '630 ms an image (predicted)' in predicted
+    assert 'one thread of a CPU' not in predicted
 
 
 def test_the_message_when_nothing_fits_names_the_nearest():
