@@ -24,7 +24,7 @@ from torch import nn
 
 from . import complexity
 from .bases import config_folder, find_recipe
-from .choosing import TASKS, Table, anchors, predict
+from .choosing import TASKS, Table, anchors, latency_of, predict
 from .engine import checks
 from .engine.fallbacks import adapt_to_device
 from .engine.memory import estimate_inference_memory, estimate_training_memory
@@ -61,22 +61,27 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
         UserError: A config is not listed, or cannot be read.
     """
     published, paths = read_metafiles(), []
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for path in track(list(configs), 'Measuring', transient=True):
+    tables: dict[str, list[str]] = {task: [] for task in TASKS}
+    for path in configs:
         if Path(path).stem not in published:
             raise UserError(f'{path}: expected a recipe that is listed in configs/metafile_*.yml')
-        task, row = describe_recipe(path, published[Path(path).stem])
-        row['latency_ms'] = dict(pytorch=round(measure_latency(path, row['size'], repeats), 1),
-                                 onnx=None, int8=None)
-        tables.setdefault(task, []).append(row)
-    for task, rows in tables.items():
+        in_detection = checks.read_config(path).get('default_scope') == 'mmdet'
+        tables['det' if in_detection else 'seg'].append(path)
+    for task, name in TASKS.items():
+        rows = []
+        for path in track(tables[task], f'Measuring for {name}', transient=True):
+            row = describe_recipe(task, path, published[Path(path).stem])
+            latency = round(measure_latency(path, row['size'], repeats), 1)
+            rows.append(dict(row, latency_ms=dict(pytorch=latency, onnx=None, int8=None)))
+        if not rows:
+            continue
         table = dict(
             task=task, metric=METRICS[task], memory_margin=MARGINS[task],
             memory_margin_source=MARGIN,
             date=datetime.date.today().isoformat(), command='python tools/model_table.py --measure',
             machine=describe_processor(), threads=1, repeats=repeats, versions=installed_versions(),
-            method=METHOD, recipes=sorted(rows, key=lambda row: row['latency_ms']['pytorch']))
-        paths.append(Path(folder) / f'{TASKS[task]}.json')
+            method=METHOD, recipes=sorted(rows, key=latency_of))
+        paths.append(Path(folder) / f'{name}.json')
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(paths[-1]) as part:
             part.write_text(format_table(table), encoding='utf-8')
@@ -115,9 +120,8 @@ def read_metafiles() -> dict[str, dict[str, Any]]:
     return models
 
 
-def describe_recipe(path: str, published: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The task of a recipe, and its row of the table, without the latency."""
-    task = 'det' if checks.read_config(path).get('default_scope') == 'mmdet' else 'seg'
+def describe_recipe(task: str, path: str, published: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's row of the table of a task, without the latency."""
     counted = complexity.compute_complexity(checks.read_config(path))
     cfg = checks.read_config(path)
     crop = cfg.model.data_preprocessor.get('size')
@@ -128,7 +132,7 @@ def describe_recipe(path: str, published: dict[str, Any]) -> tuple[str, dict[str
     metrics = {key: value for result in published.get('Results', ())
                for key, value in result['Metrics'].items()}
     backbone, framework = published['Metadata']['Architecture']
-    return task, dict(
+    return dict(
         name=Path(path).stem, config=published['Config'],
         title=f'{framework}, {backbone}, {published["Metadata"]["Pretrained On"]}'
               + f', {size[0]}×{size[1]}' * (task == 'seg'),
