@@ -135,8 +135,8 @@ def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = N
         UserError: None fits; names what comes nearest.
     """
     found = choose(table, prefer, gpu_memory, latency)
-    limits = ' and '.join([f'{gpu_memory:g} GB for training'] * (gpu_memory is not None)
-                          + [f'{latency:g} ms an image'] * (latency is not None))
+    limits = ' and '.join(f'{limit:g} {unit}' for limit, unit in (
+        (gpu_memory, 'GB for training'), (latency, 'ms an image')) if limit is not None)
     notes = ''.join(f'\n  {row["name"]}: {_needs(table, row)}' for row in found.untrained)
     notes = notes and f'\nAlso within the limits, but not trained yet:{notes}'
     if 'latency_from' not in table['recipes'][0]:

@@ -163,10 +163,10 @@ def test_the_page_shows_the_choice_of_its_address(tmp_path):
     assert shown.count('<svg') == 3
 
 
-def test_the_tool(tmp_path):
+def test_the_tool():
     done = call_tool('tools/choose_model.py', '--task', 'seg', '--gpu-memory', 1000)
     assert done.returncode == 0
-    assert done.stdout.startswith('upernet_convnext_xlarge_640_160k_ade20k\n')
+    assert 'upernet_convnext_xlarge_640_160k_ade20k' in done.stdout.splitlines()
     done = call_tool('tools/choose_model.py', '--task', 'seg', '--latency-ms', 1)
     assert done.returncode == 2
     assert 'No recipe with published results fits 1 ms an image' in done.stderr
