@@ -54,8 +54,8 @@ if __name__ == '__main__':
         """Adds what lies elsewhere in a checkout.
 
         configs/, tools/ and model-index.yml go to .mim in the package, where mim expects them,
-        docs/tables too, and STARTUP beside the package. An editable install links to the former;
-        tools/install.py copies the latter.
+        docs/tables and docs/demo too, and STARTUP beside the package. An editable install links to
+        the former; tools/install.py copies the latter.
         """
 
         def run(self) -> None:
@@ -65,7 +65,7 @@ if __name__ == '__main__':
             target = (HERE if self.editable_mode else Path(self.build_lib)) / 'convnext_mm' / '.mim'
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
-            for name in ('configs', 'tools', 'model-index.yml', 'docs/tables'):
+            for name in ('configs', 'tools', 'model-index.yml', 'docs/tables', 'docs/demo'):
                 (target / name).parent.mkdir(exist_ok=True)
                 if self.editable_mode:
                     (target / name).symlink_to(HERE / name)

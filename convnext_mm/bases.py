@@ -93,3 +93,20 @@ def config_folder(package: str) -> Path | None:
     root = Path(spec.origin).parent
     folders = (root / '.mim' / 'configs', root.parent / 'configs')
     return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def shipped_file(name: str) -> Path:
+    """A file of this package's repository, in a checkout or as installed.
+
+    Args:
+        name: Such as docs/tables/segmentation.json.
+
+    Raises:
+        UserError: It is missing.
+    """
+    package = Path(__file__).parent
+    for file in (package.parent / name, package / '.mim' / name):
+        if file.is_file():
+            return file
+    raise UserError(f'{package.parent / name} is missing: install the package again, or restore '
+                    'the file')

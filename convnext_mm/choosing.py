@@ -8,9 +8,9 @@ import json
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from .bases import shipped_file
 from .errors import UserError
 
 TASKS = {'seg': 'segmentation', 'det': 'detection'}
@@ -176,11 +176,6 @@ def read_table(task: str) -> Table:
         task: A key of :data:`TASKS`.
 
     Raises:
-        UserError: There is none.
+        UserError: It is missing.
     """
-    package, name = Path(__file__).parent, Path('docs', 'tables', f'{TASKS[task]}.json')
-    for file in (package.parent / name, package / '.mim' / name):
-        if file.is_file():
-            return json.loads(file.read_text(encoding='utf-8'))
-    raise UserError(f'{package.parent / name} is missing: python tools/model_table.py --measure '
-                    'writes it')
+    return json.loads(shipped_file(f'docs/tables/{TASKS[task]}.json').read_text(encoding='utf-8'))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from . import choosing, complexity, model_tables, prediction
 from .bases import recipe_files
 from .checkpoints import export, naming
+from .deployment import browser, pruning, runtimes, testing
 from .deployment import export as exporting
-from .deployment import pruning, runtimes, testing
 from .engine import conversion, datasets_cli, launch
 from .engine.cfg_options import add_cfg_options
 from .errors import UserError
@@ -180,6 +180,17 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def _add_browser_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('models', nargs='+', metavar='MODEL.onnx', help='files of tools/export.py; '
+                        'with --int8 they are a quarter as large')
+    parser.add_argument('--images', nargs='+', metavar='IMAGE',
+                        help='samples on the page: images, folders of images, or patterns')
+    parser.add_argument('--out', metavar='FILE', default='browser_demo.html',
+                        help='the page (browser_demo.html)')
+    parser.add_argument('--runtime', metavar='DIR', help='folder dist of '
+                        f'{browser.RUNTIME} (npm downloads it)')
+
+
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('old', metavar='OLD', help='the old config, or a folder of old configs')
     parser.add_argument('new', metavar='NEW', nargs='?', help='the new config (OLD_new.py), or '
@@ -304,6 +315,8 @@ COMMANDS = {
                       'images.', _add_export, exporting.main),
     'prune': Command("Remove channels of a trained model's backbone and head.", _add_prune,
                      pruning.main),
+    'browser-demo': Command('Write one page that runs exported models in a browser, without a '
+                            'server.', _add_browser_demo, browser.main),
     'choose': Command('Recommend a recipe for a GPU memory and a latency.', _add_choose, _choose),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),

@@ -1,0 +1,5 @@
+"""Write one page that runs exported models in a browser, without a server."""
+from convnext_mm.cli import main
+
+if __name__ == '__main__':
+    main('browser-demo')
