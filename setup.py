@@ -33,6 +33,7 @@ EXTRAS = {
     'tiff': [TIFF],
     'export': EXPORT,
     'openvino': [*EXPORT, 'openvino>=2026.4,<2026.5', 'nncf>=3.4,<3.5'],
+    'web': ['gradio>=6,<7'],
     'forks': [*FORKS.values()],
     'forks-seg': [v for k, v in FORKS.items() if k != 'mmdet'],
     'openmmlab': [*OPENMMLAB.values()],

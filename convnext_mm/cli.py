@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import choosing, complexity, model_tables, prediction
+from . import choosing, complexity, model_tables, prediction, web_demo
 from .bases import recipe_files
 from .checkpoints import export, naming
 from .deployment import browser, pruning, runtimes, testing
@@ -191,6 +191,17 @@ def _add_browser_demo(parser: argparse.ArgumentParser) -> None:
                         f'{browser.RUNTIME} (npm downloads it)')
 
 
+def _add_web_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('config', help='config file, or the name of a recipe')
+    parser.add_argument('checkpoint', help='file or URL of the weights')
+    parser.add_argument('--host', default='127.0.0.1', help='address to serve at; 0.0.0.0 also '
+                        'serves other machines (127.0.0.1)')
+    parser.add_argument('--port', type=int, default=7860, help='port (7860)')
+    parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
+    _add_dtype(parser)
+    add_cfg_options(parser)
+
+
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('old', metavar='OLD', help='the old config, or a folder of old configs')
     parser.add_argument('new', metavar='NEW', nargs='?', help='the new config (OLD_new.py), or '
@@ -317,6 +328,8 @@ COMMANDS = {
                      pruning.main),
     'browser-demo': Command('Write one page that runs exported models in a browser, without a '
                             'server.', _add_browser_demo, browser.main),
+    'web-demo': Command('Serve a web page that runs a checkpoint on uploaded images.',
+                        _add_web_demo, web_demo.main),
     'choose': Command('Recommend a recipe for a GPU memory and a latency.', _add_choose, _choose),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),

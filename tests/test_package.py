@@ -78,7 +78,8 @@ def test_wheel_has_the_package_the_recipes_and_the_tools(distributions):
     wheel = contents(distributions[0])
     package = {f'convnext_mm/{name}' for name in files(ROOT / 'convnext_mm')
                if not name.startswith('.mim/')}
-    mim = {f'convnext_mm/.mim/{folder}/{name}' for folder in ('configs', 'tools')
+    folders = 'configs', 'tools', 'docs/tables', 'docs/demo'
+    mim = {f'convnext_mm/.mim/{folder}/{name}' for folder in folders
            for name in files(ROOT / folder)} | {'convnext_mm/.mim/model-index.yml'}
     assert {name for name in wheel if '.dist-info/' not in name} == package | mim | {
         STARTUP.name}

@@ -137,9 +137,9 @@ def read_runtime(folder: Path) -> dict[str, bytes]:
 def fill(page: str, data: dict[str, Any], script: str) -> str:
     """Put data and runtime into the elements of the page that are for them."""
     for element, text in (('data', json.dumps(data, ensure_ascii=False)), ('runtime', script)):
+        start = re.search(rf'<script[^>]* id="{element}">', page)
+        assert start is not None, element
+        end = page.index('</script>', start.end())
         text = re.sub('</(?=script)', r'<\\/', text, flags=re.I)
-        page, count = re.subn(rf'(<script[^>]* id="{element}">).*?(</script>)',
-                              lambda match, text=text: match[1] + text + match[2], page,
-                              count=1, flags=re.S)
-        assert count == 1, element
+        page = page[:start.end()] + text + page[end:]
     return page

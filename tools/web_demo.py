@@ -1,0 +1,5 @@
+"""Serve a web page that runs a checkpoint on uploaded images."""
+from convnext_mm.cli import main
+
+if __name__ == '__main__':
+    main('web-demo')
