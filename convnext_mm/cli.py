@@ -171,7 +171,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--flops', type=float, metavar='SHARE',
                         help="how much of the backbone's FLOPs remains, such as 0.6")
     parser.add_argument('--head-channels', type=int, metavar='N',
-                        help="channels of UPerNet's decode_head that remain, such as 256")
+                        help="channels that remain in UPerNet's decode_head, or in the "
+                        'convolutions of box and mask heads, such as 256')
     parser.add_argument('--out', metavar='DIR', help='output folder (CONFIG_pruned)')
     parser.add_argument('--images', type=int, default=100, metavar='N',
                         help='training images to solve for the weights on (100)')

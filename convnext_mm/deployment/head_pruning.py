@@ -7,8 +7,8 @@ layer's weights are multiplied with the matrix that computes all channels from t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ def prune_head(model: Any, settings: ConfigDict, channels: int, images: Sequence
     new.to(old.conv_seg.weight.device).eval()
     names = [*(name for name in modules(old) if name.startswith(('bottleneck', 'fpn_'))),
              'conv_seg']
-    seen = observe(names, [old], lambda: [run(image) for image in images])
+    with observed(names, [old]) as seen:
+        for image in images:
+            run(image)
     inputs, outputs = choose(old, seen, channels)
     for name, module in modules(new).items():
         if name not in names:
@@ -76,30 +78,35 @@ def prune_head(model: Any, settings: ConfigDict, channels: int, images: Sequence
         for name in some:  # with inputs of the new head's size
             copy_layer(new.get_submodule(name), old.get_submodule(name), outputs.get(name),
                        *first[name])
-        for name, one in observe(some, [old, new], run_both).items():
+        with observed(some, [old, new]) as both:
+            run_both()
+        for name, one in both.items():
             kept = torch.arange(len(seen[name].total), len(one.total))
             copy_layer(new.get_submodule(name), old.get_submodule(name), outputs.get(name),
                        *substitution(one, kept, first[name][0]))
     model.decode_head = new.train(old.training)
 
 
-def observe(names: Sequence[str], heads: Sequence[nn.Module], run: Callable[[], object]
-            ) -> dict[str, Statistics]:
-    """Statistics of the inputs of layers while something runs.
+@contextmanager
+def observed(names: Sequence[str], heads: Sequence[nn.Module],
+             positions: Mapping[str, int] | None = None) -> Iterator[dict[str, Statistics]]:
+    """Statistics of the inputs of layers that run meanwhile.
 
     Args:
         names: Of the layers.
         heads: Of several, which run one after the other, the last one first, the channels are
             concatenated.
-        run: Runs the heads.
+        positions: Of linear layers on flattened maps, the pixels of a map.
     """
     found: dict[str, Statistics] = {}
     with ExitStack() as stack:
         for name in names:
             waiting: list[Tensor] = []
 
-            def add(_: nn.Module, args: tuple, name: str = name, waiting: list = waiting) -> None:
-                x = args[0].movedim(1, -1).flatten(0, -2)
+            def add(_: nn.Module, args: tuple, name: str = name, waiting: list = waiting,
+                    pixels: int = (positions or {}).get(name, 1)) -> None:
+                x = args[0] if pixels == 1 else args[0].unflatten(1, (-1, pixels))
+                x = x.movedim(1, -1).flatten(0, -2)
                 waiting.insert(0, x[torch.linspace(0, len(x) - 1, min(len(x), PIXELS)).long()])
                 if len(waiting) == len(heads):
                     x = torch.cat(waiting, 1)
@@ -107,8 +114,7 @@ def observe(names: Sequence[str], heads: Sequence[nn.Module], run: Callable[[], 
                     waiting.clear()
             for head in heads:
                 stack.callback(head.get_submodule(name).register_forward_pre_hook(add).remove)
-        run()
-    return found
+        yield found
 
 
 def modules(head: nn.Module) -> dict[str, Any]:
@@ -160,29 +166,47 @@ def fold(module: Any) -> tuple[Tensor, Tensor]:
                    *(getattr(module.norm, name) for name in BN)], module.norm.eps)
 
 
+def kernel(layer: Any, positions: int = 1) -> Tensor:
+    """The weight of a layer as (outputs, inputs, positions), in its memory where possible.
+
+    Args:
+        layer: A convolution, also a transposed one, or a linear layer.
+        positions: See :func:`observed`.
+    """
+    weight = layer.weight
+    if isinstance(layer, nn.ConvTranspose2d):
+        return weight.transpose(0, 1).flatten(2)
+    return weight.flatten(2) if weight.ndim == 4 else weight.unflatten(1, (-1, positions))
+
+
 def copy_layer(new: Any, old: Any, outputs: Tensor | None, matrix: Tensor | None = None,
-               constant: Tensor | None = None) -> None:
+               constant: Tensor | None = None, positions: int = 1) -> None:
     """Set a layer to what another computes, with some of its channels.
 
     Args:
-        new: A ConvModule or a convolution, with these channels.
+        new: A ConvModule, a convolution or a linear layer, with these channels.
         old: With all.
         outputs: The channels of the output that remain; None: all.
         matrix: From the input's channels that remain, those of ``old`` (channels, kept).
         constant: (channels,): what to add to these.
+        positions: See :func:`observed`.
     """
-    conv, old_conv = (getattr(layer, 'conv', layer) for layer in (new, old))
+    layer, old_layer = (getattr(one, 'conv', one) for one in (new, old))
     kept = slice(None) if outputs is None else outputs
-    weight = old_conv.weight[kept].double()
+    weight = kernel(old_layer, positions)[kept].double()
     added = weight.new_zeros(len(weight))
     if matrix is not None and constant is not None:
-        added = weight.sum((2, 3)) @ constant
-        weight = torch.einsum('ocyx,ck->okyx', weight, matrix)
-    conv.weight.copy_(weight)
-    if conv.bias is not None:
-        conv.bias.copy_(old_conv.bias[kept] + added)
-    if new is not conv:
+        added = weight.sum(2) @ constant
+        if isinstance(layer, nn.ConvTranspose2d):  # each output has one of the positions
+            added /= weight.shape[2]
+        weight = torch.einsum('ocp,ck->okp', weight, matrix)
+    if isinstance(layer, nn.ConvTranspose2d):
+        weight = weight.transpose(0, 1)
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(old_layer.bias[kept] + added)
+    if getattr(new, 'with_norm', False):
         for name in BN:
             getattr(new.norm, name).copy_(getattr(old.norm, name)[kept])
-        if conv.bias is None:  # the norm subtracts a mean
+        if layer.bias is None:  # the norm subtracts a mean
             new.norm.running_mean -= added

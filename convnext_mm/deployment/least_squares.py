@@ -70,13 +70,13 @@ def select(uses: Sequence[Use], count: int) -> Tensor:
     least = [RIDGE * use.covariance.diagonal().mean().clamp(min=1e-20) for use in uses]
     chosen = torch.zeros(len(left[0]), dtype=torch.bool)
     for _ in range(count):
-        gain = sum(((c @ use.gram) * c).sum(1) / (c.diagonal() + r) / total
+        gain = sum(((c @ use.gram) * c).sum(1) / (c.diagonal().clamp(min=0) + r) / total
                    for c, use, total, r in zip(left, uses, whole, least, strict=True))
         assert isinstance(gain, Tensor)
-        best = int(gain.masked_fill(chosen, -1.0).argmax())
+        best = int(gain.masked_fill(chosen, -torch.inf).argmax())
         chosen[best] = True
         for c, r in zip(left, least, strict=True):
-            c -= torch.outer(c[best], c[best]) / (c[best, best] + r)
+            c -= torch.outer(c[best], c[best]) / (c[best, best].clamp(min=0) + r)
     return chosen.nonzero()[:, 0]
 
 

@@ -2,11 +2,12 @@
 
 Of the backbone's blocks, the hidden channels with the least share in a block's output go first. The
 second 1x1 convolution is then solved anew by least squares, so that those that remain stand in for
-those that are gone. For UPerNet's head see :mod:`convnext_mm.deployment.head_pruning`.
+those that are gone. For heads see :mod:`.head_pruning` and :mod:`.roi_head_pruning`.
 """
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> Path:
     cfg = checks.read_config(config, args.cfg_options)
     source, test = ImageSource(cfg, 'train', args.images), ImageSource(
         cfg, 'test', args.test_images)
+    given = copy.deepcopy(cfg.model)  # before it is adapted to this machine
     model: Any = Predictor(cfg, args.checkpoint, 'cpu').model
     if not isinstance(model.backbone, ConvNeXt):
         raise UserError(f'{config}: only the backbone ConvNeXt can be pruned')
@@ -69,8 +71,14 @@ def main(args: argparse.Namespace) -> Path:
     if args.flops is not None:
         changes['backbone']['hidden_dims'] = prune(model.backbone, images, run, args.flops)
     if args.head_channels is not None:
-        prune_head(model, cfg.model.decode_head, args.head_channels, images, run)
-        changes['decode_head'] = dict(channels=args.head_channels)
+        if 'roi_head' in cfg.model:
+            from . import roi_head_pruning  # of mmdet, which may be missing
+            changes['roi_head'] = roi_head_pruning.in_config(
+                given.roi_head, roi_head_pruning.prune_roi_heads(
+                    model, cfg.model.roi_head, args.head_channels, images, run))
+        else:
+            prune_head(model, cfg.model.decode_head, args.head_channels, images, run)
+            changes['decode_head'] = dict(channels=args.head_channels)
         speed.enable_packed_inference(model)
     after = metrics(model, cfg, test)
     checkpoint = out / 'pruned.pth'

@@ -1,15 +1,16 @@
 """Fewer hidden channels with weights solved by least squares."""
+import copy
 
 import numpy as np
 import pytest
 import torch
 
 from convnext_mm import ConvNeXt, UserError
-from convnext_mm.deployment import head_pruning, least_squares
+from convnext_mm.deployment import head_pruning, least_squares, roi_head_pruning
 from convnext_mm.deployment.head_pruning import modules, prune_head
 from convnext_mm.deployment.pruning import STEP, Counter, prune
 from convnext_mm.engine.checks import read_config
-from tests.helpers import DEMO_SEGMENTATION, ROOT, build_model, call_tool
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, build_model, call_tool
 
 SIZE = dict(depths=[1, 2], dims=[16, 32], layer_scale_init_value=None)
 
@@ -110,6 +111,16 @@ def test_equal_channels_are_removed_without_a_loss():
         assert (a - b).norm() < 0.02 * a.norm()
 
 
+def test_as_many_channels_are_chosen_as_asked_for():
+    """Also where fewer vary, and rounding leaves variances below zero."""
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 100
+    statistics = least_squares.Statistics.empty(40)
+    statistics.add(x)
+    weight = torch.eye(40, dtype=torch.double)
+    use = least_squares.Use(statistics.covariance()[1] - 1e-3 * weight, weight)
+    assert len(least_squares.select([use], 30)) == 30
+
+
 def test_impossible_shares_and_sizes_are_refused():
     with pytest.raises(UserError, match=r'--flops 0.01 is impossible: with 32 hidden'):
         cut(backbone(False), 0.01)
@@ -185,6 +196,103 @@ def test_heads_that_cannot_be_pruned_are_refused():
     model.decode_head = model.auxiliary_head
     with pytest.raises(UserError, match='only a UPerHead with batch norms'):
         cut_head(model, 8)
+
+
+def detector(twins: bool, config: str = DEMO_DETECTION) -> tuple[torch.nn.Module, dict]:
+    """A small detector; with ``twins``, of every hidden channel of its RoI heads there are two."""
+    options = {'model.backbone.depths': [1, 1, 1, 1], 'model.backbone.dims': [8, 16, 24, 32]}
+    model = build_model(config, options)
+    generator = torch.Generator().manual_seed(3)
+    for head in roi_heads(model):
+        for name, module in head.named_modules():
+            if not isinstance(getattr(module, 'weight', None), torch.Tensor):
+                continue
+            tensors = module.state_dict(keep_vars=True)
+            for key, value in tensors.items():
+                if value.ndim:
+                    value.data = torch.randn(value.shape, generator=generator) * (
+                        2 / value[0].numel()) ** 0.5
+                if key in ('running_var', 'weight') and value.ndim == 1:
+                    value.data = value.data.abs() + 0.5
+                last = name.endswith(('fc_cls', 'fc_reg', 'conv_logits'))
+                if twins and value.ndim and not last:  # the outputs of a transposed convolution
+                    outputs = value.data.transpose(0, 1) if name == 'upsample' and (
+                        value.ndim > 1) else value.data
+                    outputs[len(outputs) // 2:] = outputs[:len(outputs) // 2]
+    return model, read_config(config, options).model.roi_head
+
+
+def roi_heads(model: torch.nn.Module) -> list:
+    return [*model.roi_head.bbox_head, *model.roi_head.mask_head]
+
+
+def rois(size: int, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.nn.functional.interpolate(
+        torch.randn(count, 64, 3, 3, generator=generator), size=(size, size), mode='bicubic')
+
+
+@torch.no_grad()
+def roi_outputs(model: torch.nn.Module, first: int = 0, last: int = 1000) -> list[torch.Tensor]:
+    """What the heads say of maps of RoIs."""
+    outputs = []
+    for head in model.roi_head.bbox_head:
+        outputs += head(rois(7, last)[first:])
+    return outputs + [head(rois(14, last)[first:][:32]) for head in model.roi_head.mask_head]
+
+
+def cut_roi_heads(model: torch.nn.Module, settings: dict, channels: int) -> dict:
+    def run(image):
+        roi_outputs(model)
+    settings = copy.deepcopy(settings)
+    for head in settings.bbox_head:
+        head.norm_cfg.type = 'BN'
+    return roi_head_pruning.prune_roi_heads(model, settings, channels, [None], run)
+
+
+def test_twins_in_roi_heads_are_removed_without_a_loss():
+    model, settings = detector(True)
+    before = roi_outputs(model)
+    changes = cut_roi_heads(model, settings, 16)
+    assert changes == dict(bbox_head=[dict(conv_out_channels=16, fc_out_channels=128)] * 3,
+                           mask_head=[dict(conv_out_channels=16)] * 3)
+    for head in roi_heads(model):
+        assert head.conv_out_channels == 16
+    for new, old in zip(roi_outputs(model), before, strict=True):
+        assert (new - old).norm() < 3e-3 * old.norm()
+    written = roi_head_pruning.in_config(settings, changes)
+    assert [head['norm_cfg']['type'] for head in written['bbox_head']] == ['SyncBN'] * 3
+    assert written['mask_head'] == dict(conv_out_channels=16)
+
+
+def test_roi_heads_make_up_for_lost_channels(monkeypatch):
+    """Better than with only the means of the channels that are gone."""
+    kept, errors = [], []
+
+    def select(uses, count):
+        kept.append(least_squares.select(uses, count))
+        return kept[-1]
+
+    for ridge, choice in (least_squares.RIDGE, select), (1e20, lambda uses, count: kept.pop(0)):
+        monkeypatch.setattr(least_squares, 'RIDGE', ridge)
+        monkeypatch.setattr(roi_head_pruning, 'select', choice)
+        model, settings = detector(False)
+        before = roi_outputs(model, 1000, 1040)
+        cut_roi_heads(model, settings, 20)
+        errors.append([(new - old).norm() / old.norm() for new, old in zip(
+            roi_outputs(model, 1000, 1040), before, strict=True)])
+    assert kept == []
+    ours, theirs = map(sum, errors)
+    assert ours < 0.95 * theirs
+
+
+def test_roi_heads_that_cannot_be_pruned_are_refused():
+    model, settings = detector(False)
+    with pytest.raises(UserError, match='--head-channels 32: expected fewer than the heads have'):
+        cut_roi_heads(model, settings, 32)
+    model.roi_head.mask_head[0].upsample_method = 'nearest'
+    with pytest.raises(UserError, match='FCNMaskHead cannot be pruned'):
+        cut_roi_heads(model, settings, 16)
 
 
 @pytest.mark.slow
