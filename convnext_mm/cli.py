@@ -173,6 +173,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--head-channels', type=int, metavar='N',
                         help="channels that remain in UPerNet's decode_head, or in the "
                         'convolutions of box and mask heads, such as 256')
+    parser.add_argument('--latency-ms', type=_parse_limit, metavar='MS', help='instead, choose '
+                        'both so that a test image takes no longer on this machine')
     parser.add_argument('--out', metavar='DIR', help='output folder (CONFIG_pruned)')
     parser.add_argument('--images', type=int, default=100, metavar='N',
                         help='training images to solve for the weights on (100)')

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +27,7 @@ from .choosing import TASKS, Table, anchors, latency_of, predict
 from .engine import checks
 from .engine.fallbacks import adapt_to_device
 from .engine.memory import estimate_inference_memory, estimate_training_memory
-from .engine.speed import enable_packed_inference
+from .engine.speed import enable_packed_inference, least_milliseconds
 from .errors import UserError
 from .utils import atomic_path
 
@@ -146,8 +145,6 @@ def describe_recipe(task: str, path: str, published: dict[str, Any]) -> dict[str
 def measure_latency(path: str, size: tuple[int, int], repeats: int, threads: int = 1) -> float:
     """The least milliseconds of ``test_step`` on one image, with random weights.
 
-    On a CPU with one thread, they are the processor's, which other jobs affect less.
-
     Args:
         path: The config.
         size: Width and height of the image.
@@ -165,21 +162,12 @@ def measure_latency(path: str, size: tuple[int, int], repeats: int, threads: int
     on_gpu, before = torch.cuda.is_available(), torch.get_num_threads()
     model.to('cuda' if on_gpu else 'cpu')
     enable_packed_inference(model)
-    clock = time.process_time if threads == 1 and not on_gpu else time.perf_counter
     data = _make_data(cfg, size)
     torch.set_num_threads(threads)
     try:
-        times = []
-        for _ in range(1 + repeats):
-            begin = clock()
-            with torch.no_grad():
-                model.test_step(data())
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(clock() - begin)
+        return least_milliseconds(lambda: model.test_step(data()), repeats)
     finally:
         torch.set_num_threads(before)
-    return 1e3 * min(times[1:])
 
 
 def _make_data(cfg: Any, size: tuple[int, int]) -> Callable[[], dict[str, Any]]:

@@ -32,26 +32,31 @@ from .least_squares import RIDGE, Statistics
 
 STEP = 32
 """Channels are removed by this number, as processors like them."""
+MULTIPLE = 8
+"""Of the channels of heads that are chosen for a latency."""
+SHARES = range(90, 20, -10)
+"""Percent of backbone and head that are tried for a latency."""
+REPEATS = 5
+"""Of a run whose time is measured."""
+FEW = 4
+"""Images that are enough to try sizes with: the time depends on them little."""
 
 
 def main(args: argparse.Namespace) -> Path:
     """Prune a model, and write its checkpoint and a config.
 
     Args:
-        args: ``config``, ``checkpoint``, ``flops``, ``head_channels``, ``out``, ``images``,
-            ``test_images`` and ``cfg_options``.
+        args: ``config``, ``checkpoint``, ``flops``, ``head_channels``, ``latency_ms`` (instead of
+            these two), ``out``, ``images``, ``test_images`` and ``cfg_options``.
 
     Returns:
         The config.
 
     Raises:
-        UserError: The config, the weights or the data are unusable, or so few FLOPs are impossible.
+        UserError: The config, the weights or the data are unusable, or so few FLOPs or so short a
+            time are impossible.
     """
-    if args.flops is None and args.head_channels is None:
-        raise UserError('nothing to prune: give --flops, --head-channels or both')
-    if args.flops is not None and not 0 < args.flops < 1:
-        raise UserError(f'--flops {args.flops}: expected the share of the FLOPs of the backbone '
-                        'that remains, between 0 and 1')
+    check_options(args)
     config = find_recipe(args.config)
     cfg = checks.read_config(config, args.cfg_options)
     source, test = ImageSource(cfg, 'train', args.images), ImageSource(
@@ -61,26 +66,16 @@ def main(args: argparse.Namespace) -> Path:
     if not isinstance(model.backbone, ConvNeXt):
         raise UserError(f'{config}: only the backbone ConvNeXt can be pruned')
     out = writable_folder(args.out or f'{Path(config).stem}_pruned')
-    before = metrics(model, cfg, test)
     images = list(track(source, 'Reading', total=len(source)))
-    changes: dict[str, dict[str, Any]] = dict(backbone=dict(init_cfg=None))
-
-    def run(image: Image) -> object:
-        return predict_in_pytorch(model, [image])
-
-    if args.flops is not None:
-        changes['backbone']['hidden_dims'] = prune(model.backbone, images, run, args.flops)
-    if args.head_channels is not None:
-        if 'roi_head' in cfg.model:
-            from . import roi_head_pruning  # of mmdet, which may be missing
-            changes['roi_head'] = roi_head_pruning.in_config(
-                given.roi_head, roi_head_pruning.prune_roi_heads(
-                    model, cfg.model.roi_head, args.head_channels, images, run))
-        else:
-            prune_head(model, cfg.model.decode_head, args.head_channels, images, run)
-            changes['decode_head'] = dict(channels=args.head_channels)
-        speed.enable_packed_inference(model)
+    flops, channels = args.flops, args.head_channels
+    if args.latency_ms is not None:
+        flops, channels = sizes_for_latency(model, cfg.model, images, test[0], args.latency_ms)
+    before = metrics(model, cfg, test)
+    changes = prune_model(model, cfg.model, images, flops, channels)
     after = metrics(model, cfg, test)
+    if 'roi_head' in changes:
+        from .roi_head_pruning import in_config
+        changes['roi_head'] = in_config(given.roi_head, changes['roi_head'])
     checkpoint = out / 'pruned.pth'
     with atomic_path(checkpoint) as part:
         torch.save(dict(state_dict=model.state_dict()), part)
@@ -93,8 +88,108 @@ def main(args: argparse.Namespace) -> Path:
             f'model = {changes}\n', encoding='utf-8')
     for key, value in before.items():
         print(f'{key}: {value:.2f} → {after.get(key, float("nan")):.2f}')
+    if args.latency_ms is not None:
+        print(f'One image: {latency(model, test[0]):.0f} ms')
     print(f'Changed: {changes}\nWritten: {path}, {checkpoint}')
     return path
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Check options against each other.
+
+    Raises:
+        UserError: There is nothing to do, or too much.
+    """
+    sizes = args.flops, args.head_channels
+    if args.latency_ms is not None and sizes != (None, None):
+        raise UserError('--latency-ms chooses --flops and --head-channels: leave them out')
+    if args.latency_ms is None and sizes == (None, None):
+        raise UserError('nothing to prune: give --flops, --head-channels or both, or --latency-ms')
+    if args.flops is not None and not 0 < args.flops < 1:
+        raise UserError(f'--flops {args.flops}: expected the share of the FLOPs of the backbone '
+                        'that remains, between 0 and 1')
+
+
+def prune_model(model: Any, settings: Any, images: Sequence[Image], flops: float | None,
+                channels: int | None) -> dict[str, Any]:
+    """Prune backbone and head, in place.
+
+    Args:
+        model: The model.
+        settings: Its config.
+        images: To compute statistics of.
+        flops: The share of the backbone's FLOPs that remains; None: all.
+        channels: Of the head; None: as they are.
+
+    Returns:
+        What changes in the config; of ``roi_head``, see :func:`.roi_head_pruning.prune_roi_heads`.
+
+    Raises:
+        UserError: Such sizes are impossible.
+    """
+    changes: dict[str, Any] = dict(backbone=dict(init_cfg=None))
+
+    def run(image: Image) -> object:
+        return predict_in_pytorch(model, [image])
+
+    if flops is not None:
+        changes['backbone']['hidden_dims'] = prune(model.backbone, images, run, flops)
+    if channels is not None:
+        if 'roi_head' in settings:
+            from .roi_head_pruning import prune_roi_heads  # of mmdet, which may be missing
+            changes['roi_head'] = prune_roi_heads(model, settings.roi_head, channels, images, run)
+        else:
+            prune_head(model, settings.decode_head, channels, images, run)
+            changes['decode_head'] = dict(channels=channels)
+        speed.enable_packed_inference(model)
+    return changes
+
+
+def sizes_for_latency(model: Any, settings: Any, images: Sequence[Image], image: Image,
+                      limit: float) -> tuple[float, int]:
+    """The largest share of backbone and head with which an image takes no longer than a limit.
+
+    Args:
+        model: The model; it stays as it is.
+        settings: Its config.
+        images: To compute statistics of.
+        image: The image whose time counts.
+        limit: Milliseconds.
+
+    Returns:
+        The share of the backbone's FLOPs, and the channels of the head.
+
+    Raises:
+        UserError: No pruning is needed, or even the smallest share takes longer.
+    """
+    took = latency(model, image)
+    print(f'100 %: {took:.0f} ms')
+    if took <= limit:
+        raise UserError(f'--latency-ms {limit:g}: an image takes {took:.0f} ms already')
+    for percent in SHARES:
+        candidate = copy.deepcopy(model)
+        channels = max(head_channels(model) * percent // 100 // MULTIPLE, 1) * MULTIPLE
+        prune_model(candidate, settings, images[:FEW], percent / 100, channels)
+        took = latency(candidate, image)
+        print(f'{percent} %, {channels} channels: {took:.0f} ms')
+        if took <= limit:
+            return percent / 100, channels
+    raise UserError(f'--latency-ms {limit:g}: with {SHARES[-1]} % an image takes {took:.0f} ms. '
+                    'Choose a smaller recipe (tools/choose_model.py) or smaller images')
+
+
+def head_channels(model: Any) -> int:
+    """The channels of a UPerHead, or of the first box head's convolutions or RoIs."""
+    if not hasattr(model, 'roi_head'):
+        return model.decode_head.channels
+    heads = model.roi_head.bbox_head
+    head: Any = heads[0] if isinstance(heads, nn.ModuleList) else heads
+    return head.conv_out_channels if len(head.shared_convs) else head.in_channels
+
+
+def latency(model: Any, image: Image) -> float:
+    """The milliseconds that an image takes."""
+    return speed.least_milliseconds(lambda: predict_in_pytorch(model, [image]), REPEATS)
 
 
 def metrics(model: nn.Module, cfg: Config, source: ImageSource) -> dict[str, float]:

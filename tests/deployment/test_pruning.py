@@ -1,4 +1,5 @@
 """Fewer hidden channels with weights solved by least squares."""
+import argparse
 import copy
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from convnext_mm import ConvNeXt, UserError
-from convnext_mm.deployment import head_pruning, least_squares, roi_head_pruning
+from convnext_mm.deployment import head_pruning, least_squares, pruning, roi_head_pruning
 from convnext_mm.deployment.head_pruning import modules, prune_head
 from convnext_mm.deployment.pruning import STEP, Counter, prune
 from convnext_mm.engine.checks import read_config
@@ -293,6 +294,38 @@ def test_roi_heads_that_cannot_be_pruned_are_refused():
     model.roi_head.mask_head[0].upsample_method = 'nearest'
     with pytest.raises(UserError, match='FCNMaskHead cannot be pruned'):
         cut_roi_heads(model, settings, 16)
+
+
+def test_sizes_are_chosen_for_a_latency(monkeypatch):
+    """Here the time is the number of the head's channels, 64 before."""
+    tried = []
+
+    def prune_model(model, settings, images, flops, channels):
+        tried.append((flops, channels))
+        model.decode_head.channels = channels
+    monkeypatch.setattr(pruning, 'latency', lambda model, image: model.decode_head.channels)
+    monkeypatch.setattr(pruning, 'prune_model', prune_model)
+    model = torch.nn.Module()
+    model.decode_head = torch.nn.Module()
+    model.decode_head.channels = 64
+    assert pruning.sizes_for_latency(model, {}, [], None, 50) == (0.8, 48)
+    assert tried == [(0.9, 56), (0.8, 48)]
+    assert model.decode_head.channels == 64
+    with pytest.raises(UserError, match='--latency-ms 70: an image takes 64 ms already'):
+        pruning.sizes_for_latency(model, {}, [], None, 70)
+    with pytest.raises(UserError, match='--latency-ms 5: with 30 % an image takes 16 ms'):
+        pruning.sizes_for_latency(model, {}, [], None, 5)
+
+
+def test_options_that_exclude_each_other():
+    def given(**options):
+        return argparse.Namespace(**{**dict.fromkeys(('flops', 'head_channels', 'latency_ms')),
+                                     **options})
+    for options, message in (({}, 'nothing to prune'), (dict(flops=1.5), '--flops 1.5'),
+                             (dict(latency_ms=9.0, flops=0.5), 'leave them out')):
+        with pytest.raises(UserError, match=message):
+            pruning.check_options(given(**options))
+    pruning.check_options(given(latency_ms=9.0))
 
 
 @pytest.mark.slow
