@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import measuring
@@ -100,7 +101,8 @@ def depgraph(model: Any, images: Sequence[Image], share: float) -> None:
 
 METHODS = {
     'tools/prune.py': least_squares, 'the same channels, no least squares': same_channels,
-    'magnitude, the same share of each block': magnitude, 'DepGraph (torch-pruning)': depgraph}
+    'magnitude, the same share of each block': magnitude,
+    f'DepGraph, torch-pruning {version("torch-pruning")}': depgraph}
 
 
 def compare(args: argparse.Namespace) -> str:
