@@ -21,6 +21,7 @@ from mmengine.registry import (
     init_default_scope,
 )
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..backbone import ConvNeXt
 from ..errors import UserError
@@ -37,6 +38,17 @@ class Parts(NamedTuple):
     optim_wrapper: OptimWrapper | None
 
 
+class OnMeta(TorchFunctionMode):
+    """The meta device, except for rates of stochastic depth, whose values models read at once."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs.setdefault('device', 'cpu')
+        with torch.device('meta'):
+            return func(*args, **kwargs)
+
+
 def build_on_meta(cfg: Config) -> nn.Module:
     """Build the config's model on the meta device, without memory for its parameters.
 
@@ -44,7 +56,7 @@ def build_on_meta(cfg: Config) -> nn.Module:
     """
     fallbacks.adapt_to_device(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with torch.device('meta'), warnings.catch_warnings():
+    with OnMeta(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # from mmseg's losses, which are not used here
         return MODELS.build(cfg.model)
 
@@ -191,7 +203,7 @@ def learning_rates(cfg: Config) -> tuple[float, float]:
 def _build(path: str, build: Callable[[], Any]) -> Any:
     """Build on the meta device; where a part cannot be, on the CPU."""
     failure: Exception | None = None
-    for device in (torch.device('meta'), nullcontext()):
+    for device in (OnMeta(), nullcontext()):
         try:
             with device:
                 return build()

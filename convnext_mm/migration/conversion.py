@@ -1,7 +1,6 @@
 """Converts an old config to mmengine's style, and reports what became of each key."""
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,11 +15,13 @@ from ..archs import ARCHS, Arch
 from ..bases import PACKAGES, config_folder, without_completion
 from ..errors import UserError
 from ..resolution.mmpretrain import map_backbone
+from ..resolution.signatures import ALWAYS, accepted_arguments, beside
 from ..utils import plain
 from .data import DataConverter
 from .own_parts import REPLACED_PACKAGES
 from .parsing import CONFIGS, REGISTER_HINT, OldConfig, merge
 from .schedule import convert_lr_config
+from .transformers import convert_assigners, convert_detr, convert_timm_backbone
 
 OLD_SCHEDULES: dict[str, dict[str, Any]] = {
     **{f'schedule_{k}k.py': dict(max_iters=1000 * k, interval=1000 * k // 10)
@@ -200,11 +201,16 @@ class Conversion:
         for name, file in self.old.own_bases:
             if file.parent.name == '_base_':  # the runtime, which is different for each toolbox
                 file = file.with_name(f'runtime_{self.scope}.py')
-            ours = file.is_relative_to(CONFIGS)
+            ours, warning = file.is_relative_to(CONFIGS), ''
+            if not ours:
+                warning = ('not found: the current file of that name stands for it, which may '
+                           'have other values')
+            elif file.parent.name == 'datasets' and self.scope == 'mmdet' and "'pipeline'" not in (
+                    str((self.values.get('data') or {}).get('train'))):
+                warning = ('not found: ours trains at several scales, that of mmdet 2.x at '
+                           '1333×800 only. Give data.train.pipeline if it must be the same')
             self.add_row(f'_base_ {name}', f'{shown_base(file)} of ' + (
-                'this package' if ours else f'the installed {self.scope}'), '' if ours else
-                'not found: the current file of that name stands for it, which may have other '
-                'values')
+                'this package' if ours else f'the installed {self.scope}'), warning)
         if not self.old.own_bases:
             self.add_row('(no _base_)', 'inherits ' + ', '.join(map(shown_base, self.bases)))
         self.convert_model()
@@ -235,6 +241,10 @@ class Conversion:
             if key in self.values:
                 model[key] = self.use_key(key) or {}
                 self.add_row(key, f'model.{key}')
+        where = f'{self.old.path}: model'
+        for row in (*convert_detr(model, where), *convert_assigners(model),
+                    *convert_timm_backbone(model, where)):
+            self.add_row(*row)
         inherited = self.target.get('model') or {}
         use_variants(model, inherited)
         if has_model(self.old):  # the old model is complete
@@ -324,10 +334,8 @@ class Conversion:
     def drop_arguments(self, path: str, loss: dict) -> None:
         """Leave out the arguments that a loss no longer has, in place."""
         kind = import_module(f'{self.scope}.registry').MODELS.get(loss['type'])
-        known = inspect.signature(kind).parameters if kind else {}
-        if not known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return
-        for key in loss.keys() - known.keys() - {'type', '_scope_', '_delete_'}:
+        known = accepted_arguments(kind) if kind else None
+        for key in loss.keys() - (loss.keys() if known is None else known | ALWAYS | beside(path)):
             del loss[key]
             self.add_row(f'{path}.{key}', 'left out', f'look at it: {loss["type"]} no longer has '
                          'this argument')
@@ -490,10 +498,31 @@ class Conversion:
 
     def convert_data(self) -> None:
         """Convert ``data`` with its data sets and pipelines."""
+        converter = DataConverter(self)
         if 'data_root' in self.values:
             self.target['data_root'] = self.use_key('data_root')
         if 'data' in self.values:
-            DataConverter(self).convert(self.use_key('data'))
+            converter.convert(self.use_key('data'))
+        preprocessor = self.target['model'].setdefault('data_preprocessor', {})
+        if not converter.pipelines.get('train'):  # that of the base, which normalizes
+            kind = 'EncoderDecoder' if self.scope == 'mmseg' else 'CascadeRCNN'
+            default = load_bases([CONFIGS / '_base_/models' / FRAGMENTS['models'][kind]])
+            for key, value in default['model']['data_preprocessor'].items():
+                if key != 'size' or 'size_divisor' not in preprocessor:
+                    preprocessor.setdefault(key, self.crop_size(value) if key == 'size' else value)
+        elif not any('mean' in pipeline.preprocessor for pipelines in converter.pipelines.values()
+                     for pipeline in pipelines):
+            preprocessor.update(mean=None, std=None, bgr_to_rgb=False)
+            self.add_row('data.train.pipeline (no Normalize)', 'model.data_preprocessor.mean=None',
+                         'look at it: images are not normalized, as in the old config')
+
+    def crop_size(self, default: Any) -> Any:
+        """The size that training crops images to."""
+        dataset = self.target['train_dataloader']['dataset']
+        while dataset.get('dataset'):
+            dataset = dataset['dataset']
+        return next((step['crop_size'] for step in dataset.get('pipeline', ())
+                     if step['type'] == 'RandomCrop' and 'crop_size' in step), default)
 
     def convert_evaluation(self) -> None:
         """Convert ``evaluation`` to ``val_interval``, evaluators and the hook's ``save_best``."""

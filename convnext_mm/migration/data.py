@@ -53,7 +53,7 @@ class DataConverter:
     def __init__(self, conversion: ConversionState) -> None:
         self.conversion = conversion
         self.target, self.scope = conversion.target, conversion.scope
-        self.test_pipelines: list[ConvertedPipeline] = []
+        self.pipelines: dict[str, list[ConvertedPipeline]] = {}
 
     def convert(self, data: dict) -> None:
         """Convert the loaders and data sets of all splits.
@@ -224,8 +224,7 @@ class DataConverter:
             target.update(preprocessor)
             if self.scope == 'mmdet' and any(step.get('with_mask') for step in pipeline.steps):
                 target['pad_mask'] = True
-        if split == 'test' and pipeline.augmentation:
-            self.test_pipelines.append(pipeline)
+        self.pipelines.setdefault(split, []).append(pipeline)
         return pipeline.steps
 
     def _add_tta(self) -> None:
@@ -238,7 +237,9 @@ class DataConverter:
                       if step['type'] == 'Resize'), None)
         augment = next((step['transforms'] for step in self.target.get('tta_pipeline') or ()
                         if step['type'] == 'TestTimeAug'), None)
-        for pipeline in self.test_pipelines:
+        for pipeline in self.pipelines.get('test', ()):
+            if not pipeline.augmentation:
+                continue
             old_scale = pipeline.augmentation['scales'][0]
             if scale and augment and old_scale != scale:
                 ratios = [step['scale'][0] / scale[0] for step in augment[0]]

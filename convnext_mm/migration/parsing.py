@@ -28,7 +28,7 @@ NEW_KEYS = ('optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloa
 """Top-level keys that only mmengine reads."""
 
 BASE_ALIASES = {
-    'ade20k_640x640.py': 'ade20k_640.py', 'coco_detection.py': 'coco_instance.py',
+    'ade20k_640x640.py': 'ade20k_640.py',
     **{f'schedule_{name}.py': 'schedule_3x.py' for name in ('1x', '2x', '20e')},
     **{f'schedule_{name}.py': 'schedule_160k.py' for name in ('20k', '40k', '80k', '320k')}}
 """Old base files that ours replace under another name. The length of a schedule is kept."""

@@ -87,7 +87,7 @@ def arguments_at(cfg: Config, path: str, node: Any) -> set[str]:
     for place, registries in PLACES:
         if isinstance(node, dict) and f'{path}.'.startswith(f'{place}.'):
             kind = _class_of(node, path, scope, registries)
-            return set() if kind is None else (accepted_arguments(kind) or set()) | _beside(path)
+            return set() if kind is None else (accepted_arguments(kind) or set()) | beside(path)
     return set()
 
 
@@ -236,7 +236,7 @@ def type_and_inherited_keys(edits: Edits) -> None:
                 before.get('type'), one.node.get('type')):
             continue
         dropped = []
-        for key in [k for k in one.node if k not in one.accepted | ALWAYS | _beside(one.path)]:
+        for key in [k for k in one.node if k not in one.accepted | ALWAYS | beside(one.path)]:
             if key in before and same(before[key], one.node[key]):
                 del one.node[key]
                 dropped.append(key)
@@ -255,7 +255,7 @@ def keys_and_signatures(edits: Edits) -> None:
         if one.accepted is None:
             continue
         for key in one.node:
-            if key in one.accepted | ALWAYS | _beside(one.path):
+            if key in one.accepted | ALWAYS | beside(one.path):
                 continue
             before = edits.inherited(one.path, {})
             if isinstance(before, dict) and before.get('type') != one.node.get('type') and (
@@ -269,8 +269,11 @@ def keys_and_signatures(edits: Edits) -> None:
                             f'{advice}')
 
 
-def _beside(path: str) -> set[str]:
+def beside(path: str) -> set[str]:
+    """Keys of an object that are read by something else than its class."""
     keys = set(BESIDE.get(path, ()))
+    if path.endswith('bbox_head.loss_cls'):  # of DETR, whose head takes it out of its loss
+        keys |= {'bg_cls_weight'}
     # Read by the Runner when it builds a loop, a scheduler or a hook.
     if path.startswith('param_scheduler'):
         keys |= {'convert_to_iter_based'}

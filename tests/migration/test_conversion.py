@@ -313,6 +313,47 @@ data = dict(samples_per_gpu=3)
     assert build_on_meta(cfg).decode_head.conv_seg.out_channels == 5
 
 
+COMPLETE = """model = dict(type='EncoderDecoder', backbone=dict(type='ConvNeXt'), decode_head=dict(
+    type='FCNHead', in_channels=768, in_index=3, channels=8, num_classes=150))
+"""
+MEAN = [123.675, 116.28, 103.53]
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ("_base_ = '../_base_/datasets/ade20k.py'\n" + COMPLETE,
+     dict(mean=MEAN, bgr_to_rgb=True, size=(512, 512), seg_pad_val=255)),
+    ("_base_ = '../_base_/datasets/cityscapes.py'\n" + COMPLETE,
+     dict(mean=MEAN, size=(512, 1024))),
+    (SEG.replace('upernet_convnext', 'fcn_r50-d8'), dict(mean=MEAN, size=(512, 512))),
+    ("_base_ = '../_base_/datasets/coco_detection.py'\nmodel = dict(type='RetinaNet')\n",
+     dict(mean=MEAN, bgr_to_rgb=True, pad_size_divisor=32))])
+def test_images_are_normalized_and_padded_as_in_the_missing_base(convert, text, expected):
+    """There, the pipeline of the data set did it; now it is the model."""
+    cfg, _ = convert(text + 'total_epochs = 12\n')
+    preprocessor = cfg.model.data_preprocessor
+    assert {key: preprocessor[key] for key in expected} == expected
+    assert preprocessor.type == (
+        'DetDataPreprocessor' if 'coco' in text else 'SegDataPreProcessor')
+
+
+def test_a_pipeline_without_normalize_normalizes_nothing(convert):
+    cfg, report = convert(SEG + "data = dict(train=dict(pipeline=[dict(type='LoadImageFromFile'), "
+                          'dict(type="Pad", size=(64, 64))]))')
+    preprocessor = cfg.model.data_preprocessor
+    assert (preprocessor.mean, preprocessor.bgr_to_rgb) == (None, False)
+    assert preprocessor.size == (64, 64)
+    assert '! data.train.pipeline (no Normalize): look at it' in report
+
+
+def test_a_missing_data_set_that_augments_in_another_way_is_a_warning(convert):
+    _, report = convert(DET)
+    assert 'coco_instance.py: not found: ours trains at several scales' in report
+    step = "dict(type='LoadImageFromFile')"
+    cfg, report = convert(f'{DET}data = dict(train=dict(pipeline=[{step}]))\n')
+    assert 'not found' not in report, 'what the warning advises'
+    assert cfg.train_dataloader.dataset.pipeline[0].type == 'LoadImageFromFile'
+
+
 def test_report(convert, tmp_path):
     _, report = convert("""_base_ = '../_base_/default_runtime.py'
 model = dict(decode_head=dict(num_classes=5))

@@ -1,0 +1,342 @@
+"""Transformers whose arguments have moved become those of the current toolboxes."""
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from convnext_mm import UserError
+from convnext_mm.bases import without_completion
+from convnext_mm.engine.building import build_on_meta, build_parts
+from convnext_mm.engine.checks import read_config
+from convnext_mm.engine.conversion import migrate
+
+SHIPPED = {toolbox: Path(find_spec(toolbox).origin).parent / '.mim'
+           for toolbox in ('mmseg', 'mmdet')}
+NORMALIZE = "dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])"
+COCO = f'''_base_ = ['../_base_/datasets/coco_detection.py', '../_base_/default_runtime.py']
+data = dict(train=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', img_scale=(1333, 800)), {NORMALIZE}, dict(type='Pad', size_divisor=1)]))
+optimizer = dict(type='AdamW', lr=2e-4, paramwise_cfg=dict(custom_keys={{
+    'backbone': dict(lr_mult=0.1), 'sampling_offsets': dict(lr_mult=0.1),
+    'reference_points': dict(lr_mult=0.1)}}))
+runner = dict(type='EpochBasedRunner', max_epochs=50)
+lr_config = dict(policy='step', step=[40])
+'''
+
+
+def detr(out_indices: tuple[int, ...], **head) -> dict:
+    """A detector in the style of mmdet 2.x, with the sizes of the papers."""
+    backbone = dict(
+        type='ResNet', depth=50, num_stages=4, out_indices=out_indices, frozen_stages=1,
+        norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True, style='pytorch',
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'))
+    costs = dict(reg_cost=dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
+                 iou_cost=dict(type='IoUCost', iou_mode='giou', weight=2.0))
+    deformable = 'num_query' in head
+    if deformable:
+        costs['cls_cost'] = dict(type='FocalLossCost', weight=2.0)
+    return dict(
+        type='DeformableDETR' if deformable else 'DETR', backbone=backbone, bbox_head=dict(
+            num_classes=80, in_channels=2048, loss_bbox=dict(type='L1Loss', loss_weight=5.0),
+            loss_iou=dict(type='GIoULoss', loss_weight=2.0), **head),
+        train_cfg=dict(assigner=dict(type='HungarianAssigner', **costs)),
+        test_cfg=dict(max_per_img=100))
+
+
+def layers(*attentions: str, cross: bool, width: int, **layer) -> dict:
+    attention = [dict(type=kind, embed_dims=256, **(
+        dict(num_heads=8, dropout=0.1) if kind == 'MultiheadAttention' else {}))
+        for kind in attentions]
+    order = ('self_attn', 'norm', *(('cross_attn', 'norm') if cross else ()), 'ffn', 'norm')
+    return {'type': 'DetrTransformerDecoderLayer' if cross else 'BaseTransformerLayer',
+            'attn_cfgs': attention if len(attention) > 1 else attention[0],
+            'feedforward_channels': width, 'ffn_dropout': 0.1, 'operation_order': order, **layer}
+
+
+def plain_detr() -> dict:
+    return detr(
+        (3,), type='DETRHead', transformer=dict(
+            type='Transformer',
+            encoder=dict(type='DetrTransformerEncoder', num_layers=6, transformerlayers=layers(
+                'MultiheadAttention', cross=False, width=2048)),
+            decoder=dict(type='DetrTransformerDecoder', num_layers=6, return_intermediate=True,
+                         transformerlayers=layers('MultiheadAttention', cross=True, width=2048))),
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True),
+        loss_cls=dict(type='CrossEntropyLoss', bg_cls_weight=0.1, use_sigmoid=False,
+                      loss_weight=1.0, class_weight=1.0))
+
+
+def deformable_detr(**head) -> dict:
+    model = detr(
+        (1, 2, 3), type='DeformableDETRHead', num_query=300, sync_cls_avg_factor=True,
+        transformer=dict(
+            type='DeformableDetrTransformer',
+            encoder=dict(type='DetrTransformerEncoder', num_layers=6, transformerlayers=layers(
+                'MultiScaleDeformableAttention', cross=False, width=1024)),
+            decoder=dict(type='DeformableDetrTransformerDecoder', num_layers=6,
+                         return_intermediate=True, transformerlayers=layers(
+                             'MultiheadAttention', 'MultiScaleDeformableAttention', cross=True,
+                             width=1024))),
+        positional_encoding=dict(type='SinePositionalEncoding', num_feats=128, normalize=True,
+                                 offset=-0.5),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
+        **head)
+    model['neck'] = dict(type='ChannelMapper', in_channels=[512, 1024, 2048], kernel_size=1,
+                         out_channels=256, act_cfg=None, num_outs=4,
+                         norm_cfg=dict(type='GN', num_groups=32))
+    return model
+
+
+def converted(text: str, folder: Path) -> tuple[Config, str]:
+    (folder / 'old.py').write_text(text)
+    report = migrate(folder / 'old.py', folder / 'new.py')
+    with without_completion():
+        return Config.fromfile(folder / 'new.py', import_custom_modules=False), report
+
+
+def shape(model: nn.Module) -> tuple[list[str], dict]:
+    """What a module computes, as far as its parts, their settings and sizes tell."""
+    text = str(model).replace('FusedConvModule', 'ConvModule')  # ours, with the same result
+    lines = [line for line in text.splitlines() if 'init_cfg=' not in line]
+    return lines, {key: value.shape for key, value in model.state_dict().items()}
+
+
+def assert_same_model(cfg: Config, shipped: str) -> None:
+    toolbox, _, name = shipped.partition('::')
+    with without_completion():
+        theirs = Config.fromfile(SHIPPED[toolbox] / 'configs' / name)
+    if toolbox == 'mmseg':  # the default, written out: BN stands for it on the CPU
+        theirs.model.neck.norm_cfg = dict(type='SyncBN', requires_grad=True)
+    assert shape(build_on_meta(cfg)) == shape(build_on_meta(theirs))
+
+
+@pytest.mark.parametrize(('model', 'shipped'), [
+    (plain_detr(), 'detr/detr_r50_8xb2-150e_coco.py'),
+    (deformable_detr(as_two_stage=False),
+     'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'),
+    (deformable_detr(with_box_refine=True),
+     'deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py'),
+    (deformable_detr(with_box_refine=True, as_two_stage=True),
+     'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py')],
+    ids=['detr', 'deformable', 'refine', 'two-stage'])
+def test_detr_becomes_that_of_mmdet_3(model, shipped, tmp_path):
+    cfg, report = converted(f'{COCO}model = {model!r}\n', tmp_path)
+    assert_same_model(cfg, f'mmdet::{shipped}')
+    with without_completion():
+        theirs = Config.fromfile(SHIPPED['mmdet'] / 'configs' / shipped)
+    for key in ('num_queries', 'train_cfg', 'test_cfg'):
+        assert cfg.model[key] == theirs.model[key], key
+    assert cfg.model.bbox_head.loss_cls == theirs.model.bbox_head.loss_cls
+    assert cfg.model.data_preprocessor.mean == theirs.model.data_preprocessor.mean
+    assert cfg.model.data_preprocessor.pad_size_divisor == 1
+    assert 'model.bbox_head.num_query' in report
+
+
+def test_layer_rates_of_a_deformable_detr(tmp_path):
+    cfg, _ = converted(f'{COCO}model = {deformable_detr()!r}\n', tmp_path)
+    parts = build_parts(cfg)
+    names = {id(param): name for name, param in parts.model.named_parameters()}
+    slow = {names[id(param)] for group in parts.optim_wrapper.param_groups
+            for param in group['params'] if group['lr'] < 1e-4}
+    parts_of = {name.split('.')[-2] for name in slow if not name.startswith('backbone.')}
+    assert parts_of == {'sampling_offsets', 'reference_points_fc'}
+    assert sum(name.startswith('backbone.') for name in slow) > 40
+
+
+def change(model: dict, path: str, value) -> dict:
+    *parts, last = path.split('.')
+    node = model
+    for part in parts:
+        node = node[part]
+    node[last] = value
+    return model
+
+
+LAYERS = 'bbox_head.transformer.decoder.transformerlayers'
+
+
+@pytest.mark.parametrize(('path', 'value', 'message'), [
+    ('bbox_head.transformer.type', 'MyTransformer', "transformer.type='MyTransformer'"),
+    ('bbox_head.positional_encoding', dict(type='LearnedPositionalEncoding', num_feats=128),
+     "positional_encoding.type='LearnedPositionalEncoding'"),
+    (f'{LAYERS}.operation_order', ('norm', 'self_attn'), 'transformerlayers.operation_order'),
+    (f'{LAYERS}.attn_cfgs', dict(type='MyAttention'), "attn_cfgs.type='MyAttention'"),
+    (f'{LAYERS}.pre', True, 'decoder.transformerlayers.pre'),
+    ('bbox_head.transformer.mixed_selection', True, 'transformer.mixed_selection'),
+    ('neck', dict(type='FPN'), 'model.neck of a DETR')])
+def test_other_transformers_are_refused(path, value, message, tmp_path):
+    model = change(plain_detr() if path == 'neck' else deformable_detr(), path, value)
+    with pytest.raises(UserError, match=f'{message}.* is not supported: mmdet 3.x .*mmdet::'):
+        converted(f'{COCO}model = {model!r}\n', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+                                  'detr/detr_r50_8xb2-150e_coco.py'])
+def test_the_advice_for_other_transformers_works(name, tmp_path):
+    """The bases that the refusal names, with a backbone and data of one's own."""
+    outputs = '[1, 2, 3]' if 'deformable' in name else '[3]'
+    channels = '[192, 384, 768]' if 'deformable' in name else '[768]'
+    (tmp_path / 'mine.py').write_text(f"""_base_ = 'mmdet::{name}'
+model = dict(backbone=dict(_delete_=True, type='ConvNeXt', out_indices={outputs}),
+             neck=dict(in_channels={channels}))
+classes = ('one', 'two')
+""")
+    cfg = read_config(str(tmp_path / 'mine.py'), notes=[])
+    assert build_parts(cfg).model.bbox_head.num_classes == 2
+
+
+SEG = '''_base_ = ['../../_base_/models/{base}', '../../_base_/datasets/ade20k_640x640.py',
+          '../../_base_/default_runtime.py', '../../_base_/schedules/schedule_160k.py']
+model = dict(
+    backbone={backbone},
+    decode_head=dict(in_channels=[768] * 4, num_classes=150, channels=768),
+    auxiliary_head=dict(in_channels=768, num_classes=150),
+    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
+optimizer = dict(_delete_=True, type='AdamW', lr=7e-4, betas=(0.9, 0.999), weight_decay=0.05,
+                 constructor='LayerDecayOptimizerConstructor',
+                 paramwise_cfg=dict(num_layers=12, layer_decay_rate=0.65))
+runner = dict(type='IterBasedRunnerAmp', max_iters=160000)
+'''
+XCIT = '''norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder', pretrained=None,
+    backbone=dict(type='XCiT', patch_size=16, embed_dim=384, depth=12, num_heads=8, mlp_ratio=4,
+                  qkv_bias=True, use_abs_pos_emb=True, use_rel_pos_bias=False),
+    decode_head=dict(
+        type='UPerHead', in_channels=[384] * 4, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3, 6),
+        channels=512, dropout_ratio=0.1, num_classes=19, norm_cfg=norm_cfg, align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
+    auxiliary_head=dict(
+        type='FCNHead', in_channels=384, in_index=2, channels=256, num_convs=1,
+        concat_input=False, dropout_ratio=0.1, num_classes=19, norm_cfg=norm_cfg,
+        align_corners=False, loss_decode=dict(
+            type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)),
+    train_cfg=dict(), test_cfg=dict(mode='whole'))
+'''
+
+
+def timm(kind: str, **changes) -> dict:
+    """The authors' backbone, with timm's names."""
+    return {**dict(
+        type=kind, img_size=640, patch_size=16, embed_dim=768, depth=12, num_heads=12,
+        mlp_ratio=4.0, qkv_bias=True, use_abs_pos_emb=kind == 'MAE', use_rel_pos_bias=True,
+        init_values=0.1 if kind == 'BEiT' else 1.0, drop_path_rate=0.1,
+        out_indices=[3, 5, 7, 11]), **changes}
+
+
+@pytest.fixture(params=['with bases', 'without'])
+def clone(request, tmp_path):
+    """A folder of the authors' repository, with the base of the model or without."""
+    folder = tmp_path / 'configs/beit/upernet'
+    folder.mkdir(parents=True)
+    if request.param == 'with bases':
+        (tmp_path / 'configs/_base_/models').mkdir(parents=True)
+        (tmp_path / 'configs/_base_/models/upernet_beit.py').write_text(XCIT)
+        (tmp_path / 'configs/_base_/models/upernet_mae.py').write_text(XCIT)
+    return folder
+
+
+@pytest.mark.parametrize(('kind', 'shipped'), [
+    ('BEiT', 'beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py'),
+    ('MAE', 'mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py')])
+def test_backbones_with_timms_names(kind, shipped, clone):
+    backbone = timm(kind, img_size=512 if kind == 'MAE' else 640)
+    cfg, report = converted(SEG.format(base=f'upernet_{kind.lower()}.py', backbone=backbone), clone)
+    assert_same_model(cfg, f'mmseg::{shipped}')
+    assert cfg.model.backbone.norm_cfg.eps == 1e-6
+    assert cfg.model.data_preprocessor.size == (640, 640)
+    assert 'model.backbone.embed_dim ' in report
+    assert 'beit2mmseg.py has renamed them' in report
+    parts = build_parts(cfg)
+    names = {id(param): name for name, param in parts.model.named_parameters()}
+    scales = {names[id(param)]: group['lr_scale'] for group in parts.optim_wrapper.param_groups
+              if 'lr_scale' in group for param in group['params']}
+    for name, layer in {'backbone.cls_token': 0, 'backbone.patch_embed.projection.weight': 0,
+                        'backbone.layers.0.ln1.weight': 1, 'backbone.layers.11.gamma_1': 12,
+                        'neck.upsample_4x.0.weight': 13, 'decode_head.conv_seg.bias': 13}.items():
+        assert scales[name] == pytest.approx(0.65 ** (13 - layer)), name
+    if kind == 'MAE':
+        assert scales['backbone.pos_embed'] == pytest.approx(0.65 ** 13)
+
+
+@pytest.mark.parametrize(('backbone', 'message', 'advised'), [
+    (timm('BEiT', use_abs_pos_emb=True), 'use_abs_pos_emb=True', dict(use_abs_pos_emb=False)),
+    (timm('BEiT', use_rel_pos_bias=False), 'use_rel_pos_bias=False', dict(use_rel_pos_bias=True)),
+    (timm('BEiT', init_values=None), 'init_values=None', dict(init_values=1.0)),
+    (timm('BEiT', drop_rate=0.1), 'drop_rate=0.1', dict(drop_rate=0.0)),
+    (timm('MAE', qkv_bias=False), 'qkv_bias=False', dict(qkv_bias=True)),
+    (timm('MAE', use_abs_pos_emb=False), 'use_abs_pos_emb=False', dict(use_abs_pos_emb=True)),
+    (timm('MAE', patch_size=32), 'patch_size=32', dict(patch_size=8))])
+def test_what_mmsegs_backbone_cannot_follow_is_refused(backbone, message, advised, tmp_path):
+    """And what the message advises converts."""
+    small = dict(depth=4, out_indices=[0, 1, 2, 3], img_size=64)
+    text = SEG.replace('[768] * 4', '[32] * 4').replace('in_channels=768', 'in_channels=32')
+    backbone = {**backbone, **small, 'embed_dim': 32, 'num_heads': 2}
+    (tmp_path / 'upernet_beit.py').write_text(XCIT)
+    text = text.replace('../../_base_/models/{base}', 'upernet_beit.py')
+    with pytest.raises(UserError, match=f'{message} is not supported: .*--trust --import MODULE'):
+        converted(text.format(backbone=backbone), tmp_path)
+    cfg, _ = converted(text.format(backbone={**backbone, **advised}), tmp_path)
+    neck = build_on_meta(cfg).neck
+    assert neck.rescales == ([2, 1, 0.5, 0.25] if 'patch_size' in advised else [4, 2, 1, 0.5])
+
+
+def test_weights_with_timms_names_load_as_the_report_advises(tmp_path, monkeypatch):
+    (tmp_path / 'upernet_beit.py').write_text(XCIT)
+    text = SEG.replace('../../_base_/models/{base}', 'upernet_beit.py').replace(
+        '[768] * 4', '[8] * 4').replace('in_channels=768', 'in_channels=8')
+    cfg, _ = converted(text.format(backbone=timm(
+        'BEiT', depth=4, out_indices=[0, 1, 2, 3], img_size=64, embed_dim=8, num_heads=2)),
+        tmp_path)
+    backbone = build_on_meta(cfg).backbone
+    theirs = {}
+    for name, value in backbone.state_dict().items():
+        for old, new in (('layers.0.0', 'mlp.fc1'), ('ffn.layers.1', 'mlp.fc2'), ('ffn.mlp', 'mlp'),
+                         ('projection', 'proj'), ('.ln', '.norm')):
+            name = name.replace(old, new)
+        theirs[name.replace('layers.', 'blocks.', 1)] = torch.ones(value.shape)
+    torch.save(dict(model=theirs), tmp_path / 'theirs.pth')
+    script = SHIPPED['mmseg'] / 'tools/model_converters/beit2mmseg.py'
+    monkeypatch.setattr(sys, 'argv', [str(script), str(tmp_path / 'theirs.pth'),
+                                      str(tmp_path / 'renamed.pth')])
+    runpy.run_path(str(script), run_name='__main__')
+    renamed = torch.load(tmp_path / 'renamed.pth', weights_only=True)
+    missing = set(backbone.state_dict()) - set(renamed)
+    assert not missing
+    assert set(backbone.state_dict()) - set(theirs), 'with the old names it would not load'
+
+
+def test_a_backbone_of_ones_own_of_that_name_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / 'my_beit.py').write_text('''from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import nn
+
+class BEiT(BaseModule):
+    def __init__(self, embed_dim, depth, use_abs_pos_emb):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(3, embed_dim, 1) for _ in range(depth))
+
+    def forward(self, x):
+        return tuple(block(x) for block in self.blocks)
+''')
+    from mmseg.registry import MODELS
+    monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_beit
+    MODELS.register_module(module=my_beit.BEiT, force=True)
+    (tmp_path / 'upernet_beit.py').write_text(XCIT.replace('type=\'XCiT\', patch_size=16, '
+        'embed_dim=384, depth=12, num_heads=8, mlp_ratio=4,\n                  qkv_bias=True, '
+        'use_abs_pos_emb=True, use_rel_pos_bias=False', "type='BEiT', embed_dim=8, depth=4, "
+        'use_abs_pos_emb=True'))
+    text = SEG.replace('../../_base_/models/{base}', 'upernet_beit.py').replace(
+        '[768] * 4', '[8] * 4').replace('in_channels=768', 'in_channels=8').replace(
+        'backbone={backbone},', '').replace("constructor='LayerDecayOptimizerConstructor',\n"
+        '                 paramwise_cfg=dict(num_layers=12, layer_decay_rate=0.65)', '')
+    cfg, _ = converted(text, tmp_path)
+    assert cfg.model.backbone == dict(type='BEiT', embed_dim=8, depth=4, use_abs_pos_emb=True)
