@@ -90,18 +90,27 @@ class PolicyLR(_ParamScheduler):
         warmup_iters: Length of the warm-up, in epochs if ``warmup_by_epoch``.
         warmup_ratio: Factor at its start.
         per_iteration: Whether the policy counts the iterations of ``whole`` epochs.
-        settings: See :func:`regular_rate`.
+        step, gamma, power, min_lr, min_lr_ratio, periods, restart_weights: See
+            :func:`regular_rate`.
     """
 
     def __init__(self, optimizer: Any, policy: str, whole: int, *, epoch_length: int | None = None,
                  warmup: str | None = None, warmup_iters: int = 0, warmup_ratio: float = 0.1,
                  warmup_by_epoch: bool = False, per_iteration: bool = False, begin: int = 0,
                  end: int = 10**9, last_step: int = -1, by_epoch: bool = False,
-                 verbose: bool = False, **settings: Any) -> None:
+                 verbose: bool = False, step: int | Sequence[int] | None = None,
+                 gamma: float | None = None, power: float | None = None,
+                 min_lr: float | None = None, min_lr_ratio: float | None = None,
+                 periods: Sequence[int] | None = None,
+                 restart_weights: Sequence[float] | None = None) -> None:
+        settings = dict(step=step, gamma=gamma, power=power, min_lr=min_lr,
+                        min_lr_ratio=min_lr_ratio, periods=periods,
+                        restart_weights=restart_weights)
         self.policy, self.whole, self.epoch_length = policy, whole, epoch_length
         self.warmup, self.warmup_ratio = warmup, warmup_ratio
         self.warmup_iters = warmup_iters * ((epoch_length or 1) if warmup_by_epoch else 1)
-        self.settings, self.per_iteration = settings, per_iteration
+        self.settings: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+        self.per_iteration = per_iteration
         super().__init__(optimizer, param_name='lr', begin=begin, end=end, last_step=last_step,
                          by_epoch=by_epoch, verbose=verbose)
 

@@ -380,7 +380,7 @@ class Conversion:
         by_iteration = 'Iter' in kind or (not kind and (
             'max_iters' in runner or ('max_epochs' not in runner and 'max_iters' in inherited)))
         unit = 'max_iters' if by_iteration else 'max_epochs'
-        length = runner.get(unit, inherited.get(unit))
+        length = runner.get(unit, None if old_schedule else inherited.get(unit))
         if length is None:
             raise UserError(f'{self.old.path}: runner has no {unit}: set it')
         self.target['train_cfg'] = dict(
@@ -397,8 +397,9 @@ class Conversion:
                 length == inherited.get(unit) or 'schedules' not in self.shared_kinds):
             return
         lr_config = self.use_key('lr_config', {})
-        base: dict[str, Any] = {**POLY_POLICY} if by_iteration else {
-            **STEP_POLICY, 'step': old_schedule.get('step', [27, 33])}
+        base: dict[str, Any] = {**STEP_POLICY, 'step': old_schedule.get('step', [27, 33])}
+        if 'max_iters' in (old_schedule or {'max_iters' if by_iteration else 'max_epochs': 0}):
+            base = {**POLY_POLICY}
         if 'schedules' not in self.shared_kinds:
             base = {'policy': None}
         other_policy = lr_config.get('policy', base['policy']) != base['policy']
@@ -588,7 +589,7 @@ class Conversion:
         if self.use_key('seed') is not None:
             self.target['randomness'] = dict(seed=self.values['seed'])
         for key in ('load_from', 'work_dir', 'log_level', 'find_unused_parameters',
-                    'auto_scale_lr', 'classes', 'palette'):
+                    'auto_scale_lr', 'classes', 'palette', 'reduce_zero_label'):
             value = self.use_key(key)
             if value is not None and not (key == 'load_from' and resume):
                 self.target[key] = value
