@@ -406,8 +406,11 @@ class Conversion:
         if other_policy and not lr_config.get('_delete_'):
             base = {k: v for k, v in base.items() if k.startswith('warmup') and old_schedule}
         lr_config = merge({'x': base}, {'x': lr_config})['x']  # nested, so that _delete_ works
-        self.target['param_scheduler'] = convert_lr_config(
-            lr_config, length if by_iteration else None, None if by_iteration else length)
+        try:
+            self.target['param_scheduler'] = convert_lr_config(
+                lr_config, length if by_iteration else None, None if by_iteration else length)
+        except UserError as error:
+            raise UserError(f'{self.old.path}: {error}') from error
         self.add_row('lr_config', 'param_scheduler with the same learning rate at every iteration')
 
     def set_unit(self, by_iteration: bool) -> None:
@@ -451,7 +454,10 @@ class Conversion:
                 raise UserError(f'{self.old.path}: optimizer.constructor={constructor!r} is not '
                                 f'registered; expected one of {", ".join(CONSTRUCTORS)}. '
                                 f'{REGISTER_HINT}')
-            if OPTIMIZERS.get(str(optimizer.get('type'))) is None:
+            if optimizer.get('type') is None:
+                raise UserError(f"{self.old.path}: optimizer has no type: set it, such as "
+                                "type='AdamW'")
+            if OPTIMIZERS.get(optimizer['type']) is None:
                 raise UserError(f'{self.old.path}: optimizer.type={optimizer.get("type")!r} is '
                                 f'not registered. {REGISTER_HINT}')
             wrapper = {key: value for key, value in wrapper.items()

@@ -195,6 +195,8 @@ CASES = [
         'by_epoch=False)'),
     one("optimizer_config.type='MyHook'; expected OptimizerHook",
         "optimizer_config = dict(type='MyHook')", "optimizer_config = dict(type='OptimizerHook')"),
+    one('optimizer has no type: set it', 'optimizer = dict(_delete_=True, lr=0.1)',
+        "optimizer = dict(_delete_=True, type='AdamW', lr=0.1)"),
     # Data
     one('unknown key data.sample_per_gpu; expected one of samples_per_gpu',
         'data = dict(sample_per_gpu=2)', 'data = dict(samples_per_gpu=2)'),
@@ -302,8 +304,10 @@ def test_every_refusal_is_a_case(tmp_path):
     reached = set()
     for i, case in enumerate(CASES):
         error: BaseException | None = refusal(case, tmp_path / str(i))
-        for frame in traceback.extract_tb(error.__traceback__):
-            reached.add(f'{Path(frame.filename).name}:{frame.lineno}')
+        while error is not None:
+            reached |= {f'{Path(frame.filename).name}:{frame.lineno}'
+                        for frame in traceback.extract_tb(error.__traceback__)}
+            error = error.__cause__
     missing = {site: text for site, text in sites.items() if site not in reached}
     assert not missing
 
