@@ -630,9 +630,9 @@ class Conversion:
 
     def is_hook(self, config: dict) -> bool:
         """Whether a hook can be built."""
-        settings = {key: value for key, value in config.items() if key != 'priority'}
-        try:
-            import_module(f'{self.scope}.registry').HOOKS.build(settings)
+        settings = {key: value for key, value in config.items() if key not in ('type', 'priority')}
+        try:  # not build(), which looks in the toolbox that was used last
+            import_module(f'{self.scope}.registry').HOOKS.get(config['type'])(**settings)
         except Exception:  # a hook can raise anything
             return False
         return True

@@ -64,7 +64,8 @@ def convert_lr_config(lr_config: dict[str, Any], iterations: int | None,
     ratio = lr_config.get('warmup_ratio', 0.1)
     exact = (not per_iteration and policy in ('fixed', 'step', 'poly') and 'min_lr' not in settings
              and 'min_lr_ratio' not in settings and warmup in (None, 'linear', 'constant')
-             and not lr_config.get('warmup_by_epoch') and (not length or 0 < ratio <= 1))
+             and not lr_config.get('warmup_by_epoch') and (not length or 0 < ratio <= 1)
+             and length < (iterations or length + 1))
     if not exact:
         warmup_settings = dict(warmup=warmup, warmup_iters=length, warmup_ratio=ratio)
         if lr_config.get('warmup_by_epoch'):

@@ -52,27 +52,38 @@ def test_what_cannot_be_built_is_an_error_that_names_the_key(text, message, tmp_
     assert not (tmp_path / 'new.py').exists()
 
 
+OLD = dict(
+    model=dict(decode_head=dict(num_classes=150, channels=16),
+               test_cfg=dict(mode='slide', crop_size=(512, 512))),
+    optimizer=dict(lr=1e-4, betas=(0.9, 0.999),
+                   paramwise_cfg=dict(decay_rate=0.9, num_layers=6)),
+    runner=dict(max_iters=160000), data=dict(samples_per_gpu=2))
+
+
+def found(**change) -> list[str]:
+    """What differs from OLD in what a recipe builds, with a change."""
+    options = {'model.backbone.init_cfg': None, 'model.backbone.depths': [1, 1, 1, 1],
+               'model.backbone.dims': [8, 16, 24, 32], 'model.decode_head.channels': 16,
+               'model.decode_head.in_channels': [8, 16, 24, 32],
+               'model.auxiliary_head.in_channels': 24, **change}
+    cfg = read_config('upernet_convnext_tiny_512_160k_ade20k', options, notes=[])
+    return [one[0].split(',')[0] for one in conversion.differences(OLD, cfg, build_all(cfg))]
+
+
+def test_what_is_as_in_the_old_config_is_no_difference():
+    assert found() == []
+
+
 @pytest.mark.parametrize(('key', 'value', 'where'), [
     ('model.decode_head.channels', 64, 'model.decode_head.channels'),
     ('model.test_cfg.mode', 'whole', 'model.test_cfg.mode'),
     ('optim_wrapper.optimizer.lr', 0.5, 'optimizer.lr'),
     ('optim_wrapper.paramwise_cfg.decay_rate', 0.5, 'the learning rate of the stem'),
-    ('train_cfg.max_iters', 7, 'runner.max_iters'),
+    ('train_cfg.max_iters', 1600, 'runner.max_iters'),
     ('train_dataloader.batch_size', 7, 'data.samples_per_gpu')])
 def test_the_result_is_compared_with_the_old_config(key, value, where):
     """Not with itself: a converter that loses one value of a recipe is found out."""
-    old = dict(
-        model=dict(decode_head=dict(num_classes=150, channels=512),
-                   test_cfg=dict(mode='slide', crop_size=(512, 512))),
-        optimizer=dict(lr=1e-4, betas=(0.9, 0.999),
-                       paramwise_cfg=dict(decay_rate=0.9, num_layers=6)),
-        runner=dict(max_iters=160000), data=dict(samples_per_gpu=2))
-    recipe = 'upernet_convnext_tiny_512_160k_ade20k'
-    cfg = read_config(recipe, {'model.backbone.init_cfg': None}, notes=[])
-    assert list(conversion.differences(old, cfg, build_all(cfg))) == []
-    cfg = read_config(recipe, {'model.backbone.init_cfg': None, key: value}, notes=[])
-    assert where in [found[0].split(',')[0] for found in conversion.differences(
-        old, cfg, build_all(cfg))]
+    assert where in found(**{key: value})
 
 
 def test_a_folder(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Conversion of each subject of an old config."""
 import pytest
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from convnext_mm import UserError
 from convnext_mm.bases import without_completion
@@ -374,10 +375,12 @@ gpu_ids = [0]
 
 
 def test_cosmetic_settings_are_never_fatal(convert):
+    init_default_scope('mmdet')  # which has another hook, as after the conversion of a detector
     cfg, report = convert(SEG + """
 log_config = dict(interval=20, hooks=[dict(type='CustomizedTextLoggerHook', by_epoch=False),
                                       dict(type='PaviLoggerHook')])
 custom_hooks = [dict(type='EmptyCacheHook', after_epoch=True), dict(type='MyHook'),
+                dict(type='NumClassCheckHook'),
                 dict(type='SyncBuffersHook', gone=1), dict(type='EMAHook', warm_up=100)]
 """)
     assert cfg.default_hooks.logger.interval == 20
@@ -386,6 +389,7 @@ custom_hooks = [dict(type='EmptyCacheHook', after_epoch=True), dict(type='MyHook
                                      dict(type='EMAHook')]
     assert '! log_config.hooks PaviLoggerHook: look at it' in report
     assert '! custom_hooks MyHook: look at it' in report
+    assert '! custom_hooks NumClassCheckHook: look at it' in report, "it is mmdet's"
     assert '! custom_hooks SyncBuffersHook: look at it' in report
     assert '! custom_hooks EMAHook.warm_up: look at it' in report
     assert '! log_config.hooks CustomizedTextLoggerHook' not in report

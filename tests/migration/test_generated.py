@@ -146,4 +146,4 @@ def test_configs_are_built_or_refused(folder):
         else:
             assert 'arnings' in report
     check()
-    assert sum(built) > 0.4 * len(built), 'most that is refused is refused for one wrong name'
+    assert sum(built) > len(built) / 4, 'most that is refused has one wrong name among many keys'

@@ -149,6 +149,14 @@ def test_cosine_with_restarts():
         convert_lr_config(dict(cfg, periods=[400]), ITERATIONS, None)
 
 
+def test_a_warm_up_longer_than_the_run():
+    cfg = dict(policy='poly', warmup='linear', warmup_iters=500, warmup_ratio=0.1, by_epoch=False)
+    for t, rates in enumerate(new_rates(cfg)):
+        assert rates == pytest.approx([old_rate(cfg, base, t) for base in BASES], rel=1e-9), t
+    assert [one['type'] for one in convert_lr_config(cfg, 500, None)] == ['PolicyLR']
+    assert [one['type'] for one in convert_lr_config(cfg, 501, None)] == ['LinearLR', 'PolyLR']
+
+
 def test_policy_and_runner_must_count_alike():
     with pytest.raises(UserError, match='the runner counts iterations: set by_epoch=False'):
         convert_lr_config(dict(policy='poly'), 1000, None)
