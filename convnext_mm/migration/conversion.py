@@ -363,10 +363,10 @@ class Conversion:
         runner = merge(old_schedule, self.use_key('runner', {}))
         for key in ('total_epochs', 'total_iters'):
             if key in self.values:
-                length = {key.replace('total', 'max'): self.values[key]}
+                stated = {key.replace('total', 'max'): self.values[key]}
                 given = {unit: value for unit, value in (self.values.get('runner') or {}).items()
                          if unit in ('max_epochs', 'max_iters')}
-                if given and given != length:
+                if given and given != stated:
                     raise UserError(f'{self.old.path}: {key}={self.values[key]} contradicts '
                                     f'runner={given}: remove one of them')
                 runner[key.replace('total', 'max')] = self.use_key(key)
@@ -380,7 +380,9 @@ class Conversion:
         by_iteration = 'Iter' in kind or (not kind and (
             'max_iters' in runner or ('max_epochs' not in runner and 'max_iters' in inherited)))
         unit = 'max_iters' if by_iteration else 'max_epochs'
-        length = runner.get(unit, None if old_schedule else inherited.get(unit))
+        length: Any = runner.get(unit)
+        if not old_schedule:
+            length = runner.get(unit, inherited.get(unit))
         if length is None:
             raise UserError(f'{self.old.path}: runner has no {unit}: set it')
         self.target['train_cfg'] = dict(
