@@ -61,16 +61,19 @@ def read_checkpoints_safely() -> None:
     open-mmlab://, remain, but read only weights. Without the patch, mmengine reads files in its own
     way, and only ConvNeXt's ``init_cfg`` accepts .safetensors files and other namings.
     """
-    def restrict(loader: Callable) -> Callable:
+    def restrict(loader: Callable, ours: bool) -> Callable:
+        @functools.wraps(loader)  # mmengine logs its name
         def load(filename: str, map_location: Any = None, **kwargs: Any) -> Any:
+            if ours:
+                return read_checkpoint(filename, map_location, **kwargs)
             return call_weights_only(loader, filename, map_location=map_location, **kwargs)
         load.reads_only_weights = True  # type: ignore[attr-defined]
         return load
 
     for scheme, loader in list(CheckpointLoader._schemes.items()):
-        if not hasattr(loader, 'reads_only_weights') and loader is not read_checkpoint:
-            CheckpointLoader.register_scheme(scheme, restrict(loader), force=True)
-    CheckpointLoader.register_scheme(('', 'http://', 'https://'), read_checkpoint, force=True)
+        if not hasattr(loader, 'reads_only_weights'):
+            ours = scheme in ('', 'http://', 'https://')
+            CheckpointLoader.register_scheme(scheme, restrict(loader, ours), force=True)
 
 
 def find_bases() -> None:

@@ -90,6 +90,15 @@ def test_effect_of_patches(chosen, modules, classes, checkpoint, constructors, t
     assert proof.exists() == (checkpoint == 'loaded')
 
 
+@pytest.mark.parametrize(('source', 'name'), [
+    ('a.pth', 'load_from_local'), ('https://x/a.pth', 'load_from_http'),
+    ('torchvision://resnet50', 'load_from_torchvision'), ('open-mmlab://a', 'load_from_openmmlab')])
+def test_loaders_of_checkpoints_keep_the_names_that_mmengine_logs(source, name):
+    from mmengine.runner import CheckpointLoader
+    loader = CheckpointLoader._get_checkpoint_loader(source)
+    assert (loader.__name__, loader.reads_only_weights) == (name, True)
+
+
 def test_patching_twice_changes_nothing():
     from mmengine.config import Config
     from mmengine.runner import CheckpointLoader
