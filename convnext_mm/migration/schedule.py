@@ -54,6 +54,8 @@ def convert_lr_config(lr_config: dict[str, Any], iterations: int | None,
     if total is None and policy in ('poly', 'CosineAnnealing', 'LinearAnnealing'):
         raise UserError('lr_config.by_epoch=True, but the runner counts iterations: set '
                         'by_epoch=False')
+    if policy in ('exp', 'inv') and lr_config.get('gamma') is None:
+        raise UserError(f'lr_config.policy={policy!r} needs gamma: set it')
     if policy == 'CosineRestart':
         _check_periods(lr_config, total)
     total = total or 10**9

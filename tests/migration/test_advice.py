@@ -186,6 +186,8 @@ CASES = [
     one('the runner counts iterations: set by_epoch=False',
         "lr_config = dict(_delete_=True, policy='poly')",
         "lr_config = dict(_delete_=True, policy='poly', by_epoch=False)"),
+    one("policy='exp' needs gamma: set it", "lr_config = dict(policy='exp', by_epoch=False)",
+        "lr_config = dict(policy='exp', gamma=0.9, by_epoch=False)"),
     one('must be lists of the same length', "lr_config = dict(policy='CosineRestart', "
         'periods=[160000], restart_weights=[1, 1])', "lr_config = dict(policy='CosineRestart', "
         'periods=[160000], restart_weights=[1])'),
