@@ -59,8 +59,13 @@ def require_package(module: str, package: str, what: str) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process has rank 0 and so prints and writes files; needs no process group."""
-    return os.environ.get('RANK', '0') == '0'
+    """Whether this process has rank 0 and so prints and writes files; needs no process group.
+
+    torchrun, Slurm and MPI each tell the rank in a variable of their own; mmengine sets the first
+    one later.
+    """
+    names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')
+    return next((os.environ[name] for name in names if name in os.environ), '0') == '0'
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:

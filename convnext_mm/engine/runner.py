@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,7 @@ class ConvNeXtRunner(Runner):
             print_log(line, logger='current')
         speed.apply_fast(cfg)
         shard_model(cfg)
-        shard_optimizer(cfg, int(os.environ.get('WORLD_SIZE', 1)))
+        shard_optimizer(cfg)
         return super().from_cfg(cfg)
 
     def train(self) -> nn.Module:

@@ -182,10 +182,11 @@ def divide(model: nn.Module, optimizer: torch.optim.Optimizer,
         del optimizer.state[old]
 
 
-def shard_optimizer(cfg: Config, processes: int) -> None:
-    """Let a config's optimizer be sharded, in place, if it says so and there are several processes.
+def shard_optimizer(cfg: Config) -> None:
+    """Let a config's optimizer be sharded, in place, if it says so and a launcher starts it.
 
-    mmengine's own ZeroRedundancyOptimizer, which never returns from its first save, becomes ours.
+    The number of processes is not asked for: under Slurm and MPI it is known when the process group
+    is there, and one process has all parts. mmengine's own ZeroRedundancyOptimizer, which never returns from its first save, becomes ours.
 
     Raises:
         UserError: ``shard_optimizer`` is neither True nor False.
@@ -197,7 +198,7 @@ def shard_optimizer(cfg: Config, processes: int) -> None:
     if optimizer.get('type') == 'ZeroRedundancyOptimizer':
         optimizer['type'] = optimizer.pop('optimizer_type', 'AdamW')
         wanted = True
-    if wanted and processes > 1:
+    if wanted and _is_launched(cfg):
         optimizer.update(type='ShardedOptimizer', optimizer_type=optimizer['type'])
 
 
@@ -223,9 +224,14 @@ def shard_model(cfg: Config) -> None:
         if wrong:
             raise UserError(f'shard_model=True cannot go with {what}: {instead}. Leave out one '
                             'of them')
-    if cfg.get('launcher', 'none') != 'none':
+    if _is_launched(cfg):
         cfg.model_wrapper_cfg = dict(type='ShardedModel', find_unused_parameters=bool(
             wrapper.get('find_unused_parameters', cfg.get('find_unused_parameters', False))))
+
+
+def _is_launched(cfg: Config) -> bool:
+    """Whether mmengine makes the run one of several processes, by any launcher."""
+    return cfg.get('launcher', 'none') != 'none'
 
 
 def _flag(cfg: Config, key: str) -> bool:

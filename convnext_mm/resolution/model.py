@@ -444,7 +444,8 @@ def batch_size_and_norm(edits: Edits) -> None:
     """
     if edits.get('default_scope') != 'mmseg' or edits.get('train_dataloader.batch_size') != 1:
         return
-    processes = max(int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'SLURM_NTASKS'))
+    processes = max(int(os.environ.get(name, 1)) for name in (
+        'WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'))
     for path in _heads(edits):
         head = edits.get(path)
         norm = (head.get('norm_cfg') or {}).get('type', '')

@@ -27,7 +27,7 @@ def test_other_values_than_true_and_false_are_refused():
     with pytest.raises(UserError, match="shard_model='yes' must be True or False"):
         sharding.shard_model(Config(dict(shard_model='yes')))
     with pytest.raises(UserError, match='shard_optimizer=1 must be True or False'):
-        sharding.shard_optimizer(Config(dict(shard_optimizer=1)), 2)
+        sharding.shard_optimizer(Config(dict(shard_optimizer=1)))
 
 
 def test_the_wrapper_takes_over_what_the_other_one_finds():
@@ -39,6 +39,18 @@ def test_the_wrapper_takes_over_what_the_other_one_finds():
     alone.launcher = 'none'
     sharding.shard_model(alone)
     assert 'model_wrapper_cfg' not in alone
+
+
+@pytest.mark.parametrize(('launcher', 'kind'), [
+    ('none', 'AdamW'), ('pytorch', 'ShardedOptimizer'), ('slurm', 'ShardedOptimizer'),
+    ('mpi', 'ShardedOptimizer')])
+def test_an_optimizer_is_sharded_where_a_launcher_starts_the_run(launcher, kind, monkeypatch):
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    for given in (dict(shard_optimizer=True, optim_wrapper=dict(optimizer=dict(type='AdamW'))),
+                  dict(optim_wrapper=dict(optimizer=dict(type='ZeroRedundancyOptimizer')))):
+        cfg = Config(dict(launcher=launcher, **given))
+        sharding.shard_optimizer(cfg)
+        assert cfg.optim_wrapper.optimizer.type == kind
 
 
 def test_a_parameter_that_pytorch_cannot_divide_is_named(tmp_path):

@@ -26,20 +26,34 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(code: str, folder: Path, processes: int = 2) -> list[subprocess.Popen]:
+def start(code: str, folder: Path, processes: int = 2, launcher: str = 'pytorch',
+          preamble: str = PREAMBLE) -> list[subprocess.Popen]:
     """Run code in each of several processes of a group; ``rank`` and ``folder`` are set."""
-    port = free_port()
+    address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     folder.mkdir(exist_ok=True)
     started = []
     for rank in range(processes):
-        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'RANK': str(rank), 'LOCAL_RANK': str(rank),
-               'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
-               'OMP_NUM_THREADS': '1'}
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **address,
+               **environment(launcher, rank, processes, folder)}
         with open(folder / f'output_{rank}.txt', 'w') as output:
             started.append(subprocess.Popen(
-                [sys.executable, '-c', PREAMBLE + code, str(folder)], cwd=ROOT, env=env,
+                [sys.executable, '-c', preamble + code, str(folder)], cwd=ROOT, env=env,
                 stdout=output, stderr=output))
     return started
+
+
+def environment(launcher: str, rank: int, processes: int, folder: Path) -> dict[str, str]:
+    """The variables that a launcher sets: torchrun, srun or mpirun."""
+    if launcher == 'slurm':
+        scontrol = folder / 'scontrol'  # there is no Slurm; `scontrol show hostname` lists nodes
+        scontrol.write_text('#!/bin/sh\necho localhost\n')
+        scontrol.chmod(0o755)
+        return {'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank),
+                'SLURM_NTASKS': str(processes), 'SLURM_NODELIST': 'localhost',
+                'PATH': f'{folder}:{os.environ["PATH"]}'}
+    names = (('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_COMM_WORLD_SIZE')
+             if launcher == 'mpi' else ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))
+    return dict(zip(names, map(str, (rank, rank, processes)), strict=True))
 
 
 def wait(started: list[subprocess.Popen], folder: Path, timeout: float = 300
@@ -54,8 +68,8 @@ def wait(started: list[subprocess.Popen], folder: Path, timeout: float = 300
                             for rank in range(len(started)))
 
 
-def run(code: str, folder: Path, processes: int = 2) -> str:
+def run(code: str, folder: Path, processes: int = 2, **how: str) -> str:
     """Start, wait, and expect that all ended well."""
-    codes, output = wait(start(code, folder, processes), folder)
+    codes, output = wait(start(code, folder, processes, **how), folder)
     assert codes == [0] * processes, output[-4000:]
     return output

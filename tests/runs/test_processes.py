@@ -163,6 +163,56 @@ def test_a_sharded_recipe_trains_as_one_that_is_not(task, demo_data, tmp_path):
             assert len(losses[0]) >= 2
 
 
+LAUNCHED = '''
+import importlib.util, pathlib, runpy, sys
+import torch, torch.distributed as dist
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+import convnext_mm
+torch.set_num_threads(1)
+torch.cuda.set_device = lambda device: None  # which mmengine's launchers choose a GPU with
+folder = pathlib.Path(sys.argv[1])
+@HOOKS.register_module()
+class Note(Hook):
+    def after_train(self, runner):
+        model, optimizer = runner.model, runner.optim_wrapper.optimizer
+        (folder / f'note_{dist.get_rank()}').write_text(
+            f'{dist.get_world_size()} {type(model).__name__} {type(optimizer).__name__}')
+toolbox = importlib.util.find_spec(TOOLBOX).submodule_search_locations[0]
+sys.argv = ['train.py', str(folder / 'config.py'), '--launcher', LAUNCHER,
+            '--work-dir', str(folder / 'run')]
+runpy.run_path(toolbox + '/.mim/tools/train.py', run_name='__main__')
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('task', 'launcher', 'key', 'kinds'), [
+    ('segmentation', 'slurm', 'shard_optimizer', 'MMDistributedDataParallel ShardedOptimizer'),
+    ('segmentation', 'mpi', 'shard_model', 'ShardedModel AdamW'),
+    ('detection', 'mpi', 'shard_optimizer', 'MMDistributedDataParallel ShardedOptimizer'),
+    ('detection', 'pytorch', 'shard_optimizer', 'MMDistributedDataParallel ShardedOptimizer')])
+def test_the_scripts_of_the_toolboxes_shard_with_every_launcher(
+        task, launcher, key, kinds, demo_data, tmp_path):
+    """Some of which tell the number of processes only when mmengine has set up the group."""
+    short = ({'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2,
+              'default_hooks.checkpoint.interval': 2} if task == 'segmentation'
+             else {'train_cfg.max_epochs': 1})
+    cfg = training.config(task, demo_data, tmp_path / 'run', {
+        **short, 'check_data': False, 'train_dataloader.num_workers': 0,
+        'val_dataloader.num_workers': 0, key: True})
+    cfg.custom_hooks = [dict(type='Note')]
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo')
+    cfg.dump(tmp_path / 'config.py')
+    toolbox = 'mmseg' if task == 'segmentation' else 'mmdet'
+    processes.run(LAUNCHED.replace('TOOLBOX', repr(toolbox)).replace('LAUNCHER', repr(launcher)),
+                  tmp_path, launcher=launcher, preamble='')
+    for rank in (0, 1):
+        assert (tmp_path / f'note_{rank}').read_text() == f'2 {kinds}'
+    assert last(tmp_path / 'run')['optimizer']['state']
+
+
 CHECK = '''
 from mmengine.hooks import Hook
 from convnext_mm.cli import run
