@@ -30,6 +30,9 @@ class LoadAnnotations(transforms.LoadAnnotations):
         finally:
             self.reduce_zero_label = results['reduce_zero_label'] = reduce
             results['label_map'] = label_map
+        mask, size = results['gt_seg_map'], tuple(results.get('ori_shape') or ())[:2]
+        if mask.ndim < 2 and mask.size == np.prod(size):  # mmseg squeezes one row or column
+            results['gt_seg_map'] = mask.reshape(size)
         if not reduce and label_map is None:
             return
         table = VALUES.copy()

@@ -98,8 +98,9 @@ def test_a_mask_of_another_size_is_named(data, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_images_of_one_pixel(data, tmp_path):
-    for kind, shape in ((IMAGES, (1, 1, 3)), (MASKS, (1, 1))):
+@pytest.mark.parametrize('size', [(1, 1), (1, 5), (5, 1)])
+def test_images_of_one_row_or_pixel(size, data, tmp_path):
+    for kind, shape in ((IMAGES, (*size, 3)), (MASKS, size)):
         for split in ('training', 'validation'):
             for path in (data / kind / split).iterdir():
                 cv2.imwrite(str(path), np.ones(shape, np.uint8))

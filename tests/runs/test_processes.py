@@ -53,6 +53,22 @@ for name, optimizer in (('plain', None), ('sharded', {SHARDED!r})):
     assert {int(entry['step']) for entry in state.values()} == {16}
 
 
+def test_four_processes_are_one(tmp_path):
+    """Plain, with a sharded optimizer and with a divided model, an image in each process."""
+    processes.run(f'''
+more = dict(distributed=True, batch_size=1, **{SAME!r})
+toy.train(folder / 'plain', **more)
+toy.train(folder / 'sharded', optimizer={SHARDED!r}, **more)
+toy.train(folder / 'divided', shard=True, **more)
+''', tmp_path, 4)
+    toy.train(tmp_path / 'one', batch_size=4, **SAME)
+    one = last(tmp_path / 'one')
+    for name in ('plain', 'sharded', 'divided'):
+        other = last(tmp_path / name)
+        assert other['meta']['iter'] == one['meta']['iter'] == 12
+        assert difference(one, other) < 1e-6
+
+
 def test_two_processes_with_a_divided_model_are_one(tmp_path):
     """Interrupted before a validation and in an accumulation; resumed with and without division.
 
@@ -88,22 +104,22 @@ for name, more in {kinds!r}.items():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('shard', [False, True])
-@pytest.mark.parametrize(('task', 'small', 'errors'), [
-    ('segmentation', {'model.decode_head.channels': 32, 'model.auxiliary_head.channels': 32},
-     (1e-6, 1e-5)),
-    ('detection', {'model.neck.out_channels': 32}, (1e-6, 1e-4))])
-def test_gradients_of_recipes_are_those_of_the_whole_batch(task, small, errors, shard, tmp_path):
+@pytest.mark.parametrize(('count', 'shard'), [(2, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize(('task', 'small'), [
+    ('segmentation', {'model.decode_head.channels': 32, 'model.auxiliary_head.channels': 32}),
+    ('detection', {'model.neck.out_channels': 32})])
+def test_gradients_of_recipes_are_those_of_the_whole_batch(task, small, count, shard, tmp_path):
     small = {'model.backbone.depths': [1, 1, 1, 1], 'model.backbone.dims': [8, 16, 24, 32], **small}
     output = processes.run(f'''
 from tests.runs import gradients
 print('errors', *gradients.compare({task!r}, {small!r}, {shard}))
-''', tmp_path)
+''', tmp_path, count)
     found = re.findall(r'^errors (\S+) (\S+)$', output, re.MULTILINE)
-    assert len(found) == 2
+    assert len(found) == count
+    print(f'{task}, {count} processes, shard={shard}: loss and gradient differ by {found[0]}')
     for loss, gradient in found:
-        assert float(loss) < errors[0]
-        assert 0 < float(gradient) < errors[1]
+        assert float(loss) < 1e-6
+        assert 0 < float(gradient) < 5e-6
 
 
 RECIPE = '''
