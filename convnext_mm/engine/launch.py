@@ -148,12 +148,12 @@ def check_data(args: argparse.Namespace, show: Callable[[str], object] = str) ->
         show: Called with the report before anything is drawn.
 
     Raises:
-        UserError: The config cannot be read, or data is missing.
+        UserError: The config cannot be read, data is missing, or the work dir cannot be written to.
     """
     cfg = _load_config(args)
     checks.check_data_exists(cfg, ('train', 'val'))
-    found = inspection.inspect_splits(cfg)
-    done = DataCheck(found, Path(cfg.work_dir, 'dataset.png'))
+    picture = writable_folder(cfg.work_dir) / 'dataset.png'
+    done = DataCheck(inspection.inspect_splits(cfg), picture)
     show(str(done))
     draw_contact_sheet(cfg, done.picture)
     return done
@@ -172,12 +172,15 @@ def check_dataset(args: argparse.Namespace) -> None:
 
 
 def _print_summary(cfg: Config, notes: list[str], training: bool) -> None:
-    """Print what the run will do, and write the whole config to the work dir."""
+    """Print what the run will do, and write the whole config to the work dir.
+
+    Raises:
+        UserError: The work dir cannot be written to.
+    """
     text = summarize(cfg, notes, training)
     if is_first_process():
-        path = Path(cfg.work_dir, Path(cfg.filename).name)
+        path = writable_folder(cfg.work_dir) / Path(cfg.filename).name
         if path.resolve() != Path(cfg.filename).resolve():  # it may have been written by hand
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as part:
                 cfg.dump(part)
         print(f'{text}\nWhole config: {path}', flush=True)

@@ -186,7 +186,8 @@ def shard_optimizer(cfg: Config) -> None:
     """Let a config's optimizer be sharded, in place, if it says so and a launcher starts it.
 
     The number of processes is not asked for: under Slurm and MPI it is known when the process group
-    is there, and one process has all parts. mmengine's own ZeroRedundancyOptimizer, which never returns from its first save, becomes ours.
+    is there, and one process has all parts. mmengine's own ZeroRedundancyOptimizer, which never
+    returns from its first save, becomes ours.
 
     Raises:
         UserError: ``shard_optimizer`` is neither True nor False.
@@ -219,6 +220,8 @@ def shard_model(cfg: Config) -> None:
             (wrapper.get('type', 'ShardedModel') not in ('ShardedModel',
                                                          'MMDistributedDataParallel'),
              f'model_wrapper_cfg.type={wrapper.get("type")}', 'both wrap the model'),
+            ((cfg.get('fast') or {}).get('compile'), 'fast.compile',
+             'how compiled parts train when they are divided was not tested'),
             (any('EMAHook' in hook for hook in hooks), 'EMAHook',
              'its average is a whole model, whose weights cannot follow divided ones')):
         if wrong:

@@ -16,6 +16,7 @@ def config(**more) -> Config:
 @pytest.mark.parametrize(('more', 'message'), [
     (dict(shard_optimizer=True), 'shard_optimizer'),
     (dict(custom_hooks=[dict(type='mmengine.EMAHook')]), 'EMAHook'),
+    (dict(fast=dict(compile=['backbone'])), 'fast.compile'),
     (dict(model_wrapper_cfg=dict(type='MMFullyShardedDataParallel')),
      'model_wrapper_cfg.type=MMFullyShardedDataParallel')])
 def test_what_cannot_go_together_is_refused(more, message):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import MODELS, init_default_scope
 
 from convnext_mm.errors import UserError
 from convnext_mm.runs.heartbeat import HeartbeatHook
@@ -177,6 +178,40 @@ def test_a_sharded_recipe_trains_as_one_that_is_not(task, demo_data, tmp_path):
             losses = [torch.load(tmp_path / f'losses_{one}_{rank}') for one in ('plain', name)]
             assert losses[0] == pytest.approx(losses[1], rel=1e-5)
             assert len(losses[0]) >= 2
+
+
+DISTILLED = '''
+from convnext_mm.engine.runner import ConvNeXtRunner
+ConvNeXtRunner._log_env = lambda self, cfg: None
+for name, shard in (('plain', False), ('divided', True)):
+    cfg = training.config(TASK, pathlib.Path(DATA), folder / name, dict(OPTIONS, shard_model=shard))
+    cfg.launcher = 'pytorch'
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
+    cfg.env_cfg.dist_cfg = dict(backend='gloo')
+    record = training.recorded(ConvNeXtRunner.from_cfg(cfg))
+    torch.save(record.losses, folder / f'losses_{name}_{rank}')
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+def test_a_divided_model_learns_from_a_teacher(task, demo_data, tmp_path):
+    options = {'seed': 0, 'check_data': False, 'train_dataloader.num_workers': 0, **(
+        {'train_cfg.max_iters': 2} if task == 'segmentation' else {'train_cfg.max_epochs': 1})}
+    cfg = training.config(task, demo_data, tmp_path / 'teacher', options)
+    init_default_scope(cfg.default_scope)
+    teacher = MODELS.build(cfg.model)
+    cfg.dump(tmp_path / 'teacher.py')
+    torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth')
+    options |= {'val_cfg': None, 'val_dataloader': None, 'val_evaluator': None, 'distil': dict(
+        teacher=str(tmp_path / 'teacher.py'), checkpoint=str(tmp_path / 'teacher.pth'))}
+    processes.run(DISTILLED.replace('TASK', repr(task)).replace('DATA', repr(str(demo_data)))
+                  .replace('OPTIONS', repr(options)), tmp_path)
+    for rank in (0, 1):
+        plain, divided = (torch.load(tmp_path / f'losses_{one}_{rank}')
+                          for one in ('plain', 'divided'))
+        assert len(plain) >= 2
+        assert plain == pytest.approx(divided, rel=1e-5)
 
 
 LAUNCHED = '''
