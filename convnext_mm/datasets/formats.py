@@ -58,7 +58,7 @@ class Converted(NamedTuple):
         images: Folder of all images; the annotation files name them relative to it.
         classes: The classes.
         counts: Split → (images, objects, objects with polygons).
-        notes: What was left out.
+        notes: What was left out, or taken from elsewhere.
     """
 
     kind: str
@@ -92,7 +92,7 @@ def recognise(path: str | Path) -> str | None:
         return _format_of_file(path)
     if not path.is_dir():
         return None
-    if any((path / name).is_file() for name in ('data.yaml', 'data.yml')):
+    if _yolo_settings(path):
         return 'YOLO'
     for i, file in enumerate(_walk(path, ('.json', '.xml', '.txt'))):
         found = _format_of_file(file)
@@ -312,74 +312,99 @@ def _parse_voc(file: Path) -> tuple[str, list[Item]] | None:
 # ---- YOLO
 
 
+def _yolo_settings(folder: Path) -> Path | None:
+    """The data.yaml of a folder: the file of that name, or another with ``names``."""
+    files = sorted((*folder.glob('*.yaml'), *folder.glob('*.yml')),
+                   key=lambda file: (file.stem != 'data', file))
+    return next((file for file in files if file.is_file() and (
+        file.stem == 'data' or _format_of_file(file) == 'YOLO')), None)
+
+
 def _read_yolo(path: Path, notes: list[str]) -> tuple[dict[str, Labelled], list[str]]:
     folder = path if path.is_dir() else path.parent
-    file = path if path.is_file() and path.suffix != '.txt' else next(
-        (folder / name for name in ('data.yaml', 'data.yml') if (folder / name).is_file()), None)
-    names: list[str] = []
+    file = path if path.is_file() and path.suffix != '.txt' else _yolo_settings(folder)
+    names: dict[int, str] = {}
     splits: dict[str, list[Path]] = {}
     if file is not None:
         with _reading(file, "YOLO's data.yaml"):
             settings = yaml.safe_load(file.read_text(encoding='utf-8'))
             found = settings['names']
-            names = [str(found[i]) for i in sorted(found)] if isinstance(found, dict) else [
-                str(name) for name in found]
+            names = {int(i): str(name) for i, name in sorted(
+                found.items() if isinstance(found, dict) else enumerate(found))}
             for key in ('train', 'val', 'test'):
                 places = settings.get(key) or []
                 for place in [places] if isinstance(places, str) else places:
                     splits.setdefault(key, []).extend(_yolo_images(
-                        place, file.parent, settings.get('path'), notes))
+                        place, file, settings.get('path'), notes))
+            if settings.get('train') and not splits['train']:
+                raise UserError(f'{file} names no images to train on:' + ''.join(
+                    f'\n  {note}' for note in notes))
     else:
         text = next((one for one in (folder / 'classes.txt', folder / 'obj.names')
                      if one.is_file()), None)
         if text is not None:
             with _reading(text, 'a list of names'):
-                names = [line.strip() for line in text.read_text(encoding='utf-8').splitlines()
-                         if line.strip()]
+                names = dict(enumerate(line.strip() for line in text.read_text(
+                    encoding='utf-8').splitlines() if line.strip()))
         for image in _walk(folder, IMAGE_SUFFIXES):
             splits.setdefault(_split_of(image, folder), []).append(image)
     if not names:
         raise UserError(f'{path} has labels in YOLO format, but no names: add data.yaml with '
                         '"names: [...]", or classes.txt with a name per line')
+    for split, images in splits.items():
+        missing = [image for image in images if not _yolo_labels(image).is_file()]
+        if missing:
+            notes.append(f'{len(missing)} of {len(images)} images of {split} have no label file, '
+                         f'so they have no objects: {_yolo_labels(missing[0])}')
     return {split: ((image, _yolo_items(image, names)) for image in images)
-            for split, images in splits.items() if images}, names
+            for split, images in splits.items() if images}, list(dict.fromkeys(names.values()))
 
 
-def _yolo_images(place: str, folder: Path, base: str | None, notes: list[str]) -> list[Path]:
+def _yolo_images(place: str, file: Path, base: str | None, notes: list[str]) -> list[Path]:
     """The images of one entry of a data.yaml, which is a folder, a list or a file name.
 
-    Roboflow writes ``../train/images`` for the folder beside data.yaml.
+    Roboflow writes ``../train/images`` for the folder beside data.yaml. Paths of another machine
+    are looked for by their ends, since the folders may have moved as a whole.
     """
+    folder = file.parent
     roots = [folder / base, Path(base)] if base else []
-    for root in (*roots, folder, folder.parent):
-        for relative in (place, place.removeprefix('../'), place.removeprefix('./')):
-            path = root / relative
-            if path.is_dir():
-                return list(_walk(path, IMAGE_SUFFIXES))
-            if path.is_file():
-                return [path.parent / line.strip() if not os.path.isabs(line.strip()) else Path(
-                    line.strip()) for line in path.read_text(encoding='utf-8').splitlines()
-                    if line.strip()]
-    notes.append(f'{place} of data.yaml is not there')
+    paths = [root / relative for root in (*roots, folder, folder.parent)
+             for relative in (place, place.removeprefix('../'), place.removeprefix('./'))]
+    parts = [part for part in re.split(r'[/\\]+', place) if part not in ('', '.', '..')]
+    ends = [folder.joinpath(*parts[i:]) for i in range(len(parts)) if parts[i:] != ['images']]
+    for path in (*paths, *ends):
+        if path.exists() and path not in paths:
+            notes.append(f'{place} of {file.name} is not there: {path} is taken instead')
+        if path.is_dir():
+            return list(_walk(path, IMAGE_SUFFIXES))
+        if path.is_file():
+            return [path.parent / line.strip() if not os.path.isabs(line.strip()) else Path(
+                line.strip()) for line in path.read_text(encoding='utf-8').splitlines()
+                if line.strip()]
+    notes.append(f'{place} of {file.name} is not there')
     return []
 
 
-def _yolo_items(image: Path, names: list[str]) -> list[Item]:
-    """The objects of an image's label file.
-
-    Raises:
-        UserError: A line has no known form.
-    """
+def _yolo_labels(image: Path) -> Path:
+    """The label file of an image: in ``labels`` instead of ``images``, or beside the image."""
     parts = list(image.parts)
     for i in reversed(range(len(parts) - 1)):
         if parts[i] == 'images':
             parts[i] = 'labels'
             break
-    file = Path(*parts).with_suffix('.txt')
+    file, beside = Path(*parts).with_suffix('.txt'), image.with_suffix('.txt')
+    return beside if beside.is_file() and not file.is_file() else file
+
+
+def _yolo_items(image: Path, names: dict[int, str]) -> list[Item]:
+    """The objects of an image's label file; none without one.
+
+    Raises:
+        UserError: A line has no known form.
+    """
+    file = _yolo_labels(image)
     if not file.is_file():
-        file = image.with_suffix('.txt')
-    if not file.is_file():
-        return []  # an image without objects
+        return []
     width, height = image_size(image)
     with _reading(file, 'labels of YOLO'):
         lines = file.read_text(encoding='utf-8').splitlines()
@@ -389,14 +414,15 @@ def _yolo_items(image: Path, names: list[str]) -> list[Item]:
         if not row:
             continue
         try:
-            label, values = int(float(row[0])), [float(value) for value in row[1:]]
-            name = names[label]
-            if label < 0 or len(values) < 4 or (len(values) > 5 and len(values) % 2):
+            name, values = names[int(float(row[0]))], [float(value) for value in row[1:]]
+            if len(values) < 4 or (len(values) > 5 and len(values) % 2):
                 raise ValueError
-        except (ValueError, IndexError) as error:
-            raise UserError(f'{file}, line {number}: {line!r} is no label of YOLO with a class '
-                            f'from 0 to {len(names) - 1}: "class x y width height", or "class x1 '
-                            'y1 x2 y2 x3 y3 …", in fractions of the image') from error
+        except (ValueError, LookupError) as error:
+            shown = line if len(line) <= 60 else f'{line[:57]}…'
+            raise UserError(f'{file}, line {number}: {shown!r} is no label of YOLO with one of '
+                            f'the {len(names)} classes from {min(names)} to {max(names)}: "class x '
+                            'y width height", or "class x1 y1 x2 y2 x3 y3 …", in fractions of the '
+                            'image') from error
         if len(values) < 6:
             x, y, w, h = values[:4]
             items.append(Item(name, [(x - w / 2) * width, (y - h / 2) * height, w * width,

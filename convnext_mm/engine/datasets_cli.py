@@ -28,13 +28,13 @@ def convert_dataset(args: argparse.Namespace) -> None:
         print(f'{count} masks written to {args.out}')
         return
     done = formats.convert(args.source, args.out)
-    print(f'{done.kind}, {len(done.classes)} classes')
+    print(f'{done.kind}, classes: {len(done.classes)}')
     for split, (images, objects, polygons) in done.counts.items():
         print(f'  {done.files[split]}: {images} images, {objects} objects, {polygons} with '
               'polygons')
     if done.notes:
-        print(f'{len(done.notes)} left out:')
-        print(''.join(f'  {note}\n' for note in done.notes[:10]), end='')
+        more = f'  … and {len(done.notes) - 10} more\n' if len(done.notes) > 10 else ''
+        print('To know:\n' + ''.join(f'  {note}\n' for note in done.notes[:10]) + more, end='')
     print(config_lines(done))
 
 

@@ -80,11 +80,45 @@ def test_yolo(tmp_path, names, train, folder):
     assert recognise(tmp_path) == recognise(tmp_path / 'data.yaml') == 'YOLO'
     done = convert(str(tmp_path / 'data.yaml'), str(tmp_path / 'out'))
     assert (done.classes, done.counts) == (['cat', 'dog'], dict(train=(2, 2, 1)))
-    assert done.notes == ['nothing of data.yaml is not there']
+    assert done.notes == [
+        'nothing of data.yaml is not there', '1 of 2 images of train have no label file, so they '
+        f'have no objects: {tmp_path}/{folder.replace("images", "labels")}/empty.txt']
     dog, cat = objects(done.files['train'])
     assert (dog['bbox'], dog['category_id'], dog['segmentation']) == ([10, 5, 20, 20], 2, [])
     assert cat['segmentation'] == [[10, 5, 50, 5, 50, 30]]
     assert (cat['bbox'], cat['category_id'], cat['area']) == ([10, 5, 40, 25], 1, 500)
+
+
+@pytest.mark.parametrize('name', ['config.yaml', 'coco128.yml'])
+def test_yolo_with_ids_that_leave_numbers_out(tmp_path, name):
+    picture(tmp_path / 'images/a.jpg')
+    write(tmp_path / 'labels/a.txt', '90 0.2 0.3 0.2 0.4\n1 0.2 0.3 0.2 0.4\n')
+    write(tmp_path / 'other.yaml', 'lr: 0.1\n')
+    write(tmp_path / name, 'path: .\ntrain: images\nnames:\n  90: toothbrush\n  1: person\n')
+    assert recognise(tmp_path) == 'YOLO'
+    done = convert(str(tmp_path), str(tmp_path / 'out'))
+    assert done.classes == ['person', 'toothbrush']
+    assert [one['category_id'] for one in objects(done.files['train'])] == [2, 1]
+    write(tmp_path / 'labels/a.txt', '2 0.2 0.3 0.2 0.4\n')
+    with pytest.raises(UserError, match='one of the 2 classes from 1 to 90'):
+        convert(str(tmp_path), str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('root', ['C:\\\\Users\\me\\cells\\', '/content/cells/'])
+def test_a_data_set_of_yolo_that_was_moved(tmp_path, root):
+    folder = tmp_path / 'cells'
+    picture(folder / 'train/images/a.jpg')
+    write(folder / 'train/labels/a.txt', '0 0.2 0.3 0.2 0.4\n')
+    place = f'{root}train{root[-1]}images'
+    write(folder / 'data.yaml', f"train: '{place}'\nval: '{root}images'\nnames: [cell]\n")
+    done = convert(str(folder), str(tmp_path / 'out'))
+    assert done.counts == dict(train=(1, 1, 0))
+    assert done.notes == [
+        f'{place} of data.yaml is not there: {folder}/train/images is taken instead',
+        f'{root}images of data.yaml is not there']
+    write(folder / 'data.yaml', f"train: '{root}images'\nval: '{place}'\nnames: [cell]\n")
+    with pytest.raises(UserError, match=r'(?s)data\.yaml names no images to train on:.*is not there'):
+        convert(str(folder), str(tmp_path / 'out'))
 
 
 @pytest.mark.parametrize('line', ['7 0.1 0.1 0.1 0.1', '0 0.1 x 0.1 0.1', '0 0.1 0.1'])
@@ -92,7 +126,7 @@ def test_a_wrong_line_of_yolo_is_named(tmp_path, line):
     picture(tmp_path / 'images/a.jpg')
     write(tmp_path / 'labels/a.txt', f'0 0.5 0.5 0.1 0.1\n{line}\n')
     write(tmp_path / 'data.yaml', 'train: images\nnames: [cat]\n')
-    with pytest.raises(UserError, match=r'labels/a.txt, line 2: .*class from 0 to 0'):
+    with pytest.raises(UserError, match=r'labels/a.txt, line 2: .*classes from 0 to 0'):
         convert(str(tmp_path), str(tmp_path / 'out'))
 
 
