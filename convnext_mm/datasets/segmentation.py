@@ -154,7 +154,7 @@ def read_mask(path: str) -> tuple[np.ndarray, str]:
         return np.asarray(image), image.mode
 
 
-def describe_first_masks(dataset: dict, count: int = 4) -> str:
+def describe_first_masks(dataset: dict, num_classes: int, count: int = 4) -> str:
     """The values in the first masks of a data set's config, as a sentence; '' without masks."""
     prefix = dataset.get('data_prefix') or {}
     folder = os.path.join(dataset.get('data_root') or '', prefix.get('seg_map_path') or '')
@@ -170,7 +170,11 @@ def describe_first_masks(dataset: dict, count: int = 4) -> str:
             found |= set(np.unique(values).tolist())
     if not found:
         return ''
-    return f'\nThe first masks in {folder} have the values {format_ranges(sorted(found))}.'
+    text = f'\nThe first masks in {folder} have the values {format_ranges(sorted(found))}.'
+    if {0, num_classes} <= found and max(found - {IGNORED}) == num_classes:
+        text += (f' One of them is no class: 0 (True), or {num_classes}, as in CamVid (False, and '
+                 f'ignore = {num_classes}).')
+    return text
 
 
 def _report_files(pairs: list[ImageMaskPair], findings: Findings, palette: list) -> None:
@@ -336,8 +340,9 @@ def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduc
         if 0 not in indices:
             return ('The masks number the classes from 1: set reduce_zero_label = True at the '
                     'top of the config')
-        return ('If 0 means "no class", set reduce_zero_label = True at the top of the config; '
-                'if 0 is a class, one is missing from classes')
+        return (f'If {outside[0]} is no class, set ignore = {outside[0]} at the top of the config; '
+                'if it is one, add its name to classes; if 0 is no class and the others count '
+                'from 1, set reduce_zero_label = True')
     if any(pair.mode == 'P' for pair in pairs):
         return ('The masks are palette PNGs whose indices are not the class indices: remap them '
                 '(new = table[np.asarray(mask)]), or list a name for every index in classes')
@@ -350,8 +355,9 @@ def _suggest_fix(outside: list[int], indices: list[int], num_classes: int, reduc
         return ('So many values result from resizing masks with interpolation, or from converting '
                 'colors to gray: create the masks again, and resize them with nearest-neighbor '
                 'interpolation')
-    return ('If classes are missing, add a name for each value to classes; otherwise remap the '
-            'masks, with 255 for pixels to ignore')
+    return ('If classes are missing, add a name for each value to classes; values that are no '
+            f'class are left out by ignore = {outside[0] if len(outside) == 1 else tuple(outside)} '
+            'at the top of the config')
 
 
 def format_ranges(values: list[int]) -> str:

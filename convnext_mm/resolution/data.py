@@ -125,7 +125,7 @@ def classes_and_reduce_zero_label(edits: Edits) -> None:
     classes = class_names(edits.get('classes'), edits.get('data_root'))
     if len(classes) == 1:
         return  # refused for another reason
-    seen = describe_first_masks(next((dataset for _, dataset in silent), {}))
+    seen = describe_first_masks(next((dataset for _, dataset in silent), {}), len(classes))
     raise UserError(
         'classes is set, but not what 0 in a mask means. Write one of these lines at the top of '
         f'the config:\n  reduce_zero_label = False  # 0 is {classes[0]!r}, the last of the '

@@ -52,7 +52,11 @@ def test_what_0_means_is_asked_once(resolved, tmp_path):
     text = str(error.value)
     assert "reduce_zero_label = False  # 0 is 'road', the last of the 3 classes is 2" in text
     assert "reduce_zero_label = True   # 0 is no class and is ignored, 1 is 'road'" in text
-    assert f'The first masks in {tmp_path}/b have the values 0, 2.' in text
+    assert text.endswith(f'The first masks in {tmp_path}/b have the values 0, 2.')
+    mask.putpixel((2, 1), 3)  # "unlabelled" is numbered after the classes
+    mask.save(tmp_path / 'b' / '0.png')
+    with pytest.raises(UserError, match=r'values 0, 2, 3\. .*or 3, .*\(False, and ignore = 3\)'):
+        resolved(PREFIXES + CLASSES)
 
 
 LOAD = "dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'{}), dict(type='PackSegInputs')"
