@@ -168,7 +168,7 @@ def evaluator_and_save_best(edits: Edits) -> None:
     names = metric_names(edits)
     if not key or key == 'auto' or not names or key in names:
         return
-    if edits.is_set(path):
+    if edits.is_set(path) and not ('segm' in key and edits.get('masks') is False):
         raise UserError(f'{path}={key!r}, but val_evaluator computes {", ".join(names)}: set one '
                         'of these')
     edits.put(path, names[0])

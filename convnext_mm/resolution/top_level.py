@@ -8,7 +8,7 @@ from ..datasets import DATA_KEYS
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..utils import plain, suggest
-from .edits import PIPELINES, Edits, same
+from .edits import PIPELINES, Edits, lookup, same
 
 RUNNER_KEYS = (
     'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg',
@@ -173,34 +173,43 @@ def scale_and_pipelines(edits: Edits) -> None:
                         'detector sees whole images, whose size is scale=(width, height)')
     if edits.get('scale') is None or not edits.is_set('scale') or not edits.recipe:
         return
-    scale, old = _pair('scale', edits.get('scale')), edits.inherited('scale')
-    if old is None:
-        old = next((step.get('scale') for step in find_transforms(
-            edits.inherited('test_dataloader.dataset.pipeline'), 'Resize')), None)
-    if old is None:
-        return
+    scale = _pair('scale', edits.get('scale'))
+    # The recipe, and the config that this scale was set on, which may have pipelines of its own.
+    written = [(state, old) for state in (
+        edits.recipe, edits.history[min(edits.set_in('scale') + 1, len(edits.history) - 1)])
+        if (old := _scale_of(state)) is not None]
 
-    def scaled(pair: Any) -> tuple[int, int]:
+    def scaled(pair: Any, old: Any) -> tuple[int, int]:
         return tuple(max(1, round(one * end(scale) / end(old))) for one, end in zip(
             pair, (min, max) if pair[0] <= pair[1] else (max, min), strict=True))
     # A segmentor's tta_pipeline is derived from its test pipeline.
     for path in PIPELINES if detector else PIPELINES[:-1]:
         for kind in ('Resize', 'RandomResize'):
             for step in find_transforms(edits.get(path), kind):
-                if same(step.get('scale'), old):
+                if any(same(step.get('scale'), old) for _, old in written):
                     step['scale'] = scale
                     edits.note(f' scale images to {scale}', path)
         if not detector or edits.was_set(path):
             continue
         for kind, key in (('RandomChoiceResize', 'scales'), ('RandomCrop', 'crop_size')):
+            before = [(list(find_transforms(lookup(state, place), kind)), old)
+                      for state, old in written
+                      for place in (path, f'{path.partition("_")[0]}_pipeline')]
             for i, step in enumerate(find_transforms(edits.get(path), kind)):
-                before = list(find_transforms(edits.inherited(path), kind))
-                if i < len(before) and same(step.get(key), before[i].get(key)):
-                    values = step[key]
+                values = step.get(key)
+                old = next((old for steps, old in before if i < len(steps)
+                            and same(values, steps[i].get(key))), None)
+                if old is not None:
                     # The crop is a range of heights and widths.
-                    step[key] = [scaled(one) for one in values] if key == 'scales' else tuple(
+                    step[key] = [scaled(one, old) for one in values] if key == 'scales' else tuple(
                         max(1, round(one * min(scale) / min(old))) for one in values)
                     edits.note(f' {kind} in the same share', path)
+
+
+def _scale_of(state: dict[str, Any]) -> Any:
+    """The scale of a config's images, otherwise of its test's."""
+    return state.get('scale') or next((step.get('scale') for step in find_transforms(
+        lookup(state, 'test_dataloader.dataset.pipeline'), 'Resize')), None)
 
 
 def early_stopping_and_hooks(edits: Edits) -> None:

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from convnext_mm import UserError
 from convnext_mm.bases import without_completion
 from convnext_mm.resolution import RULES, edits, resolve, signatures
-from tests.helpers import DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION
 from tests.recipes import MASK
 
 ALL = sorted(str(path) for path in (ROOT / 'configs').glob('*.py'))
@@ -369,6 +369,8 @@ def test_the_best_checkpoint_is_chosen_by_what_is_computed(resolved):
         resolved("default_hooks = dict(checkpoint=dict(save_best='mDice'))")
     cfg = resolved("val_evaluator = dict(metric='bbox')", DETECTION)
     assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+    cfg = resolved('masks = False', DEMO_DETECTION)  # which sets 'coco/segm_mAP'
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
 
 
 def test_no_workers_are_not_kept(resolved):
@@ -604,6 +606,19 @@ def test_a_detectors_sizes_follow_its_scale(resolved):
     assert square.transforms[1][1].crop_size == (46, 72)
     with pytest.raises(UserError, match='crop_size=.* is a setting of segmentation'):
         resolved('crop_size = (64, 64)', DETECTION)
+
+
+def test_a_scale_reaches_the_pipelines_of_the_config_that_it_is_set_on(resolved):
+    cfg = resolved('scale = (320, 240)', DEMO_SEGMENTATION)
+    train, test = (cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'test'))
+    assert train[2].scale == {step.type: step for step in test}['Resize'].scale == (320, 240)
+    cfg = resolved('scale = (320, 320)', DEMO_DETECTION)
+    train, test = (cfg[f'{split}_dataloader'].dataset.pipeline for split in ('train', 'test'))
+    assert train[3].scales == [(256, 256), (288, 288), (320, 320)]
+    assert {step.type: step for step in test}['Resize'].scale == (320, 320)
+    own = "train_pipeline = [dict(type='RandomResize', scale=(99, 99)), dict(type='PackSegInputs')]"
+    cfg = resolved(f'scale = (320, 240)\nreduce_zero_label = True\n{own}', DEMO_SEGMENTATION)
+    assert cfg.train_dataloader.dataset.pipeline[0].scale == (99, 99), "the user's own"
 
 
 # ---- parts that follow each other
