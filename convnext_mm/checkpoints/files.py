@@ -75,8 +75,7 @@ def _locate_file(source: str) -> Path:
                 torch.hub.download_url_to_file(source, str(path), digest and digest[1])
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         raise UserError(f'Cannot download {source} ({error}).\n'
-                        f'Download it on a machine with network access and put it at {path}, or '
-                        'train from scratch with --cfg-options model.backbone.init_cfg=None.'
+                        f'Download it on a machine with network access and put it at {path}.'
                         ) from error
     return path
 

@@ -245,7 +245,12 @@ def check_weights(cfg: Config, training: bool) -> None:
     backbone = cfg.get('model', {}).get('backbone', {})
     init_cfg = backbone.get('init_cfg')
     if training and backbone.get('type') == 'ConvNeXt' and init_cfg and init_cfg.get('checkpoint'):
-        checkpoints.locate_checkpoint(init_cfg['checkpoint'])
+        try:
+            checkpoints.locate_checkpoint(init_cfg['checkpoint'])
+        except UserError as error:
+            raise UserError(f'{error}\nThe backbone starts from it (model.backbone.init_cfg). To '
+                            'train from scratch: --cfg-options model.backbone.init_cfg=None'
+                            ) from error
 
 
 def check_resumed_schedule(cfg: Config, path: str, content: dict[str, Any]) -> None:
