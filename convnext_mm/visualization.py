@@ -44,8 +44,8 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
 
     Args:
         log: Log lines from :func:`read_log`. ``step`` of a training line counts iterations;
-            that of a validation line counts iterations or epochs, so its metrics are drawn at
-            the iteration of the last training line before it.
+            that of a validation line counts iterations or epochs, which are fewer, so its metrics
+            are drawn there or at the last training line before it, whichever is later.
         path: The PNG file to write.
 
     Returns:
@@ -63,7 +63,7 @@ def draw_curves(log: list[dict[str, float]], path: Path) -> bool:
                 del scores[later]
             train[step] = line
         elif metrics := {name: line[name] for name in METRICS if name in line}:
-            scores[max(train, default=0)] = metrics
+            scores[max(*train, 0, int(line['step']))] = metrics
     if not train:
         return False
 
@@ -285,6 +285,10 @@ def draw_labels(axis: Any, mask: Any, colors: np.ndarray, step: int = 1) -> Coun
     return Counter({int(label): int(counts[label]) for label in np.flatnonzero(counts)})
 
 
+NAME_HEIGHT = 0.06
+"""Height of an object's name as a share of its picture's; nearer to the top it is in the box."""
+
+
 def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
                    score_threshold: float = 0.3) -> Counter[int]:
     """Draw boxes, masks and names of N instances; returns the number of boxes per label."""
@@ -300,6 +304,7 @@ def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np
     if masks is not None:
         masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
     drawn: Counter[int] = Counter()
+    edge = NAME_HEIGHT * abs(np.subtract(*axis.get_ylim()))
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         if scores is not None and scores[i] < score_threshold:
             continue
@@ -312,7 +317,7 @@ def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np
         name = classes[label] + ('' if scores is None else f' {scores[i]:.2f}')
         bright = color @ [0.3, 0.6, 0.1] > 0.6
         axis.text(*box[:2], name, fontsize=11, color='black' if bright else 'white',
-                  va='bottom', clip_on=True,
+                  va='top' if box[1] < edge else 'bottom', clip_on=True,
                   bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
         drawn[int(label)] += 1
     return drawn

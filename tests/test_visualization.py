@@ -80,6 +80,21 @@ def test_boxes_align_with_their_masks():
                                                            rows[20]]
 
 
+def test_names_at_the_top_edge_are_inside_the_image():
+    figure, axis = visualization.pyplot().subplots()
+    axis.imshow(np.zeros((60, 80, 3), np.uint8))
+    visualization.draw_instances(
+        axis, InstanceData(bboxes=torch.tensor([[30.0, 1.0, 50.0, 20.0], [30.0, 30.0, 50.0, 50.0]]),
+                           labels=torch.tensor([0, 0])), META['classes'], np.eye(3))
+    figure.canvas.draw()
+    top = axis.get_window_extent().y1
+    high, low = axis.texts
+    assert high.get_window_extent().y1 <= top
+    assert high.get_window_extent().y1 < axis.transData.transform((0, 0.5))[1] + 1
+    assert low.get_window_extent().y0 >= axis.transData.transform((0, 30))[1] - 1, 'above its box'
+    visualization.pyplot().close(figure)
+
+
 @pytest.mark.parametrize('palette', [None, 'random', [(1, 2, 3)]])
 def test_colors_without_a_palette_differ(palette):
     colors = visualization.class_colors(palette, 5)
@@ -103,6 +118,17 @@ def test_curves_of_a_resumed_run_are_continuous(tmp_path, monkeypatch):
     assert [text.get_text() for text in rates.get_legend().get_texts()] == [
         'last layer group (heads)', 'first layer group (stem)']
     assert [r.get_ydata()[0] for r in rates.lines] == [0.2, 0.1]
+
+
+@pytest.mark.parametrize(('step', 'drawn_at'), [(50, 50), (2, 40)])  # iterations, epochs
+def test_a_metric_is_drawn_where_it_was_computed(tmp_path, monkeypatch, step, drawn_at):
+    write_log(tmp_path / '1', [log_line(20), log_line(40), dict(mIoU=50.0, step=step),
+                               log_line(60)])
+    drawn = {}
+    monkeypatch.setattr(visualization, 'save_figure',
+                        lambda figure, path: drawn.update(axes=figure.axes))
+    visualization.draw_curves(visualization.read_log(tmp_path), tmp_path / 'curves.png')
+    assert drawn['axes'][1].lines[0].get_xdata().tolist() == [drawn_at]
 
 
 def test_nothing_is_drawn_without_a_log(tmp_path):

@@ -59,7 +59,7 @@ def draw_contact_sheet(cfg: Config, path: Path, num_train: int = 8, num_val: int
     for axis in axes.flat:
         axis.axis('off')
     for axis, cell in zip(axes.flat, cells, strict=False):
-        axis.set_title(cell.title, fontsize=11, loc='left')
+        axis.set_title(_shorten(cell.title), fontsize=11, loc='left')
         if cell.image is None:
             # matplotlib's own wrapping would let the text reach into the next cells.
             axis.text(0.5, 0.5, textwrap.fill(cell.error, 40), ha='center', va='center',
@@ -75,6 +75,12 @@ def draw_contact_sheet(cfg: Config, path: Path, num_train: int = 8, num_val: int
     figure.tight_layout(rect=(0, 0.3 * (lines + 1) / figure.get_figheight(), 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     visualization.save_figure(figure, path)
+
+
+def _shorten(title: str, length: int = 38) -> str:
+    """A title that fits above its image: exports have names of 60 characters and more."""
+    end = length // 2 - 1
+    return title if len(title) <= length else f'{title[:length - end - 1]}…{title[-end:]}'
 
 
 def _load_cells(cfg: Config, split: str, config: dict, count: int) -> list[Cell]:
@@ -97,6 +103,9 @@ def _load_cells(cfg: Config, split: str, config: dict, count: int) -> list[Cell]
             packed = dataset.pipeline(info)
             image = visualization.to_picture(packed['inputs'].permute(1, 2, 0).numpy())
             cells.append(Cell(title, image, packed['data_samples']))
+        except KeyError as error:
+            cells.append(Cell(title, error='objects without masks' if error.args == ('mask',)
+                              else failure_reason(error)))
         except Exception as error:
             cells.append(Cell(title, error=failure_reason(error)))
     return cells

@@ -12,8 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from convnext_mm import UserError
-from convnext_mm.datasets import detection, findings, inspection
-from convnext_mm.datasets.contact_sheet import draw_contact_sheet
+from convnext_mm.datasets import contact_sheet, detection, findings, inspection
 from convnext_mm.datasets.segmentation import _mask_loader, _read_pair, format_ranges
 from convnext_mm.engine import checks
 from tests.helpers import DETECTION, ROOT, SEGMENTATION, call_tool
@@ -84,9 +83,10 @@ seg_map_suffix = '{suffix}'
     ([0, 1, 2], dict(extra=ZERO), 'warning', r"no mask contains 3, which would be 'sky'",
      r"\('road'\), it is ignored and .* shifted: set reduce_zero_label = False"),
     ([0, 1, 2, 3], {}, 'error', 'mask values that are not classes: 3 ',
-     'If 0 means "no class", set reduce_zero_label = True'),
+     'If 3 is no class, set ignore = 3 .*; if it is one, add its name'),
     ([1, 2, 3], {}, 'error', 'mask values that are not classes: 3 ', 'number the classes from 1'),
-    ([0, 1, 7], {}, 'error', 'mask values that are not classes: 7 ', 'If classes are missing'),
+    ([0, 1, 7], {}, 'error', 'mask values that are not classes: 7 ', 'missing, .*by ignore = 7 '),
+    ([0, 1, 7, 9], {}, 'error', 'that are not classes: 7, 9 ', r'by ignore = \(7, 9\) at'),
     ([0, 75, 113], {}, 'error', 'not classes: 75, 113', 'gray levels .*{0: 0, 75: 1, '),
     ([0, 4, 9], dict(mode='P'), 'error', 'classes: 4, 9 .*', 'palette PNGs whose indices'),
     ([0, 1, 2], dict(mode='RGB'), 'error', 'color mask', 'one channel'),
@@ -500,13 +500,19 @@ def test_contact_sheet(tmp_path, kind):
     data = kind(tmp_path)
     (data.train_images / '0.jpg').write_bytes(b'')
     path = tmp_path / 'new' / 'dataset.png'
-    draw_contact_sheet(data.cfg, path, num_train=2, num_val=1)
+    contact_sheet.draw_contact_sheet(data.cfg, path, num_train=2, num_val=1)
     sheet = np.asarray(Image.open(path).convert('RGB'), float)
     unreadable, *readable = (sheet[60:250, left:left + 280] for left in (20, 340, 660))
     assert (unreadable == 255).mean() > 0.8, 'only text'
     for cell in readable:
         assert (cell == 255).mean() < 0.1
         assert np.abs(cell[..., 0] - cell[..., 2]).mean() > 20, 'annotations in color'
+
+
+def test_names_of_exports_fit_above_their_images():
+    name = 'val: image-106_png.rf.2dadc4fa5109324053403338ab32181b.jpg'
+    assert contact_sheet._shorten(name) == 'val: image-106_png.…403338ab32181b.jpg'
+    assert contact_sheet._shorten('val: 000000000139.jpg') == 'val: 000000000139.jpg'
 
 
 def test_check_dataset_reports_and_draws(tmp_path):
