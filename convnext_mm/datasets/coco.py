@@ -343,7 +343,8 @@ def _short(value: Any) -> str:
 def read_categories(path: str) -> list[str]:
     """The names of an annotation file's categories, by their ids.
 
-    Only that list is parsed where it can be found: the annotations may take minutes.
+    Only that list is parsed where it can be found: the annotations may take minutes. Without the
+    category that Roboflow adds: no object has it, and it is the supercategory of all others.
 
     Raises:
         UserError: The file has none.
@@ -358,6 +359,11 @@ def read_categories(path: str) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
         if named:
+            roots = {one.get('supercategory') for one in found} - {'none', None}
+            if len(named) > 1 and len(roots) == 1 and sum(
+                    one.get('supercategory') not in roots for one in found) == 1:
+                named = [(i, name) for i, name in named if name not in roots or re.search(
+                    rb'"category_id"\s*:\s*"?%s\b' % re.escape(str(i)).encode(), data)]
             by_id = sorted(named, key=lambda one: (_number(one[0]) is None, _number(one[0]) or 0))
             return list(dict.fromkeys(name for _, name in by_id))
     raise UserError(f'{path} names no categories, which the classes would be taken from: COCO '

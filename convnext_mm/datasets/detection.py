@@ -193,7 +193,9 @@ def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> N
     """Report what was found in images and what the pipeline loads of their annotations."""
     folder = os.path.join(config.get('data_root') or '',
                           (config.get('data_prefix') or {}).get('img', ''))
+    lost = next((file.path for file in files if file.error and not os.path.exists(file.path)), '')
     findings.add('image missing or unreadable',
+                 _other_place(lost, folder, config.get('data_root') or '') or
                  f'Images are expected in {folder or "."}, under the file_name in the annotation '
                  'file: add them, or set data_prefix.img' + (
                      ". A folder of images without annotations: ann_file=''"
@@ -214,6 +216,17 @@ def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> N
                  'Compute the boxes from the masks, or check the coordinates of the polygons: x '
                  'comes first, and they are pixels of the image at its annotated size',
                  'error' if len(far) > objects / 20 else 'warning', where=far)
+
+
+def _other_place(path: str, folder: str, root: str) -> str:
+    """The fix for an image that is in another folder below ``root``; '' if there is none."""
+    name = os.path.relpath(path, folder) if path else ''
+    for place, _, names in os.walk(root) if path else ():
+        found = os.path.join(place, os.path.basename(name))
+        if os.path.basename(name) in names and found.endswith(os.sep + name):
+            prefix = os.path.relpath(found[:-len(name)], root)
+            return f'{name} is in {place}: set data_prefix=dict(img={prefix!r}) of the dataset'
+    return ''
 
 
 def _count_objects(infos: list[dict], findings: Findings) -> None:
@@ -268,7 +281,9 @@ def _report_ids(content: dict[str, list], path: str, findings: Findings, cfg: Co
         known = ', '.join(map(repr, list(names)[:12])) + (', …' if len(names) > 12 else '')
         findings.add(f'classes that are not categories of {path}: {hints}',
                      f'Spell classes like the categories: {known}')
-    unused = [name for name in names if name not in findings.classes]
+    with_boxes = {one['category_id'] for one in content['annotations']}
+    unused = [name for name, i in names.items() if name not in findings.classes
+              and (unknown or i in with_boxes)]
     if unused:
         findings.add('categories that are not in classes, whose boxes are ignored: ' +
                      ', '.join(unused[:12]) + (', …' if len(unused) > 12 else ''),

@@ -106,6 +106,18 @@ def test_categories_of_one_name(tmp_path):
         load_coco(write(tmp_path / 'a.json', text))
 
 
+@pytest.mark.parametrize(('used', 'parents', 'names'), [
+    (2, ['none', 'cells', 'cells'], ['rbc', 'wbc']),
+    (0, ['none', 'cells', 'cells'], ['cells', 'rbc', 'wbc']),
+    (2, ['none', 'none', 'cells'], ['cells', 'rbc', 'wbc']),
+    (2, ['none', 'none', 'none'], ['cells', 'rbc', 'wbc'])])
+def test_the_category_that_roboflow_adds_is_no_class(tmp_path, used, parents, names):
+    text = content(category_id=used)
+    text['categories'] = [dict(id=i, name=name, supercategory=parent) for i, (name, parent) in
+                          enumerate(zip(['cells', 'rbc', 'wbc'], parents, strict=True))]
+    assert read_categories(write(tmp_path / 'a.json', text)) == names
+
+
 def test_only_a_test_may_have_no_annotations(tmp_path):
     path = write(tmp_path / 'a.json', dict(images=content()['images']))
     assert read_coco(path, labelled=False).problems == []
