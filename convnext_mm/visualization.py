@@ -191,7 +191,7 @@ def draw_bars(values: Sequence[float], classes: Sequence[str], title: str, path:
     order = [i for i in np.argsort(values) if not math.isnan(values[i])]
     figure, axis = plt.subplots(figsize=(8, 1.5 + 0.3 * len(order)))
     axis.barh([classes[i] for i in order], [values[i] for i in order])
-    axis.set(title=title, xlim=(0, 1))
+    axis.set(title=title, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from .. import checkpoints, migration
 from ..bases import find_recipe
 from ..checkpoints.loading import FitCheckpointHook
-from ..datasets import inspection
+from ..datasets import datasets_of_split, inspection
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..datasets.findings import Findings, Problem
 from ..errors import UserError
@@ -151,9 +151,12 @@ def check_data(args: argparse.Namespace, show: Callable[[str], object] = str) ->
         UserError: The config cannot be read, data is missing, or the work dir cannot be written to.
     """
     cfg = _load_config(args)
-    checks.check_data_exists(cfg, ('train', 'val'))
+    val, test = ([[one.get(key) for key in ('data_root', 'ann_file', 'data_prefix')]
+                  for one in datasets_of_split(cfg, split)] for split in ('val', 'test'))
+    splits = ('train', 'val') if test == val else ('train', 'val', 'test')
+    checks.check_data_exists(cfg, splits)
     picture = writable_folder(cfg.work_dir) / 'dataset.png'
-    done = DataCheck(inspection.inspect_splits(cfg), picture)
+    done = DataCheck(inspection.inspect_splits(cfg, splits=splits), picture)
     show(str(done))
     draw_contact_sheet(cfg, done.picture)
     return done

@@ -293,7 +293,8 @@ def test_class_frequencies_of_boxes(detection_data):
     (update('images', 0, file_name='gone.jpg'), 'error', 'image missing or unreadable',
      ['{train}/gone.jpg (file not found)']),
     (update('categories', 0, name='bal'), 'error', "'ball' (Did you mean bal?)", []),
-    (lambda c: c['categories'].append(dict(id=3, name='x')), 'note', 'ignored: x', []),
+    (lambda c: (c['categories'].append(dict(id=3, name='x')), c['annotations'].append(
+        dict(c['annotations'][0], id=99, category_id=3))), 'note', 'ignored: x', []),
     (lambda c: c['annotations'][0].pop('area'), 'note', 'without area, which is taken', ['id 1']),
     (lambda c: c['annotations'][0].pop('bbox'), 'error', "annotations without 'bbox'", ['id 1']),
     (lambda c: c.pop('images'), 'error', "has no list 'images'", []),
@@ -487,6 +488,21 @@ def test_invalid_json_and_an_evaluator_with_another_file(tmp_path):
                                  f'{tmp_path}/train.json')
 
 
+def test_images_in_another_folder_are_found(tmp_path):
+    data = DetectionData(tmp_path)
+    (tmp_path / 'train').rename(tmp_path / 'images')
+    (tmp_path / 'train').mkdir()
+    (tmp_path / 'images').rename(tmp_path / 'train' / 'images')
+    (problem,) = data.problems()
+    assert problem.fix == (f"0.jpg is in {tmp_path}/train/images: set "
+                           "data_prefix=dict(img='train/images') of the dataset")
+
+
+def test_a_category_without_boxes_needs_no_class(detection_data):
+    detection_data.change(lambda content: content['categories'].append(dict(id=0, name='things')))
+    assert detection_data.problems() == []
+
+
 def test_the_quick_check_skips_large_files(detection_data, monkeypatch):
     monkeypatch.setattr(detection, 'QUICK_CHECK_BYTES', 10)
     assert [(p.level, p.message) for p in detection_data.problems(sample=2)] == [
@@ -520,6 +536,7 @@ def test_check_dataset_reports_and_draws(tmp_path):
     done = call_tool('tools/check_dataset.py', data.config, '--work-dir', tmp_path / 'run')
     assert done.returncode == 0
     assert '0 errors (✗), 0 warnings (!)' in done.stdout
+    assert '\ntest: ' not in done.stdout, 'it is the validation data'
     Image.open(tmp_path / 'run' / 'dataset.png').verify()
     write_mask(tmp_path / 'masks/train/3.png', [0, 9])
     done = call_tool('tools/check_dataset.py', data.config, '--work-dir', tmp_path / 'run')
@@ -527,6 +544,12 @@ def test_check_dataset_reports_and_draws(tmp_path):
     assert '✗ mask values that are not classes: 9' in done.stdout
     assert f'{tmp_path}/masks/train/3.png' in done.stdout
     assert 'the data has errors' in done.stderr
+    with open(data.config, 'a') as file:
+        file.write("test_dataloader = dict(dataset=dict(data_prefix=dict("
+                   "img_path='images/train', seg_map_path='masks/train')))\n")
+    done = call_tool('tools/check_dataset.py', data.config, '--work-dir', tmp_path / 'run')
+    assert f'test: 6 images in {tmp_path}/images/train' in done.stdout
+    assert 'image that is also in the training data' in done.stdout
 
 
 def test_training_checks_a_sample_first(tmp_path, capsys, monkeypatch):
