@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,11 @@ class Command(NamedTuple):
     action: Callable[[argparse.Namespace], object]
 
 
+MISLEADING = ('`reduce_zero_label` will be deprecated', 'faster_coco_eval is not installed',
+              'Default ``avg_non_ignore`` is False', 'The draw is False')
+"""Warnings of the toolboxes about what the recipes mean as it is, or do not use."""
+
+
 def main(command: str | None = None, argv: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -59,6 +65,8 @@ def run(action: Callable[[argparse.Namespace], object], args: argparse.Namespace
 
     Ctrl-C before or after a training, which saves itself, ends with status 130.
     """
+    for text in MISLEADING:
+        warnings.filterwarnings('ignore', text)
     try:
         action(args)
     except UserError as error:
@@ -237,6 +245,8 @@ def _add_convert_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('out', help='folder of the new files')
     parser.add_argument('--colors', metavar='CONFIG', help='instead, convert the masks in the '
                         "folder from the colors of this config's palette to class indices")
+    parser.add_argument('--ignore-others', action='store_true', help='with --colors: colors that '
+                        'are not in the palette become 255, which is ignored')
 
 
 def _add_split_data(parser: argparse.ArgumentParser) -> None:

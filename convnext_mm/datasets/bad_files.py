@@ -92,13 +92,16 @@ def check_mask(results: dict, classes: int) -> None:
                         f'labels 0 to {classes - 1}, and {IGNORED} for no class')
 
 
-def require_images(found: list[dict], where: object, before: int = 0) -> list[dict]:
+def require_images(found: list[dict], where: object, before: int = 0,
+                   fix: str = 'check data_root, the folder, and the ending of the files'
+                   ) -> list[dict]:
     """The images of a split, of which there must be some.
 
     Args:
         found: The images.
         where: Their folder or annotation file.
         before: How many there were before those without usable objects were left out.
+        fix: What to do if there were none.
 
     Raises:
         UserError: There are none.
@@ -106,8 +109,7 @@ def require_images(found: list[dict], where: object, before: int = 0) -> list[di
     if found:
         return found
     raise UserError(f'{where} has no image' + (
-        f' with an object of the classes, of {before}' if before else
-        ': check data_root, the folder, and the ending of the files')
+        f' with an object of the classes, of {before}' if before else f': {fix}')
         + f'. To look at the data: {CHECK_COMMAND} CONFIG')
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mmengine.config import Config
 
 from .. import visualization
+from ..errors import UserError
 from .completion import (
     dataset_classes,
     dataset_metainfo,
@@ -102,6 +103,9 @@ def _load_cells(cfg: Config, split: str, config: dict, count: int) -> list[Cell]
         try:
             packed = dataset.pipeline(info)
             image = visualization.to_picture(packed['inputs'].permute(1, 2, 0).numpy())
+            mask = packed['data_samples'].get('gt_sem_seg')
+            if mask is not None and mask.data.squeeze(0).ndim != 2:
+                raise UserError('a mask in colors')
             cells.append(Cell(title, image, packed['data_samples']))
         except KeyError as error:
             cells.append(Cell(title, error='objects without masks' if error.args == ('mask',)

@@ -515,20 +515,26 @@ def _labelme_image(content: dict, file: Path) -> Path | None:
 # ---- masks in colors
 
 
-def convert_colors(masks: str, out: str, palette: Sequence[Sequence[int]]) -> int:
-    """Write masks of class indices for masks in the colors of a palette; returns their number.
+def convert_colors(masks: str, out: str, palette: Sequence[Sequence[int]],
+                   ignore_others: bool = False) -> tuple[int, float, list[tuple[int, ...]]]:
+    """Write masks of class indices for masks in the colors of a palette.
 
     Args:
         masks: Folder of images whose colors are classes.
         out: Folder of the new masks, PNG files of the same names.
         palette: A color [red, green, blue] for each class.
+        ignore_others: Whether other colors become 255, which is ignored.
+
+    Returns:
+        The number of masks, the share of pixels of other colors, and these colors.
 
     Raises:
         UserError: There are no masks, or a color is not in the palette.
     """
-    target, count = writable_folder(out), 0
+    target, count, pixels, ignored = writable_folder(out), 0, 0, 0
     codes = np.array([(r << 16) + (g << 8) + b for r, g, b in palette])
     order = np.argsort(codes)
+    others: set[tuple[int, ...]] = set()
     for path in _walk(Path(masks), (*IMAGE_SUFFIXES, '.gif')):
         with _reading(path, 'an image'), Image.open(path) as image:
             rgb = np.asarray(image.convert('RGB'), np.int64)
@@ -537,13 +543,19 @@ def convert_colors(masks: str, out: str, palette: Sequence[Sequence[int]]) -> in
         labels = order[place]
         unknown = codes[labels] != code
         if unknown.any():
-            colors = sorted({tuple(color) for color in rgb[unknown].tolist()})
-            raise UserError(f'{path}: {unknown.sum()} pixels have colors that are not in palette: '
-                            + ', '.join(map(str, colors[:6])))
+            colors = [(one >> 16, one >> 8 & 255, one & 255) for one in np.unique(
+                code[unknown]).tolist()]
+            if not ignore_others:
+                raise UserError(
+                    f'{path}: {unknown.sum()} pixels have colors that are not in palette: '
+                    f'{", ".join(map(str, colors[:6]))}. If they are no class, add '
+                    '--ignore-others: they become 255, which is ignored')
+            others.update(colors)
+            labels = np.where(unknown, 255, labels)
         file = (target / path.relative_to(masks)).with_suffix('.png')
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(labels.astype(np.uint8)).save(file)
-        count += 1
+        count, pixels, ignored = count + 1, pixels + code.size, ignored + int(unknown.sum())
     if not count:
         raise UserError(f'{masks} has no masks')
-    return count
+    return count, ignored / pixels, sorted(others)

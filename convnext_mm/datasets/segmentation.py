@@ -69,8 +69,7 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     findings.total = len(dataset)
     prefix = dataset.data_prefix
     if not findings.total:
-        suffixes = Counter(Path(name).suffix for name in _list_files(prefix.get('img_path')))
-        existing = ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3))
+        existing = endings_below(prefix.get('img_path'))
         findings.add(
             f'no image ends with {_endings(dataset)} in {prefix.get("img_path")}' +
             (f', which contains {existing}' if existing else ''),
@@ -209,18 +208,15 @@ def _report_colors(pairs: list[ImageMaskPair], findings: Findings, palette: list
     listed = ', '.join(map(str, colors[:6])) + (', …' if len(colors) > 6 else '')
     if all(len(set(color[:3])) == 1 for color in colors):
         kind, fix = 'whose channels are equal', 'Save one channel: mask = rgb[..., 0]'
-    elif known and known >= {color[:3] for color in colors}:
-        kind = 'in the colors of palette'
-        fix = ('Convert them to class indices, the position of a color in palette: python '
-               'tools/convert_dataset.py MASKS OUT --colors CONFIG')
     elif len(colors) > 256:
         kind = f'of {len(colors)} colors, which are no classes'
         fix = ('Such masks come from blending, from JPEG or from resizing with interpolation: '
                'export them again as PNG with one channel of class indices')
     else:
-        kind = f'in {len(colors)} colors: {listed}'
-        fix = ('Save masks with one channel: mask = np.zeros(rgb.shape[:2], np.uint8), and for '
-               'each class mask[(rgb == color).all(-1)] = index')
+        kind = 'in the colors of palette' if known >= {color[:3] for color in colors} else (
+            f'in {len(colors)} colors: {listed}')
+        fix = ('Convert them to class indices, the position of a color in palette = [[red, green, '
+               'blue], …] of the config: python tools/convert_dataset.py MASKS OUT --colors CONFIG')
     findings.add(f'color mask {kind}; expected one channel with class indices', fix,
                  where=[f'{p.mask} ({p.mode})' for p in pairs])
 
@@ -256,6 +252,12 @@ def _report_unused_files(prefix: dict, dataset: Any, findings: Findings, sample:
         findings.add(f'mask without an image that ends with {_endings(dataset)}',
                      'Add the image, or remove the mask', 'warning',
                      where=[mask for mask in found if mask not in taken | images])
+
+
+def endings_below(folder: str | None) -> str:
+    """How the names of the files below a folder end, and their numbers: '41 .png, 1 .txt'."""
+    suffixes = Counter(Path(name).suffix for name in _list_files(folder))
+    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3))
 
 
 def _endings(dataset: Any) -> str:

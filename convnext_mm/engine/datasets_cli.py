@@ -14,18 +14,23 @@ def convert_dataset(args: argparse.Namespace) -> None:
     """Convert annotations to COCO format, or masks in colors, and print the lines for a config.
 
     Args:
-        args: ``source``, ``out`` and ``colors``.
+        args: ``source``, ``out``, ``colors`` and ``ignore_others``.
 
     Raises:
         UserError: See :func:`convnext_mm.datasets.formats.convert` and ``convert_colors``.
     """
     if args.colors:
-        palette = checks.read_config(args.colors).get('palette')
+        palette = checks.read_config(args.colors, notes=[]).get('palette')
         if not palette:
             raise UserError(f'{args.colors} has no palette: set palette=[[red, green, blue], …], a '
                             'color for each class')
-        count = formats.convert_colors(args.source, args.out, palette)
+        count, share, others = formats.convert_colors(args.source, args.out, palette,
+                                                      args.ignore_others)
         print(f'{count} masks written to {args.out}')
+        if others:
+            print(f'{share:.1%} of the pixels have {len(others)} other colors and are ignored: '
+                  + ', '.join(map(str, others[:6])) + (', …' if len(others) > 6 else ''))
+        print('For the config:\nreduce_zero_label = False')
         return
     done = formats.convert(args.source, args.out)
     print(f'{done.kind}, classes: {len(done.classes)}')

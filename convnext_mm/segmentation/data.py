@@ -8,6 +8,7 @@ from typing import Any
 from mmseg.datasets import BaseSegDataset
 
 from ..datasets.bad_files import require_images
+from ..datasets.segmentation import endings_below
 from ..registry import DATASETS
 
 IGNORED = 255
@@ -42,8 +43,11 @@ class SegmentationDataset(BaseSegDataset):
         Raises:
             UserError: There are none.
         """
-        where = self.ann_file or self.data_prefix.get('img_path')
-        return require_images(self._load_data_list(), where)
+        found, folder = self._load_data_list(), self.data_prefix.get('img_path')
+        if found or self.ann_file or not (existing := endings_below(folder)):
+            return require_images(found, self.ann_file or folder)
+        return require_images(found, folder, fix=f'none of {existing} ends with {self.img_suffix}, '
+                              "set img_suffix='…' at the top of the config")
 
     def _load_data_list(self) -> list[dict]:
         suffixes: Any = self.img_suffix

@@ -221,10 +221,13 @@ def test_masks_in_colors(tmp_path):
     (tmp_path / 'masks').mkdir()
     Image.fromarray(colors).save(tmp_path / 'masks' / 'a.png')
     assert convert_colors(str(tmp_path / 'masks'), str(tmp_path / 'out'),
-                          [(0, 128, 0), (9, 9, 9), (0, 0, 0)]) == 1
+                          [(0, 128, 0), (9, 9, 9), (0, 0, 0)]) == (1, 0, [])
     assert np.asarray(Image.open(tmp_path / 'out/a.png'))[0].tolist() == [2, 2, 0, 0, 0, 0]
     with pytest.raises(UserError, match=r'a.png: 8 pixels have colors .*\(0, 0, 0\)'):
         convert_colors(str(tmp_path / 'masks'), str(tmp_path / 'out'), [(0, 128, 0)])
+    assert convert_colors(str(tmp_path / 'masks'), str(tmp_path / 'out'), [(9, 9, 9), (0, 128, 0)],
+                          ignore_others=True) == (1, 1 / 3, [(0, 0, 0)])
+    assert np.asarray(Image.open(tmp_path / 'out/a.png'))[0].tolist() == [255, 255, 1, 1, 1, 1]
     (tmp_path / 'mine.py').write_text(f"""_base_ = '{ROOT}/{SEGMENTATION}'
 classes = ('grass', 'sky', 'road')
 palette = [[0, 128, 0], [9, 9, 9], [0, 0, 0]]

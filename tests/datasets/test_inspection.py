@@ -444,7 +444,7 @@ def test_images_of_several_endings(tmp_path):
 
 @pytest.mark.parametrize(('mode', 'message', 'fix'), [
     ('palette', 'in the colors of palette', 'convert_dataset.py'),
-    ('colors', r'in 2 colors: \(0, 128, 0\), \(0, 0, 0\)', 'one channel'),
+    ('colors', r'in 2 colors: \(0, 128, 0\), \(0, 0, 0\)', '--colors CONFIG'),
     ('photo', 'of [0-9]+ colors, which are no classes', 'export them again')])
 def test_color_masks_are_named_as_what_they_are(tmp_path, mode, message, fix):
     extra = 'palette = [[0, 0, 0], [0, 128, 0], [9, 9, 9]]\n' if mode == 'palette' else ''
@@ -523,6 +523,14 @@ def test_contact_sheet(tmp_path, kind):
     for cell in readable:
         assert (cell == 255).mean() < 0.1
         assert np.abs(cell[..., 0] - cell[..., 2]).mean() > 20, 'annotations in color'
+
+
+def test_contact_sheet_of_masks_in_colors(tmp_path):
+    data = SegmentationData(tmp_path)
+    write_mask(tmp_path / 'masks/train/0.png', [0, 1], mode='RGB')
+    contact_sheet.draw_contact_sheet(data.cfg, tmp_path / 'dataset.png', num_train=2, num_val=1)
+    sheet = np.asarray(Image.open(tmp_path / 'dataset.png').convert('RGB'))
+    assert (sheet[60:250, 20:300] == 255).mean() > 0.8, 'only text'
 
 
 def test_names_of_exports_fit_above_their_images():

@@ -5,6 +5,8 @@ import torch
 from mmseg.registry import DATASETS, METRICS
 from PIL import Image
 
+from convnext_mm import UserError
+
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
             dict(type='PackSegInputs')]
 
@@ -44,6 +46,11 @@ def test_the_metric_leaves_ignored_values_out(data):
     metric.process({}, [dict(gt_sem_seg=dict(data=sample.gt_sem_seg.data),
                              pred_sem_seg=dict(data=prediction[None]), img_path='a.jpg')])
     assert metric.evaluate(1)['mIoU'] == 100
+
+
+def test_the_endings_that_are_there_are_named(data):
+    with pytest.raises(UserError, match=r'none of 1 \.jpg, 1 \.JPG, 1 \.jpeg ends with \.png, set'):
+        data(img_suffix='.png')
 
 
 def test_endings(data, tmp_path):
