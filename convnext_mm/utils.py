@@ -29,7 +29,9 @@ def suggest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 
         count: How many to suggest at most.
         cutoff: Similarity from 0 to 1 that a suggestion needs.
     """
-    close = difflib.get_close_matches(str(name), list(known), n=count, cutoff=cutoff)
+    known = list(known)
+    close = [one for one in known if one.lower() == str(name).lower()][:count] or (
+        difflib.get_close_matches(str(name), known, n=count, cutoff=cutoff))
     return f' Did you mean {" or ".join(close)}?' if close else ''
 
 

@@ -287,6 +287,8 @@ def draw_labels(axis: Any, mask: Any, colors: np.ndarray, step: int = 1) -> Coun
 
 NAME_HEIGHT = 0.06
 """Height of an object's name as a share of its picture's; nearer to the top it is in the box."""
+MAX_NAMES = 60
+"""With more objects, names would hide them; the legend has their colors."""
 
 
 def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np.ndarray,
@@ -304,6 +306,7 @@ def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np
     if masks is not None:
         masks = masks.to_ndarray() if hasattr(masks, 'to_ndarray') else masks.cpu().numpy()
     drawn: Counter[int] = Counter()
+    shown = len(boxes) if scores is None else int((scores >= score_threshold).sum())
     edge = NAME_HEIGHT * abs(np.subtract(*axis.get_ylim()))
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         if scores is not None and scores[i] < score_threshold:
@@ -314,12 +317,14 @@ def draw_instances(axis: Any, instances: Any, classes: Sequence[str], colors: np
             overlay[masks[i].astype(bool)] = (*color, 0.5)
             axis.imshow(overlay, interpolation='nearest')
         axis.add_patch(Rectangle(box[:2], *(box[2:] - box[:2]), fill=False, ec=color, lw=2))
+        drawn[int(label)] += 1
+        if shown > MAX_NAMES:
+            continue
         name = classes[label] + ('' if scores is None else f' {scores[i]:.2f}')
         bright = color @ [0.3, 0.6, 0.1] > 0.6
         axis.text(*box[:2], name, fontsize=11, color='black' if bright else 'white',
                   va='top' if box[1] < edge else 'bottom', clip_on=True,
                   bbox=dict(facecolor=color, edgecolor='none', alpha=0.8, pad=1))
-        drawn[int(label)] += 1
     return drawn
 
 

@@ -95,6 +95,17 @@ def test_names_at_the_top_edge_are_inside_the_image():
     visualization.pyplot().close(figure)
 
 
+def test_many_objects_are_drawn_without_names():
+    for count, names in ((60, 60), (61, 0)):
+        figure, axis = visualization.pyplot().subplots()
+        drawn = visualization.draw_instances(
+            axis, InstanceData(bboxes=torch.rand(count + 5, 4), scores=torch.tensor(
+                [0.9] * count + [0.1] * 5), labels=torch.ones(count + 5, dtype=torch.int)),
+            META['classes'], np.eye(3))
+        assert (drawn, len(axis.patches), len(axis.texts)) == ({1: count}, count, names)
+        visualization.pyplot().close(figure)
+
+
 @pytest.mark.parametrize('palette', [None, 'random', [(1, 2, 3)]])
 def test_colors_without_a_palette_differ(palette):
     colors = visualization.class_colors(palette, 5)

@@ -157,10 +157,19 @@ def check_data_exists(cfg: Config, splits: tuple[str, ...]) -> None:
             if ann_file and not os.path.exists(ann_file):
                 missing.setdefault(ann_file, f"evaluator's annotation file ({split})")
     if missing:
-        listed = '\n'.join(f'  {os.path.abspath(path)}  {kind}' for path, kind in missing.items())
+        listed = '\n'.join(f'  {os.path.abspath(path)}  {kind}{_similar_name(path)}'
+                           for path, kind in missing.items())
         advice = '' if cfg.get('classes') else GET_DATA.get(cfg.get('default_scope'), '') + '\n'
         raise UserError(f'Data not found, expected at:\n{listed}\n{advice}{OTHER_FOLDER}\n'
                         f'{TRY_DEMO}')
+
+
+def _similar_name(path: str) -> str:
+    """A question whether another file or folder beside a missing one was meant, or ''."""
+    folder, name = os.path.split(os.path.abspath(path))
+    hint = '' if os.path.exists(path) or not os.path.isdir(folder) else suggest(
+        name, os.listdir(folder))
+    return f'. {hint.strip()}' if hint else ''
 
 
 def check_data_sample(cfg: Config, splits: tuple[str, ...], sample: int = 16) -> None:

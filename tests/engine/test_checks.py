@@ -78,6 +78,15 @@ def test_data_root_replaces_every_path(config, folder, demo_data):
     checks.check_data_exists(cfg, ('train', 'val', 'test'))
 
 
+def test_a_similar_folder_is_named(tmp_path):
+    (tmp_path / 'images' / 'train').mkdir(parents=True)
+    data = dict(type='BaseSegDataset', data_root=str(tmp_path),
+                data_prefix=dict(img_path='images/trian'))
+    cfg = Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=data)))
+    with pytest.raises(UserError, match=r'images/trian  images \(train\)\. Did you mean train\?\n'):
+        checks.check_data_exists(cfg, ('train',))
+
+
 def test_an_empty_folder_is_missing_data(tmp_path):
     cfg = Config.fromfile(SEGMENTATION)
     for part in ('images', 'annotations'):
