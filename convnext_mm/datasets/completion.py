@@ -182,10 +182,6 @@ def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:
         _set_palettes(cfg)
         return
     classes = class_names(classes, cfg.get('data_root'))
-    if isinstance(palette, (list, tuple)) and len(palette) != len(classes) and any(
-            base.get('palette') == palette and base.get('classes') != cfg.classes
-            for base in inherited):
-        cfg.palette = palette = None  # that of other classes
     if palette is not None:
         invalid = [c for c in palette if not isinstance(c, (list, tuple)) or len(c) != 3
                    or not all(isinstance(v, int) and 0 <= v <= 255 for v in c)]

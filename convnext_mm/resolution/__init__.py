@@ -27,6 +27,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     data.imdecode_backend_and_packages,
     data.dataset_type_and_reduce_zero_label,
     data.data_format_and_conversion,
+    data.classes_and_palette,
     data.data_root_and_classes,
     data.val_and_dataloaders,
     data.classes_and_reduce_zero_label,

@@ -56,6 +56,15 @@ COCO_TYPES = ('CocoDataset', 'convnext_mm.CocoDataset')
 COCO_METRICS = ('CocoMetric', 'convnext_mm.CocoMetric')
 
 
+def classes_and_palette(edits: Edits) -> None:
+    """New classes do not take the palette that an inherited config has for its own."""
+    palette, classes = edits.get('palette'), edits.get('classes')
+    if not isinstance(palette, (list, tuple)) or edits.set_in('classes') >= edits.set_in('palette'):
+        return
+    if classes is None or len(class_names(classes, edits.get('data_root'))) != len(palette):
+        edits.put('palette', None)
+
+
 def data_root_and_classes(edits: Edits) -> None:
     """Data of the user's own has classes of its own.
 

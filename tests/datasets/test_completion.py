@@ -5,7 +5,15 @@ from convnext_mm import UserError
 from convnext_mm.datasets.completion import heads_with_classes
 from convnext_mm.engine.checks import read_config
 from convnext_mm.visualization import distinct_colors
-from tests.helpers import DEMO_SEGMENTATION, DETECTION, ROOT, SEGMENTATION, call_tool, run_tool
+from tests.helpers import (
+    DEMO_DETECTION,
+    DEMO_SEGMENTATION,
+    DETECTION,
+    ROOT,
+    SEGMENTATION,
+    call_tool,
+    run_tool,
+)
 
 SEG = f'''_base_ = '{ROOT}/{SEGMENTATION}'
 data_root = 'data/mine'
@@ -121,12 +129,21 @@ val_dataloader = dict(dataset=dict(ann_file='b.json', metainfo=meta))
         assert dataset.metainfo.palette == [(0, 0, 142), (220, 20, 60)], "COCO's"
 
 
-def test_the_palette_of_other_classes_is_not_inherited(load):
+def test_the_palette_of_other_classes_is_not_inherited(load, tmp_path):
     base = f"_base_ = '{ROOT}/{DEMO_SEGMENTATION}'\nclasses = ('a', 'b')\n"
     for dataset in datasets(load(base)):
         assert dataset.metainfo.palette == distinct_colors(2)
     with pytest.raises(UserError, match='a color .* for each of the 2 classes'):
         load(base + 'palette = [[0, 0, 0]]')
+    (tmp_path / 'a.json').write_text(
+        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cell"}]}')
+    for dataset in datasets(load(f"""_base_ = '{ROOT}/{DEMO_DETECTION}'
+data_root = '{tmp_path}'
+train_dataloader = dict(dataset=dict(ann_file='a.json', data_prefix=dict(img='')))
+val_dataloader = dict(dataset=dict(ann_file='a.json', data_prefix=dict(img='')))
+classes = None
+""")):
+        assert dict(dataset.metainfo) == dict(classes=('cell',), palette=distinct_colors(1))
 
 
 def test_palette_and_mask_options_are_copied(load):
