@@ -195,6 +195,7 @@ def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> N
                           (config.get('data_prefix') or {}).get('img', ''))
     lost = next((file.path for file in files if file.error and not os.path.exists(file.path)), '')
     findings.add('image missing or unreadable',
+                 'Replace the file, or remove it from the annotation file' if not lost else
                  _other_place(lost, folder, config.get('data_root') or '') or
                  f'Images are expected in {folder or "."}, under the file_name in the annotation '
                  'file: add them, or set data_prefix.img' + (
@@ -220,8 +221,8 @@ def _report_files(files: list[ImageFile], config: dict, findings: Findings) -> N
 
 def _other_place(path: str, folder: str, root: str) -> str:
     """The fix for an image that is in another folder below ``root``; '' if there is none."""
-    name = os.path.relpath(path, folder) if path else ''
-    for place, _, names in os.walk(root) if path else ():
+    name = os.path.relpath(path, folder)
+    for place, _, names in os.walk(root):
         found = os.path.join(place, os.path.basename(name))
         if os.path.basename(name) in names and found.endswith(os.sep + name):
             prefix = os.path.relpath(found[:-len(name)], root)

@@ -498,6 +498,14 @@ def test_images_in_another_folder_are_found(tmp_path):
                            "data_prefix=dict(img='train/images') of the dataset")
 
 
+def test_a_broken_image_is_not_looked_for_elsewhere(tmp_path):
+    data = DetectionData(tmp_path)
+    (tmp_path / 'train' / '0.jpg').write_bytes(b'no image')
+    (problem,) = data.problems()
+    assert problem.where == [f'{tmp_path}/train/0.jpg (not an image)']
+    assert problem.fix == 'Replace the file, or remove it from the annotation file'
+
+
 def test_a_category_without_boxes_needs_no_class(detection_data):
     detection_data.change(lambda content: content['categories'].append(dict(id=0, name='things')))
     assert detection_data.problems() == []
