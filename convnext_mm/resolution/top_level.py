@@ -196,7 +196,7 @@ def scale_and_pipelines(edits: Edits) -> None:
                       for state, old in written
                       for place in (path, f'{path.partition("_")[0]}_pipeline')]
             for i, step in enumerate(find_transforms(edits.get(path), kind)):
-                values = step.get(key)
+                values = step.get(key) or ()
                 old = next((old for steps, old in before if i < len(steps)
                             and same(values, steps[i].get(key))), None)
                 if old is not None:
