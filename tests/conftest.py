@@ -1,7 +1,9 @@
 """Fixtures, and the settings of libraries that must be made before they are imported."""
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,17 @@ if not torch.cuda.is_available():
 
 # Gives mmcv operators where it has none, before a test module imports a toolbox.
 import convnext_mm  # noqa: F401
+
+
+@pytest.fixture(scope='module', autouse=True)
+def without_old_objects() -> Iterator[None]:
+    """Leave what a module's tests left behind out of later garbage collections.
+
+    mmengine collects for every dataset, which takes seconds beside the graphs of exported models.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')
