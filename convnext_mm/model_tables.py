@@ -10,7 +10,9 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ METHOD = dict(
                         'workspaces',
     latency_ms='measured: processor time of test_step on one image of size, fp32, one thread, '
                'random weights, the least of the repeats; of detectors, 1000 proposals and 100 '
-               'detections. null: not measured',
+               'detections',
     accuracy='published by the authors for their weights, see accuracy_source. null: not trained')
 
 
@@ -71,7 +73,7 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
         for path in track(tables[task], f'Measuring for {name}', transient=True):
             row = describe_recipe(task, path, published[Path(path).stem])
             latency = round(measure_latency(path, row['size'], repeats), 1)
-            rows.append(dict(row, latency_ms=dict(pytorch=latency, onnx=None, int8=None)))
+            rows.append(dict(row, latency_ms=dict(pytorch=latency)))
         if not rows:
             continue
         table = dict(
@@ -197,9 +199,6 @@ def describe_processor() -> str:
 
 def installed_versions() -> dict[str, str]:
     """The versions of Python and of the packages that the figures depend on."""
-    import mmcv
-    import mmdet
-    import mmengine
-    import mmseg
-    packages = {module.__name__: module.__version__ for module in (mmcv, mmengine, mmseg, mmdet)}
+    packages = {name: import_module(name).__version__
+                for name in ('mmcv', 'mmengine', 'mmseg', 'mmdet') if find_spec(name)}
     return dict(python=platform.python_version(), torch=version('torch'), **packages)

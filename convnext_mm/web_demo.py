@@ -10,7 +10,6 @@ from matplotlib.colors import to_hex
 
 from . import visualization
 from .api import Model, load
-from .bases import find_recipe
 from .datasets.findings import failure_reason
 from .deployment.optional import require
 from .errors import UserError
@@ -30,8 +29,7 @@ def main(args: argparse.Namespace) -> None:
         UserError: gradio is not installed, the model cannot be loaded, or the port is taken.
     """
     require('gradio', extra='web')
-    model = load(find_recipe(args.config), args.checkpoint, args.device, args.dtype,
-                 **args.cfg_options or {})
+    model = load(args.config, args.checkpoint, args.device, args.dtype, **args.cfg_options or {})
     page = build_page(model)
     try:
         page.launch(server_name=args.host, server_port=args.port, share=False)

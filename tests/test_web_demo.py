@@ -15,12 +15,20 @@ needs_gradio = pytest.mark.skipif(not find_spec('gradio'), reason='gradio is not
 DIMS = dict(depths=[1, 1, 1, 1], dims=[8, 16, 24, 32])
 
 
-@pytest.fixture(scope='module', params=[DEMO_SEGMENTATION, DEMO_DETECTION])
-def model(request, tmp_path_factory) -> Model:
-    path = tmp_path_factory.mktemp('model') / 'model.pth'
-    built = build_model(request.param, DIMS)
-    torch.save(dict(state_dict=built.state_dict()), path)
-    return cm.load(request.param, path, 'cpu', **DIMS)
+@pytest.fixture(scope='module')
+def models(tmp_path_factory) -> dict[str, Model]:
+    """A small model of each task."""
+    found = {}
+    for config in (DEMO_SEGMENTATION, DEMO_DETECTION):
+        path = tmp_path_factory.mktemp('model') / 'model.pth'
+        torch.save(dict(state_dict=build_model(config, DIMS).state_dict()), path)
+        found[config] = cm.load(config, path, 'cpu', **DIMS)
+    return found
+
+
+@pytest.fixture(params=[DEMO_SEGMENTATION, DEMO_DETECTION])
+def model(request, models) -> Model:
+    return models[request.param]
 
 
 @pytest.fixture
@@ -45,9 +53,8 @@ def test_regions_are_those_of_the_model(model, image):
                    for (mask, _), found in zip(regions, result.masks, strict=True))
 
 
-def test_boxes_stand_for_detections_without_masks(model, image, monkeypatch):
-    if model.cfg.default_scope == 'mmseg':
-        pytest.skip('of detectors')
+def test_boxes_stand_for_detections_without_masks(models, image, monkeypatch):
+    model = models[DEMO_DETECTION]
     monkeypatch.setattr(type(model(image)), 'masks', None)
     _, regions = web_demo.find_regions(model, image, 0.0)
     boxes = model(image, score_threshold=0.0).boxes

@@ -22,6 +22,8 @@ from ..fused.conv_module import FOLDABLE, folded
 from .images import Image
 from .least_squares import Statistics, Use, select, substitution
 
+MULTIPLE = 8
+"""Of channels that are a share of those before, as processors like them."""
 PIXELS = 2048
 """Of an image, evenly spaced, that a layer's statistics are of."""
 BN = 'weight', 'bias', 'running_mean', 'running_var'
@@ -166,8 +168,13 @@ def fold(module: Any) -> tuple[Tensor, Tensor]:
                    *(getattr(module.norm, name) for name in BN)], module.norm.eps)
 
 
+def convolution(layer: Any) -> Any:
+    """That of a ConvModule; any other layer as it is."""
+    return getattr(layer, 'conv', layer)
+
+
 def kernel(layer: Any, positions: int = 1) -> Tensor:
-    """The weight of a layer as (outputs, inputs, positions), in its memory where possible.
+    """The weight of a layer as (outputs, inputs, positions).
 
     Args:
         layer: A convolution, also a transposed one, or a linear layer.
@@ -191,7 +198,7 @@ def copy_layer(new: Any, old: Any, outputs: Tensor | None, matrix: Tensor | None
         constant: (channels,): what to add to these.
         positions: See :func:`observed`.
     """
-    layer, old_layer = (getattr(one, 'conv', one) for one in (new, old))
+    layer, old_layer = convolution(new), convolution(old)
     kept = slice(None) if outputs is None else outputs
     weight = kernel(old_layer, positions)[kept].double()
     added = weight.new_zeros(len(weight))

@@ -26,14 +26,12 @@ from ..layers import GRN, Block
 from ..prediction import Predictor
 from ..utils import atomic_path, writable_folder
 from .checking import Metric, primary
-from .head_pruning import prune_head
+from .head_pruning import MULTIPLE, prune_head
 from .images import Image, ImageSource, predict_in_pytorch
 from .least_squares import RIDGE, Statistics
 
 STEP = 32
 """Channels are removed by this number, as processors like them."""
-MULTIPLE = 8
-"""Of the channels of heads that are chosen for a latency."""
 SHARES = range(90, 20, -10)
 """Percent of backbone and head that are tried for a latency."""
 REPEATS = 5

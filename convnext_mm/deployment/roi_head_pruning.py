@@ -18,12 +18,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..fused.conv_module import FOLDABLE
-from .head_pruning import copy_layer, fold, kernel, modules, observed
+from .head_pruning import (
+    MULTIPLE,
+    convolution,
+    copy_layer,
+    fold,
+    kernel,
+    modules,
+    observed,
+)
 from .images import Image
 from .least_squares import Statistics, Use, select, substitution
-
-MULTIPLE = 8
-"""Of the channels of linear layers."""
 
 
 class Chain:
@@ -61,15 +66,9 @@ class Chain:
         self.new: Any = MODELS.build({**copy.deepcopy(settings), **self.changes})
         self.new.to(next(old.parameters()).device).eval()
 
-    def layer(self, head: Any, name: str) -> Any:
-        """A layer, without its norm and activation."""
-        module = head.get_submodule(name)
-        return getattr(module, 'conv', module)
-
-    def inputs(self, head: Any, step: int) -> int:
-        """The channels of the input at a step."""
-        name = self.steps[step][0]
-        return kernel(self.layer(head, name), self.positions.get(name, 1)).shape[1]
+    def kernel(self, head: Any, name: str) -> Tensor:
+        """The weight of a layer of one of the heads, see :func:`.head_pruning.kernel`."""
+        return kernel(convolution(head.get_submodule(name)), self.positions.get(name, 1))
 
     def choose(self, seen: dict[str, Statistics]) -> list[Tensor | None]:
         """The channels of the input that remain, for each step; None: all."""
@@ -78,12 +77,12 @@ class Chain:
             uses = []
             for name in self.steps[step]:
                 module = self.old.get_submodule(name)
-                weight = kernel(self.layer(self.old, name), self.positions.get(name, 1)).double()
-                if getattr(module, 'with_norm', False):
-                    weight = fold(module)[0].flatten(2).double()
+                weight = (fold(module)[0].flatten(2) if getattr(module, 'with_norm', False)
+                          else self.kernel(self.old, name)).double()
                 uses.append(Use(seen[name].covariance()[1],
                                 torch.einsum('ocp,odp->cd', weight, weight)))
-            kept.append(select(uses, self.inputs(self.new, step)))
+            count = self.kernel(self.new, self.steps[step][0]).shape[1]
+            kept.append(select(uses, count))
         return [*kept, None]  # the outputs of the last step
 
     def copy(self, step: int, kept: Sequence[Tensor | None],

@@ -171,9 +171,14 @@ def test_twins_in_the_head_are_removed_without_a_loss():
     assert (logits(model, x) - before).norm() < 1e-3 * before.norm()
 
 
-def test_a_head_makes_up_for_lost_channels(monkeypatch):
-    """Better than with only the means of the channels that are gone."""
-    x, kept, errors = smooth_images(41)[40], [], []
+def with_and_without_least_squares(monkeypatch, module, error) -> list:
+    """An error twice: with least squares, and with only the means of the channels that are gone.
+
+    Args:
+        module: Where the channels are chosen; the second time, they are the same.
+        error: Prunes a model and says how far its outputs are from those before.
+    """
+    kept, errors = [], []
 
     def select(uses, count):
         kept.append(least_squares.select(uses, count))
@@ -181,13 +186,20 @@ def test_a_head_makes_up_for_lost_channels(monkeypatch):
 
     for ridge, choice in (least_squares.RIDGE, select), (1e20, lambda uses, count: kept.pop(0)):
         monkeypatch.setattr(least_squares, 'RIDGE', ridge)
-        monkeypatch.setattr(head_pruning, 'select', choice)
-        model = segmentor(False)
+        monkeypatch.setattr(module, 'select', choice)
+        errors.append(error())
+    assert kept == []
+    return errors
+
+
+def test_a_head_makes_up_for_lost_channels(monkeypatch):
+    def error():
+        model, x = segmentor(False), smooth_images(41)[40]
         before = logits(model, x)
         cut_head(model, 12)
-        errors.append((logits(model, x) - before).norm())
-    assert kept == []
-    assert errors[0] < 0.9 * errors[1]
+        return (logits(model, x) - before).norm()
+    ours, theirs = with_and_without_least_squares(monkeypatch, head_pruning, error)
+    assert ours < 0.9 * theirs
 
 
 def test_heads_that_cannot_be_pruned_are_refused():
@@ -267,23 +279,13 @@ def test_twins_in_roi_heads_are_removed_without_a_loss():
 
 
 def test_roi_heads_make_up_for_lost_channels(monkeypatch):
-    """Better than with only the means of the channels that are gone."""
-    kept, errors = [], []
-
-    def select(uses, count):
-        kept.append(least_squares.select(uses, count))
-        return kept[-1]
-
-    for ridge, choice in (least_squares.RIDGE, select), (1e20, lambda uses, count: kept.pop(0)):
-        monkeypatch.setattr(least_squares, 'RIDGE', ridge)
-        monkeypatch.setattr(roi_head_pruning, 'select', choice)
+    def error():
         model, settings = detector(False)
         before = roi_outputs(model, 1000, 1040)
         cut_roi_heads(model, settings, 20)
-        errors.append([(new - old).norm() / old.norm() for new, old in zip(
-            roi_outputs(model, 1000, 1040), before, strict=True)])
-    assert kept == []
-    ours, theirs = map(sum, errors)
+        return sum((new - old).norm() / old.norm() for new, old in zip(
+            roi_outputs(model, 1000, 1040), before, strict=True))
+    ours, theirs = with_and_without_least_squares(monkeypatch, roi_head_pruning, error)
     assert ours < 0.95 * theirs
 
 
