@@ -289,6 +289,24 @@ def test_roi_heads_make_up_for_lost_channels(monkeypatch):
     assert ours < 0.95 * theirs
 
 
+@pytest.mark.parametrize('layer', ['conv', 'transposed', 'linear'])
+@torch.no_grad()
+def test_a_layer_without_a_channel_that_follows_from_others(layer):
+    """The last of four is 2 × the first + 0.5; the padding of zeros would not follow."""
+    old, new = ({'conv': torch.nn.Conv2d(n, 3, 3), 'linear': torch.nn.Linear(n * 36, 3),
+                 'transposed': torch.nn.ConvTranspose2d(n, 3, 2, stride=2)}[layer] for n in (4, 3))
+    if layer == 'transposed':  # a bias is the same at all of its positions
+        old.weight.copy_(old.weight.mean((2, 3), keepdim=True).expand_as(old.weight))
+    x = torch.randn(5, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 2 * x[:, 0] + 0.5
+    matrix, constant = torch.eye(4, 3, dtype=torch.double), torch.zeros(4, dtype=torch.double)
+    matrix[3, 0], constant[3] = 2, 0.5
+    head_pruning.copy_layer(new, old, None, matrix, constant, 36 if layer == 'linear' else 1)
+    before, after = (model(maps.flatten(1) if layer == 'linear' else maps)
+                     for model, maps in ((old, x), (new, x[:, :3])))
+    assert (after - before).abs().max() < 1e-5
+
+
 def test_roi_heads_that_cannot_be_pruned_are_refused():
     model, settings = detector(False)
     with pytest.raises(UserError, match='--head-channels 32: expected fewer than the heads have'):
