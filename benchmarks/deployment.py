@@ -5,12 +5,14 @@
 
 All run in the same process with the same random weights, one after the other in every round; the
 table has the least processor time of the rounds. Each runtime runs two files: of mmseg's head,
-which convolves upsampled maps, and of ours. Results go to benchmarks/results.
+which convolves upsampled maps, and of ours; int8 files are calibrated on the image itself, since
+their time does not depend on it. Results go to benchmarks/results.
 """
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import tempfile
 from pathlib import Path
 
@@ -24,9 +26,10 @@ from mmengine.logging import MMLogger
 
 from convnext_mm.deployment.formats import save_openvino
 from convnext_mm.deployment.onnx_file import write_onnx
-from convnext_mm.deployment.pipelines import build_pipeline
+from convnext_mm.deployment.pipelines import Pipeline, build_pipeline
+from convnext_mm.deployment.quantizing import Feed, quantize_onnx, quantize_openvino
 from convnext_mm.deployment.rewriting import exportable
-from convnext_mm.deployment.runtimes import load_exported
+from convnext_mm.deployment.runtimes import Exported, load_exported
 from convnext_mm.engine import speed
 from convnext_mm.fused.conv_module import FusedConvModule
 from convnext_mm.precision import set_inference_dtype
@@ -47,30 +50,53 @@ def compare(args: argparse.Namespace) -> str:
     size, data = np.array(args.size[::-1]), whole_model.test_data(plain, args.size)
     image = data()['inputs'][0].permute(1, 2, 0)[None].contiguous()
     steps, meta = {}, dict(task='segmentation', version='')
+    feed = dict(image=image.numpy(), size=size)
     with tempfile.TemporaryDirectory() as folder:
         for i, (label, model) in enumerate({"mmseg's head": plain, **models}.items()):
             model.test_cfg.mode = 'whole'
-            file, other = Path(folder, f'{i}.onnx'), Path(folder, f'{i}.xml')
             pipeline = build_pipeline(exportable(model))
-            write_onnx(pipeline, pipeline.example(image), file, meta)
-            save_openvino(openvino.convert_model(file), other, meta)
-            for path in (file, other):
-                exported = load_exported(path)
-                name = f'{exported.name}, {label.removeprefix(PACKED).strip(" ,") or "our head"}'
-                steps[name] = lambda run=exported.run: torch.from_numpy(
-                    run(image.numpy(), size)['classes'])
+            for name, path in export(pipeline, image, Path(folder, str(i)), meta, feed).items():
+                name += f', {label.removeprefix(PACKED).strip(" ,") or "our head"}'
+                steps[name] = functools.partial(run_file, load_exported(path), feed)
     for label, model in models.items():
-        speed.enable_packed_inference(model)
-        set_inference_dtype(model, 'fp32')
-        steps[label] = whole_model.make_test_step(model, torch.float32, args.size)
+        for dtype, kind in measuring.DTYPES.items():
+            if dtype != 'fp16':
+                one = copy.deepcopy(model)
+                speed.enable_packed_inference(one)
+                set_inference_dtype(one, dtype)
+                steps[label.replace(PACKED, f'{PACKED}, {dtype}') if dtype != 'fp32' else label] = \
+                    whole_model.make_test_step(one, kind, args.size)
     found = {label: step() for label, step in steps.items()}
-    other = {label: int((classes.to(found[PACKED]) != found[PACKED]).sum())
+    other = {label: f'{100 * (classes.to(found[PACKED]) != found[PACKED]).float().mean():.4f} %'
              if 'channels' not in label else '' for label, classes in found.items()}
     times = measuring.time_interleaved(steps, args.repeats, measuring.processor_time_once, min)
     lines = [f'| {label} | {1e3 * spent:.0f} | {times[PACKED] / spent:.2f} | {other[label]} |'
              for label, spent in times.items()]
     return '\n'.join(['| | ms | speed relative to packed PyTorch | pixels of another class |',
                       '|---|---|---|---|', *lines])
+
+
+def run_file(file: Exported, feed: Feed) -> torch.Tensor:
+    """The class map of an exported file."""
+    return torch.from_numpy(file.run(**feed)['classes'])
+
+
+def export(pipeline: Pipeline, image: torch.Tensor, path: Path, meta: dict, feed: Feed
+           ) -> dict[str, Path]:
+    """Write the files of a pipeline; return them by runtime and type."""
+    names = {'ONNX Runtime': '.onnx', 'ONNX Runtime int8': '.int8.onnx', 'OpenVINO': '.xml',
+             'OpenVINO bf16': '.bf16.xml', 'OpenVINO int8': '.int8.xml',
+             'OpenVINO int8 + bf16': '.both.xml'}
+    files = {name: path.with_suffix(suffix) for name, suffix in names.items()}
+    onnx = files['ONNX Runtime']
+    write_onnx(pipeline, pipeline.example(image), onnx, meta)
+    quantize_onnx(onnx, files['ONNX Runtime int8'], meta, [feed])
+    for precision, mark in ({}, ''), (dict(precision='bf16'), 'bf16'):
+        save_openvino(openvino.convert_model(onnx), files[f'OpenVINO {mark}'.strip()],
+                      meta | precision)
+        quantize_openvino(onnx, files['OpenVINO int8' + f' + {mark}' * bool(mark)],
+                          meta | precision, [feed])
+    return files
 
 
 if __name__ == '__main__':

@@ -17,6 +17,8 @@ TASKS = {'seg': 'segmentation', 'det': 'detection'}
 """Names of the tables."""
 PREFERENCES = {'accuracy': 'the most accurate', 'balance': 'the fastest within 1 point of the most '
                'accurate', 'speed': 'the fastest'}
+RUNTIMES = {'pytorch': 'PyTorch', 'onnx': 'ONNX Runtime', 'int8': 'ONNX Runtime in int8'}
+"""Of the latencies."""
 POINT = 1.0 + 1e-9  # of accuracy; published figures have one decimal
 
 Row = dict[str, Any]
@@ -42,7 +44,7 @@ class Choice(NamedTuple):
 
 
 def choose(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = None,
-           latency: float | None = None) -> Choice:
+           latency: float | None = None, runtime: str = 'pytorch') -> Choice:
     """Choose a recipe with published results.
 
     Args:
@@ -50,11 +52,12 @@ def choose(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = No
         prefer: A key of :data:`PREFERENCES`.
         gpu_memory: The most that training may need, in GB; None: no limit.
         latency: The most milliseconds that an image may take; None: no limit.
+        runtime: A key of :data:`RUNTIMES`, for the latency.
     """
     def excess(row: Row) -> float:
         """The largest factor by which a limit is exceeded; at most 1: the recipe fits."""
         return max(needed_memory(table, row) / (gpu_memory or math.inf),
-                   latency_of(row) / (latency or math.inf))
+                   latency_of(row, runtime) / (latency or math.inf))
     trained = [row for row in table['recipes'] if row['accuracy'] is not None]
     fitting = [row for row in trained if excess(row) <= 1]
     untrained = [row for row in table['recipes'] if row['accuracy'] is None and excess(row) <= 1]
@@ -64,10 +67,10 @@ def choose(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = No
     most = max(row['accuracy'] for row in fitting)
 
     def rank(row: Row) -> tuple[float, ...]:
-        by_accuracy = -row['accuracy'], latency_of(row)
+        by_accuracy = -row['accuracy'], latency_of(row, runtime)
         if prefer == 'accuracy' or (prefer == 'balance' and most - row['accuracy'] > POINT):
             return 1, *by_accuracy
-        return 0, latency_of(row), -row['accuracy']
+        return 0, latency_of(row, runtime), -row['accuracy']
     best, *others = sorted(fitting, key=rank)
     return Choice(best, others[0] if others else None, None, len(fitting), untrained)
 
@@ -77,18 +80,18 @@ def needed_memory(table: Table, row: Row) -> float:
     return table['memory_margin'] * row['training_memory_gb']
 
 
-def latency_of(row: Row) -> float:
-    """Milliseconds for an image in PyTorch."""
-    return row['latency_ms']['pytorch']
+def latency_of(row: Row, runtime: str = 'pytorch') -> float:
+    """Milliseconds for an image."""
+    return row['latency_ms'][runtime]
 
 
-def anchors(table: Table) -> list[Row]:
+def anchors(table: Table, runtime: str = 'pytorch') -> list[Row]:
     """The recipes to measure on another machine: the fastest, the middle one and the slowest."""
-    rows = sorted(table['recipes'], key=latency_of)
+    rows = sorted(table['recipes'], key=lambda row: latency_of(row, runtime))
     return [rows[0], rows[len(rows) // 2], rows[-1]]
 
 
-def predict(table: Table, measured: Mapping[str, float]) -> Table:
+def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch') -> Table:
     """The table for another machine, from the latencies of some recipes there.
 
     The others take the table's, scaled by the ratio of both at the recipes that were measured,
@@ -97,19 +100,22 @@ def predict(table: Table, measured: Mapping[str, float]) -> Table:
     Args:
         table: A table of ``docs/tables``.
         measured: Milliseconds by name.
+        runtime: Of these.
 
     Returns:
-        A new table. ``latency_from`` of each row is 'measured here' or 'predicted'.
+        A new table, of this runtime alone. ``latency_from`` of each row is 'measured here' or
+        'predicted'.
     """
-    known = sorted((math.log(latency_of(row)), measured[row['name']] / latency_of(row))
+    known = sorted((math.log(latency_of(row, runtime)),
+                    measured[row['name']] / latency_of(row, runtime))
                    for row in table['recipes'] if row['name'] in measured)
     rows = []
     for row in table['recipes']:
-        name, here = row['name'], 'predicted'
-        value = latency_of(row) * _interpolate(known, math.log(latency_of(row)))
+        name, here, value = row['name'], 'predicted', latency_of(row, runtime)
+        value *= _interpolate(known, math.log(value))
         if name in measured:
             value, here = measured[name], 'measured here'
-        rows.append(dict(row, latency_ms=dict(pytorch=value), latency_from=here))
+        rows.append(dict(row, latency_ms={runtime: value}, latency_from=here))
     return dict(table, recipes=rows)
 
 
@@ -122,7 +128,7 @@ def _interpolate(points: list[tuple[float, float]], x: float) -> float:
 
 
 def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = None,
-            latency: float | None = None) -> str:
+            latency: float | None = None, runtime: str = 'pytorch') -> str:
     """The choice in words: the recipe, why, and the runner-up.
 
     Args:
@@ -130,41 +136,47 @@ def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = N
         prefer: See :func:`choose`.
         gpu_memory: See :func:`choose`.
         latency: See :func:`choose`.
+        runtime: See :func:`choose`.
 
     Raises:
         UserError: None fits; names what comes nearest.
     """
-    found = choose(table, prefer, gpu_memory, latency)
+    found = choose(table, prefer, gpu_memory, latency, runtime)
     limits = ' and '.join(f'{limit:g} {unit}' for limit, unit in (
         (gpu_memory, 'GB for training'), (latency, 'ms an image')) if limit is not None)
-    notes = ''.join(f'\n  {row["name"]}: {_needs(table, row)}' for row in found.untrained)
+    notes = ''.join(f'\n  {row["name"]}: {_needs(table, row, runtime)}' for row in found.untrained)
     notes = notes and f'\nAlso within the limits, but not trained yet:{notes}'
     if 'latency_from' not in table['recipes'][0]:
-        notes += (f'\nThe latency is that of one thread of {table["machine"]}, in PyTorch; '
-                      '--measure-here predicts that of this machine')
+        notes += (f'\nThe latency is that of one thread of {table["machine"]}, in '
+                  f'{RUNTIMES[runtime]}; --measure-here predicts that of this machine')
+    if runtime == 'int8':
+        notes += (f'\nThe {table["metric"]} is that of the fp32 model: tools/export.py --int8 '
+                  'measures how much is lost on your images')
     if found.best is None:
         assert found.nearest is not None
         raise UserError(
             f'No recipe with published results fits {limits}. The nearest is '
-            f'{found.nearest["name"]}: {_needs(table, found.nearest)}. Allow more, or make it '
-            'smaller: model.backbone.memory=minimal in training, tools/prune.py and '
-            f'tools/export.py --int8 for inference{notes}')
-    lines = [found.best['name'], f'  {_figures(table, found.best)}',
+            f'{found.nearest["name"]}: {_needs(table, found.nearest, runtime)}. Allow more, or '
+            'make it smaller: model.backbone.memory=minimal in training, tools/prune.py'
+            + ' and tools/export.py --int8' * (runtime != 'int8') + f' for inference{notes}')
+    lines = [found.best['name'], f'  {_figures(table, found.best, runtime)}',
              f'  why: {PREFERENCES[prefer]} of the {found.fitting} recipes with published results'
              + (f' that fit {limits}' if limits else '')]
     if found.runner_up:
-        lines += [f'runner-up: {found.runner_up["name"]}', f'  {_figures(table, found.runner_up)}']
+        lines += [f'runner-up: {found.runner_up["name"]}',
+                  f'  {_figures(table, found.runner_up, runtime)}']
     return '\n'.join(lines) + notes
 
 
-def _figures(table: Table, row: Row) -> str:
-    return f'{row["title"]}: {table["metric"]} {row["accuracy"]}, {_needs(table, row)}'
+def _figures(table: Table, row: Row, runtime: str) -> str:
+    return (f'{row["title"]}: {table["metric"]} {row["accuracy"]}, '
+            f'{_needs(table, row, runtime)}')
 
 
-def _needs(table: Table, row: Row) -> str:
+def _needs(table: Table, row: Row, runtime: str) -> str:
     """The latency with where it is from, unless it is the table's, memory and parameters."""
     source = f' ({row["latency_from"]})' if 'latency_from' in row else ''
-    return (f'{latency_of(row):.0f} ms an image{source}, about '
+    return (f'{latency_of(row, runtime):.0f} ms an image{source}, about '
             f'{needed_memory(table, row):.1f} GB for training (estimated), '
             f'{row["parameters"] / 1e6:.0f}M parameters')
 

@@ -159,7 +159,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', metavar='FILE', help='the file to write (CONFIG.onnx, ...)')
     parser.add_argument('--int8', action='store_true', help='quantize to 8 bits, calibrated on '
                         'training images (onnx, openvino)')
-    parser.add_argument('--bf16', action='store_true', help='compute in bf16 (openvino)')
+    parser.add_argument('--bf16', action='store_true', help='compute in bf16 (openvino); with '
+                        '--int8, what is not quantized')
     parser.add_argument('--size', type=_parse_size, metavar='WxH', help='one image of this size '
                         'alone, for runtimes that need constant shapes')
     parser.add_argument('--max-drop', type=float, default=0.5, metavar='PERCENT',
@@ -290,7 +291,11 @@ def _add_choose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--gpu-memory', type=_parse_limit, metavar='GB',
                         help='memory of the GPU that you train on')
     parser.add_argument('--latency-ms', type=_parse_limit, metavar='MS',
-                        help='the longest that an image may take, in PyTorch')
+                        help='the longest that an image may take')
+    parser.add_argument('--runtime', choices=choosing.RUNTIMES, default='pytorch',
+                        help='what images run in: ' + ', '.join(
+                            f'{key}: {name}' for key, name in choosing.RUNTIMES.items())
+                        + ' (pytorch)')
     parser.add_argument('--prefer', choices=choosing.PREFERENCES, default='accuracy',
                         help='; '.join(f'{key}: {text}' for key, text in
                                        choosing.PREFERENCES.items()) + ' (accuracy)')
@@ -313,10 +318,11 @@ def _parse_limit(text: str) -> float:
 def _choose(args: argparse.Namespace) -> None:
     table = choosing.read_table(args.task)
     if args.measure_here:
-        table = model_tables.measure_here(table, threads=args.threads)
+        table = model_tables.measure_here(table, threads=args.threads, runtime=args.runtime)
         for row in table['recipes']:
-            print(f'{choosing.latency_of(row):8.0f} ms, {row["latency_from"]}: {row["name"]}')
-    print(choosing.explain(table, args.prefer, args.gpu_memory, args.latency_ms))
+            print(f'{choosing.latency_of(row, args.runtime):8.0f} ms, {row["latency_from"]}: '
+                  f'{row["name"]}')
+    print(choosing.explain(table, args.prefer, args.gpu_memory, args.latency_ms, args.runtime))
 
 
 COMMANDS = {

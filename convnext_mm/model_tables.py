@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,19 +18,15 @@ from typing import Any
 
 import torch
 import yaml
-from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
 from rich.progress import track
-from torch import nn
 
 from . import complexity
 from .bases import config_folder, find_recipe
-from .choosing import TASKS, Table, anchors, latency_of, predict
+from .choosing import RUNTIMES, TASKS, Table, anchors, latency_of, predict
 from .engine import checks
-from .engine.fallbacks import adapt_to_device
 from .engine.memory import estimate_inference_memory, estimate_training_memory
-from .engine.speed import enable_packed_inference, least_milliseconds
 from .errors import UserError
+from .latency import measure_latency
 from .utils import atomic_path
 
 METRICS = {'seg': 'mIoU', 'det': 'box AP'}
@@ -44,9 +40,10 @@ METHOD = dict(
                        'tensors; without workspaces and fragmentation',
     inference_memory_gb='estimated: weights and feature maps of one image of size in fp32; without '
                         'workspaces',
-    latency_ms='measured: processor time of test_step on one image of size, fp32, one thread, '
-               'random weights, the least of the repeats; of detectors, 1000 proposals and 100 '
-               'detections',
+    latency_ms='measured: processor time for one image of size, one thread, random weights, the '
+               'least of the repeats; of detectors, 1000 proposals, 100 detections and their '
+               'masks. pytorch: test_step in fp32, onnx: ONNX Runtime in fp32, int8: ONNX Runtime '
+               'with all convolutions and linear layers in int8',
     accuracy='published by the authors for their weights, see accuracy_source. null: not trained')
 
 
@@ -72,8 +69,8 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
         rows = []
         for path in track(tables[task], f'Measuring for {name}', transient=True):
             row = describe_recipe(task, path, published[Path(path).stem])
-            latency = round(measure_latency(path, row['size'], repeats), 1)
-            rows.append(dict(row, latency_ms=dict(pytorch=latency)))
+            latency = measure_latency(path, row['size'], repeats, runtimes=RUNTIMES)
+            rows.append(dict(row, latency_ms={name: round(ms, 1) for name, ms in latency.items()}))
         if not rows:
             continue
         table = dict(
@@ -89,17 +86,20 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
     return paths
 
 
-def measure_here(table: Table, repeats: int = 2, threads: int = 1) -> Table:
+def measure_here(table: Table, repeats: int = 2, threads: int = 1, runtime: str = 'pytorch'
+                 ) -> Table:
     """Measure three recipes on this machine, and predict the others.
 
     Args:
         table: A table of ``docs/tables``.
-        repeats: See :func:`measure_latency`.
-        threads: See :func:`measure_latency`.
+        repeats: See :func:`convnext_mm.latency.measure_latency`.
+        threads: See there.
+        runtime: A key of :data:`convnext_mm.choosing.RUNTIMES`.
     """
-    rows = track(anchors(table), 'Measuring', transient=True)
+    rows = track(anchors(table, runtime), 'Measuring', transient=True)
     return predict(table, {row['name']: measure_latency(
-        find_recipe(row['name']), row['size'], repeats, threads) for row in rows})
+        find_recipe(row['name']), row['size'], repeats, threads, [runtime])[runtime]
+        for row in rows}, runtime)
 
 
 def format_table(table: Table) -> str:
@@ -144,49 +144,6 @@ def describe_recipe(task: str, path: str, published: dict[str, Any]) -> dict[str
         accuracy_source=published['Source'] if metrics else None)
 
 
-def measure_latency(path: str, size: tuple[int, int], repeats: int, threads: int = 1) -> float:
-    """The least milliseconds of ``test_step`` on one image, with random weights.
-
-    Args:
-        path: The config.
-        size: Width and height of the image.
-        repeats: Runs after the first, which prepares the weights.
-        threads: Of a CPU.
-    """
-    MMLogger.get_instance('mmengine', log_level='WARNING')
-    cfg = checks.read_config(path, {'model.backbone.init_cfg': None})
-    adapt_to_device(cfg)
-    init_default_scope(cfg.default_scope)
-    model: Any = MODELS.build(cfg.model).eval()
-    for name, module in model.named_modules():  # so that there are detections
-        if name.endswith('.fc_cls'):
-            nn.init.normal_(module.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-    on_gpu, before = torch.cuda.is_available(), torch.get_num_threads()
-    model.to('cuda' if on_gpu else 'cpu')
-    enable_packed_inference(model)
-    data = _make_data(cfg, size)
-    torch.set_num_threads(threads)
-    try:
-        return least_milliseconds(lambda: model.test_step(data()), repeats)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _make_data(cfg: Any, size: tuple[int, int]) -> Callable[[], dict[str, Any]]:
-    """A function that makes the data of a ``test_step`` on an image of noise."""
-    if cfg.default_scope == 'mmdet':
-        from mmdet.structures import DetDataSample as Sample
-    else:
-        from mmseg.structures import SegDataSample as Sample
-    shape = size[::-1]
-    channels = cfg.model.backbone.get('in_chans', 3)
-    image = torch.randint(0, 256, (channels, *shape), dtype=torch.uint8,
-                          generator=torch.Generator().manual_seed(0))
-    meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
-                scale_factor=(1.0, 1.0))
-    return lambda: dict(inputs=[image], data_samples=[Sample(metainfo=meta)])
-
-
 def describe_processor() -> str:
     """The name of the GPU that models run on, or of the processor, and what PyTorch uses of it."""
     if torch.cuda.is_available():
@@ -201,4 +158,5 @@ def installed_versions() -> dict[str, str]:
     """The versions of Python and of the packages that the figures depend on."""
     packages = {name: import_module(name).__version__
                 for name in ('mmcv', 'mmengine', 'mmseg', 'mmdet') if find_spec(name)}
-    return dict(python=platform.python_version(), torch=version('torch'), **packages)
+    return dict(python=platform.python_version(), torch=version('torch'),
+                onnxruntime=version('onnxruntime'), **packages)

@@ -19,7 +19,7 @@ LIMITS = None, 0.5, 3.0, 4, 8.0, 12.5, 24
 
 def row(name: str, accuracy: float | None, latency: float, memory: float) -> dict:
     return dict(name=name, title=f'{name}, here', accuracy=accuracy, training_memory_gb=memory,
-                latency_ms=dict(pytorch=latency), parameters=10**7)
+                latency_ms=dict(pytorch=latency, int8=latency / 2), parameters=10**7)
 
 
 TABLE = dict(metric='mIoU', memory_margin=1.5, machine='a CPU', recipes=[
@@ -43,6 +43,8 @@ def names(table: dict, *args: object) -> tuple:
     (('accuracy', None, 299.0), ('tiny', None, None, 1, ['v2'])),
     (('balance', None, 99.0), (None, None, 'tiny', 0, ['v2'])),
     (('speed', 1.0, 1000.0), (None, None, 'tiny', 0, [])),
+    (('accuracy', None, 299.0, 'int8'), ('base', 'tiny', None, 2, ['v2'])),
+    (('balance', None, 49.0, 'int8'), (None, None, 'tiny', 0, ['v2'])),
 ])
 def test_the_rule(wish, expected):
     assert names(TABLE, *wish) == expected
@@ -56,7 +58,12 @@ def test_the_answer_gives_reason_and_runner_up():
     assert 'mIoU 49.5, 300 ms an image, about 6.0 GB' in text
     assert 'runner-up: large' in text
     assert 'not trained yet:\n  v2: 50 ms' in text
-    assert 'one thread of a CPU' in text
+    assert 'one thread of a CPU, in PyTorch' in text
+    in_int8 = choosing.explain(TABLE, latency=160, runtime='int8')
+    assert in_int8.startswith('base\n')
+    assert '150 ms an image' in in_int8
+    assert 'in ONNX Runtime in int8' in in_int8
+    assert 'is that of the fp32 model' in in_int8
     predicted = choosing.explain(choosing.predict(TABLE, dict(tiny=70.0)), 'accuracy')
     assert '630 ms an image (predicted)' in predicted
     assert 'one thread of a CPU' not in predicted
@@ -80,6 +87,8 @@ def test_three_recipes_predict_the_others():
                          base=(600, 'measured here'), huge=(2700, 'measured here'),
                          large=(1350, 'predicted'))  # halfway between 300 and 2700: factor 1.5
     assert choosing.latency_of(table['recipes'][0]) == 100.0
+    found = choosing.predict(table, dict(tiny=25.0), 'int8')['recipes']  # half of the table's
+    assert [choosing.latency_of(one, 'int8') for one in found] == [25, 75, 225, 12.5, 675]
 
 
 def test_tables_list_every_recipe():
@@ -91,7 +100,8 @@ def test_tables_list_every_recipe():
                    and not path.stem.endswith(('_ss', '_ms'))}
         assert {one['name'] for one in table['recipes']} == recipes
         for one in table['recipes']:
-            assert choosing.latency_of(one) > 100
+            assert 0.2 < choosing.latency_of(one, 'onnx') / choosing.latency_of(one) < 5
+            assert 100 < choosing.latency_of(one, 'int8') < choosing.latency_of(one, 'onnx')
             assert one['inference_memory_gb'] < one['training_memory_gb']
             assert (one['accuracy'] is None) == (one['accuracy_source'] is None)
 
@@ -99,15 +109,17 @@ def test_tables_list_every_recipe():
 @pytest.mark.parametrize('case', CASES, ids=range(len(CASES)))
 def test_written_cases(case):
     found = names(choosing.read_table(case['task']), case['prefer'], case['gpu_memory'],
-                  case['latency_ms'])
+                  case['latency_ms'], case['runtime'])
     assert found[:3] == (case['best'], case['runner_up'], case['nearest'])
 
 
 def grid() -> list[tuple]:
     """The written cases, and every combination of many limits."""
-    written = [(c['task'], c['prefer'], c['gpu_memory'], c['latency_ms']) for c in CASES]
-    return written + [(*wish, latency and 1000 * latency) for *wish, latency in itertools.product(
-        choosing.TASKS, choosing.PREFERENCES, LIMITS, LIMITS)]
+    written = [(c['task'], c['prefer'], c['gpu_memory'], c['latency_ms'], c['runtime'])
+               for c in CASES]
+    return written + [
+        (*wish, latency and 1000 * latency, runtime) for *wish, latency, runtime in
+        itertools.product(choosing.TASKS, choosing.PREFERENCES, LIMITS, LIMITS, choosing.RUNTIMES)]
 
 
 ANSWERS = '''.map(([task, ...wish]) => {
@@ -123,7 +135,7 @@ def expected() -> list[list]:
 
 @pytest.mark.skipif(not shutil.which('node'), reason='node is not installed')
 def test_the_rule_of_the_page_gives_the_same_answers():
-    assert len(CASES) == 20
+    assert len(CASES) == 24
     text = PAGE.read_text(encoding='utf-8')
     data, rule = (re.search(rf'<script[^>]* id="{name}">(.*?)</script>', text, re.S)[1]
                   for name in ('tables', 'rule'))
@@ -155,9 +167,10 @@ get('answers').textContent = JSON.stringify({json.dumps(grid())}{ANSWERS});
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason='Chromium is not installed')
 def test_the_page_shows_the_choice_of_its_address(tmp_path):
-    wishes = 'task=det&place=edge-speed&memory=&latency=30000&lang=zh'
+    wishes = 'task=det&place=edge-speed&memory=&latency=30000&runtime=onnx&lang=zh'
     shown = dump(f'{PAGE.as_uri()}#{wishes}', tmp_path / 'user')
-    best = choosing.choose(choosing.read_table('det'), 'speed', None, 30000).best
+    best = choosing.choose(choosing.read_table('det'), 'speed', None, 30000, 'onnx').best
+    assert '耗时：ONNX Runtime，' in shown
     assert f'data-best="{best["name"]}"' in shown
     assert '推荐' in shown
     assert shown.count('<svg') == 3

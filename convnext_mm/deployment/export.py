@@ -83,8 +83,7 @@ def main(args: argparse.Namespace) -> Path:
     first = source[0].fixed(*fixed) if fixed else source[0]
     pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
-    # Quantizers do not find the weights of products at the maps' own sizes.
-    pipeline = build_pipeline(exportable(predictor.model, own_sizes=not args.int8), fixed)
+    pipeline = build_pipeline(exportable(predictor.model), fixed)
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'
@@ -92,9 +91,9 @@ def main(args: argparse.Namespace) -> Path:
         kind.write(pipeline, example, out, meta)
         return keep_if_equal(out, cfg, predictor, source, args,
                              args.max_drop if args.bf16 else METRIC)
-    if processor_has_bf16():
+    if processor_has_bf16() and not args.bf16:
         print('This processor has bf16, which needs no calibration and may be faster still: '
-              'compare --to openvino --bf16')
+              'compare --to openvino --bf16, alone and with --int8')
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder, 'fp32.onnx')
         write_onnx(pipeline, example, plain, meta)
@@ -124,8 +123,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError('--size is not available with --to openvino and --int8')
     if args.to == 'aoti' and not args.size:
         raise UserError('AOTInductor compiles for one size of the image: add --size WxH')
-    if args.int8 and args.bf16:
-        raise UserError('--int8 and --bf16 are two ways: choose one')
     suffix = FORMATS[args.to].suffix
     if args.out and not args.out.endswith(suffix):
         raise UserError(f'--out {args.out}: expected a name that ends in {suffix}')

@@ -48,7 +48,7 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
     Raises:
         UserError: Packages are missing, weights were not found, or the metric drops even so.
     """
-    write = _quantize_onnx if target.suffix == '.onnx' else _quantize_openvino
+    write = quantize_onnx if target.suffix == '.onnx' else quantize_openvino
     onnx = require('onnx', 'onnxruntime')
     model = onnx.load(source)
     expected = measure(source)
@@ -56,8 +56,8 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
     kept = 0
     while True:
         chosen = order[:kept]
-        with quiet(), _no_logging():
-            write(model, source, target, dict(meta, int8=True, in_fp32=len(chosen)), feeds, chosen)
+        with quiet():
+            write(source, target, dict(meta, int8=True, in_fp32=len(chosen)), feeds, chosen)
         share = _bytes(target) / source.stat().st_size
         if share > LARGEST_SHARE:
             raise UserError(
@@ -76,13 +76,33 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
         kept = max(1, 2 * kept)
 
 
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """Hide what quantizers log; errors are raised."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _bytes(path: Path) -> int:
     files = [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
     return sum(file.stat().st_size for file in files)
 
 
-def _quantize_onnx(model: Any, source: Path, target: Path, meta: dict[str, Any],
-                   feeds: Sequence[Feed], in_fp32: list[str]) -> None:
+@_no_logging()
+def quantize_onnx(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[Feed],
+                  in_fp32: Sequence[str] = ()) -> None:
+    """Write an int8 file for ONNX Runtime.
+
+    Args:
+        source: The ONNX file in fp32.
+        target: The file to write.
+        meta: Its metadata.
+        feeds: Inputs to calibrate on.
+        in_fp32: Names of layers that stay in fp32.
+    """
     quantization = require('onnxruntime.quantization')
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
@@ -94,7 +114,7 @@ def _quantize_onnx(model: Any, source: Path, target: Path, meta: dict[str, Any],
 
     quantization.quantize_static(
         source, target, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=list(LAYERS), nodes_to_exclude=in_fp32,
+        op_types_to_quantize=list(LAYERS), nodes_to_exclude=list(in_fp32),
         activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
         # The other methods need images of one size.
         calibrate_method=quantization.CalibrationMethod.MinMax)
@@ -104,8 +124,10 @@ def _quantize_onnx(model: Any, source: Path, target: Path, meta: dict[str, Any],
     onnx.save(written, target)
 
 
-def _quantize_openvino(model: Any, source: Path, target: Path, meta: dict[str, Any],
-                       feeds: Sequence[Feed], in_fp32: list[str]) -> None:
+@_no_logging()
+def quantize_openvino(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[Feed],
+                      in_fp32: Sequence[str] = ()) -> None:
+    """Write an int8 file for OpenVINO; see :func:`quantize_onnx`."""
     openvino = require('openvino', extra='openvino')
     nncf = require('nncf', extra='openvino')
     layers = openvino.Core().read_model(source)
@@ -116,7 +138,7 @@ def _quantize_openvino(model: Any, source: Path, target: Path, meta: dict[str, A
     save_openvino(found, target, meta)
 
 
-def _not_quantized(model: Any, in_fp32: list[str]) -> tuple[list[str], list[str]]:
+def _not_quantized(model: Any, in_fp32: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names and types of the operators of OpenVINO that stay in fp32.
 
     By default, NNCF quantizes the arithmetic of boxes as well: steps of a 256th of the image.
@@ -192,16 +214,6 @@ def _noise(x: np.ndarray, step: np.ndarray | float) -> float:
     others = tuple(axis for axis in range(x.ndim) if axis != 1)
     lost = (error**2).mean(others) / np.maximum((x**2).mean(others), 1e-20)
     return float(np.minimum(lost, 1).mean())
-
-
-@contextmanager
-def _no_logging() -> Iterator[None]:
-    """Hide what quantizers log; errors are raised."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def processor_has_bf16() -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,14 @@ from ..layers import GRN, Block
 from ..precision import reset_inference_dtype
 
 
-def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
+def exportable(model: nn.Module) -> nn.Module:
     """A copy of a model in eval mode, on the CPU and in fp32, whose numbers are the same.
 
     - ``nn.AdaptiveAvgPool2d`` would keep the size of the example image.
     - The weights of linear layers reach ONNX transposed; quantizers look for constants and leave
       the blocks, most of the network, in fp32 without a word. So they become 1x1 convolutions.
     - The layer scale is multiplied into the weights.
-    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes, with
-      ``own_sizes``.
+    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     reset_inference_dtype(model)
@@ -31,11 +31,19 @@ def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
                 setattr(parent, name, AdaptivePool(child.output_size))
             elif isinstance(child, Block):
                 setattr(parent, name, ConvolutionalBlock(child))
-            elif (own_sizes and hasattr(parent, 'fpn_bottleneck')
-                  and name in ('bottleneck', 'fpn_bottleneck') and isinstance(
-                      child, FusedConvModule) and child.foldable()):
-                setattr(parent, name, PyramidConvolution(child))
+            elif (isinstance(child, FusedConvModule) and child.foldable()
+                  and sum(widths := _widths(parent, name)) == child.conv.in_channels):
+                setattr(parent, name, PyramidConvolution(child, widths))
     return model
+
+
+def _widths(head: Any, name: str) -> list[int]:
+    """Channels of the maps that a convolution of UPerNet's head concatenates; else []."""
+    if not hasattr(head, 'fpn_bottleneck') or name not in ('bottleneck', 'fpn_bottleneck'):
+        return []
+    if name == 'fpn_bottleneck':
+        return [head.channels] * len(head.in_channels)
+    return [head.in_channels[-1], *[head.channels] * len(head.psp_modules)]
 
 
 class AdaptivePool(nn.Module):
@@ -98,13 +106,18 @@ class ConvolutionalBlock(nn.Module):
 
 def _convolution(linear: nn.Linear, scale: Tensor | float = 1.0) -> nn.Conv2d:
     """A linear layer over channels, its outputs multiplied by ``scale``, as a convolution."""
-    out, channels = linear.weight.shape
-    conv = nn.Conv2d(channels, out, 1, bias=linear.bias is not None)
     scale = torch.as_tensor(scale, dtype=linear.weight.dtype)
-    conv.weight = nn.Parameter((linear.weight * scale.reshape(-1, 1))[:, :, None, None],
-                               requires_grad=False)
-    if linear.bias is not None:
-        conv.bias = nn.Parameter(linear.bias * scale, requires_grad=False)
+    return _pointwise(linear.weight * scale.reshape(-1, 1),
+                      None if linear.bias is None else linear.bias * scale)
+
+
+def _pointwise(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
+    """The 1x1 convolution of a weight (O, C)."""
+    out, channels = weight.shape
+    conv = nn.Conv2d(channels, out, 1, bias=bias is not None)
+    conv.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+    if bias is not None:
+        conv.bias = nn.Parameter(bias, requires_grad=False)
     return conv
 
 
@@ -112,20 +125,30 @@ class PyramidConvolution(nn.Module):
     """A ConvModule on upsampled and concatenated maps, with the multiplications at their own sizes.
 
     As :mod:`convnext_mm.fused.pyramid`, in operators of ONNX: of each coarse map, a 1x1 convolution
-    computes what each of the k² taps adds; two matrices upsample, shift and sum it.
+    computes what each of the k² taps adds; two matrices upsample, shift and sum it. The weights are
+    those of convolutions, so that quantizers find them.
 
     Args:
         module: A ConvModule whose norm can be folded.
+        widths: Channels of each map.
     """
 
-    def __init__(self, module: FusedConvModule) -> None:
+    def __init__(self, module: FusedConvModule, widths: Sequence[int]) -> None:
         super().__init__()
         norm = module.norm if module.with_norm else None
         weight, bias = folded([module.conv.weight, module.conv.bias, *(() if norm is None else (
             norm.weight, norm.bias, norm.running_mean, norm.running_var))],
             None if norm is None else norm.eps)
-        self.weight, self.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, bias))
+        self.widths, self.taps = list(widths), weight.shape[-1]
         self.dilation, self.relu = module.conv.dilation[0], bool(module.with_activation)
+        first, *others = weight.split(self.widths, 1)
+        self.first = nn.Conv2d(first.shape[1], first.shape[0], self.taps, dilation=self.dilation,
+                               padding=self.dilation * (self.taps // 2))
+        self.first.weight, self.first.bias = nn.Parameter(first), nn.Parameter(bias)
+        # Channels in the order (dx, O, dy), so that the rows of all dy follow each other
+        self.others = nn.ModuleList(_pointwise(part.permute(3, 0, 2, 1).flatten(0, 2))
+                                    for part in others)
+        self.requires_grad_(False)
 
     def accepts_pyramid(self, x: Tensor) -> bool:
         """Always."""
@@ -133,24 +156,20 @@ class PyramidConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', H, W)."""
-        return self.of_pyramid([x], tuple(x.shape[2:]), False)
+        return self.of_pyramid(x.split(self.widths, 1), tuple(x.shape[2:]), False)
 
     def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool,
                    activate: bool = True) -> Tensor:
         """As :meth:`FusedConvModule.of_pyramid`, where the first map has the output's size."""
-        channels, taps = self.weight.shape[0], self.weight.shape[-1]
-        first, *parts = self.weight.split([x.shape[1] for x in maps], 1)
-        out = F.conv2d(maps[0], first, self.bias, padding=self.dilation * (taps // 2),
-                       dilation=self.dilation)
+        out = self.first(maps[0])
         rows: list[Tensor] = []
         columns: list[Tensor] = []
-        for x, part in zip(maps[1:], parts, strict=True):
+        for x, conv in zip(maps[1:], self.others, strict=True):
             n, _, h, w = x.shape
             by_row, by_column = (torch.cat(self._shifted(length, to, align_corners, x), 1)
                                  for length, to in zip((h, w), size, strict=True))
-            # Its channels in the order (dx, O, dy), so that the rows of all dy follow each other
-            y = F.conv2d(x, part.permute(3, 0, 2, 1).flatten(0, 2)[..., None, None])
-            rows += (by_row @ y.reshape(n, taps, channels, taps * h, w)).unbind(1)
+            y = conv(x).reshape(n, self.taps, out.shape[1], self.taps * h, w)
+            rows += (by_row @ y).unbind(1)
             columns.append(by_column)
         if rows:
             out = out + torch.cat(rows, 3) @ torch.cat(columns, 1).t()
@@ -158,8 +177,7 @@ class PyramidConvolution(nn.Module):
 
     def _shifted(self, length: int, out: int, align_corners: bool, like: Tensor) -> list[Tensor]:
         """(out, length) for each tap: the interpolated pixels that it reads, zeros outside."""
-        taps = self.weight.shape[-1]
-        reach = self.dilation * (taps // 2)
+        reach = self.dilation * (self.taps // 2)
         matrix = F.pad(interpolation(length, out, align_corners, like), (0, 0, reach, reach))
         return [matrix[start:start + out] for start in range(0, 2 * reach + 1, self.dilation)]
 

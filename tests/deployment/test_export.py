@@ -98,9 +98,10 @@ def test_int8(segmentation):
     assert 'int8 with 0 layers in fp32: within the limit' in done.stdout
     plain, small = (onnx.load(segmentation.folder / name) for name in ('model.onnx', 'int8.onnx'))
     assert small.ByteSize() < 0.6 * plain.ByteSize()
-    convs = [node for node in plain.graph.node if node.op_type == 'Conv']
-    scaled = [node for node in small.graph.node if node.op_type == 'DequantizeLinear']
-    assert len(scaled) > len(convs)
+    convs = [node for node in small.graph.node if node.op_type == 'Conv']
+    assert len(convs) == sum(node.op_type == 'Conv' for node in plain.graph.node)
+    scaled = {node.output[0] for node in small.graph.node if node.op_type == 'DequantizeLinear'}
+    assert all(scaled.issuperset(node.input[:2]) for node in convs)
     report = json.loads((segmentation.folder / 'int8.onnx.json').read_text())
     assert set(report['latency']['times']) == {'PyTorch', 'ONNX Runtime', 'ONNX Runtime, fp32'}
 
