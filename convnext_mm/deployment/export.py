@@ -24,7 +24,7 @@ from .formats import write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
 from .pipelines import Pipeline, build_pipeline
-from .quantizing import feeds_of, processor_has_bf16, quantize
+from .quantizing import feeds_of, processor_has, quantize
 from .report import Report, draw_pair
 from .rewriting import exportable
 from .runtimes import Exported, load_exported
@@ -83,7 +83,9 @@ def main(args: argparse.Namespace) -> Path:
     first = source[0].fixed(*fixed) if fixed else source[0]
     pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
-    pipeline = build_pipeline(exportable(predictor.model), fixed)
+    # With AMX, OpenVINO multiplies in int8 so fast that sums of interpolated maps take longer.
+    own_sizes = not (args.int8 and args.to == 'openvino' and processor_has('amx_int8'))
+    pipeline = build_pipeline(exportable(predictor.model, own_sizes), fixed)
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'
@@ -91,7 +93,7 @@ def main(args: argparse.Namespace) -> Path:
         kind.write(pipeline, example, out, meta)
         return keep_if_equal(out, cfg, predictor, source, args,
                              args.max_drop if args.bf16 else METRIC)
-    if processor_has_bf16() and not args.bf16:
+    if processor_has('amx_bf16', 'avx512_bf16') and not args.bf16:
         print('This processor has bf16, which needs no calibration and may be faster still: '
               'compare --to openvino --bf16, alone and with --int8')
     with tempfile.TemporaryDirectory() as folder:

@@ -216,13 +216,13 @@ def _noise(x: np.ndarray, step: np.ndarray | float) -> float:
     return float(np.minimum(lost, 1).mean())
 
 
-def processor_has_bf16() -> bool:
-    """Whether the processor multiplies in bf16, which needs no calibration."""
+def processor_has(*instructions: str) -> bool:
+    """Whether the processor has any of some instructions, such as 'amx_int8'."""
     try:
-        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8').split()
     except OSError:
         return False
-    return 'amx_bf16' in flags or 'avx512_bf16' in flags
+    return any(name in flags for name in instructions)
 
 
 def feeds_of(images: Any) -> list[Feed]:

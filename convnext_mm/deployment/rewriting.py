@@ -14,14 +14,15 @@ from ..layers import GRN, Block
 from ..precision import reset_inference_dtype
 
 
-def exportable(model: nn.Module) -> nn.Module:
+def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
     """A copy of a model in eval mode, on the CPU and in fp32, whose numbers are the same.
 
     - ``nn.AdaptiveAvgPool2d`` would keep the size of the example image.
     - The weights of linear layers reach ONNX transposed; quantizers look for constants and leave
       the blocks, most of the network, in fp32 without a word. So they become 1x1 convolutions.
     - The layer scale is multiplied into the weights.
-    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes.
+    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes, with
+      ``own_sizes``.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     reset_inference_dtype(model)
@@ -31,7 +32,7 @@ def exportable(model: nn.Module) -> nn.Module:
                 setattr(parent, name, AdaptivePool(child.output_size))
             elif isinstance(child, Block):
                 setattr(parent, name, ConvolutionalBlock(child))
-            elif (isinstance(child, FusedConvModule) and child.foldable()
+            elif (own_sizes and isinstance(child, FusedConvModule) and child.foldable()
                   and sum(widths := _widths(parent, name)) == child.conv.in_channels):
                 setattr(parent, name, PyramidConvolution(child, widths))
     return model
