@@ -33,7 +33,7 @@ test-fast: $(VENV)/.triton  ## Run the tests that are not marked slow.
 
 lint: $(TESTS)  ## Check style and types.
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy convnext_mm
+	$(VENV)/bin/mypy convnext_mm convnext_mm_command.py
 
 clean:  ## Remove the environment, the builds, the demo's images and its results.
 	rm -rf $(VENV) build dist *.egg-info data/demo work_dirs/demo

@@ -92,8 +92,9 @@ if __name__ == '__main__':
                   'instance segmentation', 'UPerNet', 'Mask R-CNN', 'Cascade Mask R-CNN',
                   'OpenMMLab', 'mmsegmentation', 'mmdetection', 'PyTorch'],
         packages=find_packages(include=['convnext_mm', 'convnext_mm.*']),
+        py_modules=['convnext_mm_command'],
         package_data={'convnext_mm': ['py.typed', 'ops/*.pth']},
-        entry_points={'console_scripts': ['convnext-mm = convnext_mm.cli:main']},
+        entry_points={'console_scripts': ['convnext-mm = convnext_mm_command:main']},
         cmdclass={'build_py': BuildWithRecipes},
         python_requires='>=3.10',
         install_requires=[

@@ -5,12 +5,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 
 from mmengine.config import Config
 
 from .errors import UserError
+from .inputs import config_folder
 from .utils import suggest
 
 PACKAGES = ('mmseg', 'mmdet', 'convnext_mm')
@@ -67,46 +66,3 @@ def find_base(base: str, path: str) -> str:
         raise UserError(f'{path}: _base_={base!r}, but {package} has no config {name}.'
                         + suggest(name, known, count=2))
     return str(file)
-
-
-def find_recipe(config: str | Path) -> str:
-    """The file of a recipe of this package that is given by its name; other paths stay."""
-    name = str(config).removeprefix('convnext_mm::').removesuffix('.py')
-    folder = config_folder('convnext_mm')
-    if not Path(config).is_file() and folder and (folder / f'{name}.py').is_file():
-        return str(folder / f'{name}.py')
-    return str(config)
-
-
-def recipe_files() -> list[str]:
-    """All recipes of this package, without their variants for testing."""
-    folder = config_folder('convnext_mm')
-    return sorted(str(path) for path in (folder.glob('*.py') if folder else ())
-                  if not path.stem.endswith(('_ss', '_ms')))
-
-
-def config_folder(package: str) -> Path | None:
-    """Where the configs of an installed package are."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        return None
-    root = Path(spec.origin).parent
-    folders = (root / '.mim' / 'configs', root.parent / 'configs')
-    return next((folder for folder in folders if folder.is_dir()), None)
-
-
-def shipped_file(name: str) -> Path:
-    """A file of this package's repository, in a checkout or as installed.
-
-    Args:
-        name: Such as docs/tables/segmentation.json.
-
-    Raises:
-        UserError: It is missing.
-    """
-    package = Path(__file__).parent
-    for file in (package.parent / name, package / '.mim' / name):
-        if file.is_file():
-            return file
-    raise UserError(f'{package.parent / name} is missing: install the package again, or restore '
-                    'the file')

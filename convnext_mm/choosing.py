@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from .bases import shipped_file
 from .errors import UserError
+from .inputs import shipped_file
 
 TASKS = {'seg': 'segmentation', 'det': 'detection'}
 """Names of the tables."""

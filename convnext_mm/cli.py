@@ -1,4 +1,8 @@
-"""The commands of ``convnext-mm``, which the scripts in ``tools/`` call as well."""
+"""The commands of ``convnext-mm``, which the scripts in ``tools/`` call as well.
+
+A command imports what it needs after its arguments are read, and after what can be told without
+PyTorch and the toolboxes, which take seconds to import.
+"""
 from __future__ import annotations
 
 import argparse
@@ -8,16 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from . import choosing, complexity, model_tables, prediction, web_demo
-from .bases import recipe_files
-from .checkpoints import export, naming
-from .deployment import browser, pruning, runtimes, testing
-from .deployment import export as exporting
-from .engine import conversion, datasets_cli, launch
-from .engine.cfg_options import add_cfg_options
-from .errors import UserError
-from .precision import DTYPES
-from .runs.heartbeat import report
+from . import choices, choosing, inputs
+from .errors import UserError, print_error
+from .key_values import add_cfg_options
+from .utils import has_several_processes
 
 
 class Command(NamedTuple):
@@ -70,10 +68,40 @@ def run(action: Callable[[argparse.Namespace], object], args: argparse.Namespace
     try:
         action(args)
     except UserError as error:
-        report(str(error))
+        if has_several_processes():
+            from .runs.heartbeat import report
+            report(str(error))
+        else:
+            print_error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def register() -> None:
+    """Run the package's ``__init__``, if ``convnext_mm_command`` has put that off.
+
+    Until then, nothing is registered with mmengine, and mmengine is as it is without the patches.
+    """
+    package = sys.modules[__name__.partition('.')[0]]
+    spec = package.__spec__
+    if not hasattr(package, '__version__') and spec is not None and spec.loader is not None:
+        spec.loader.exec_module(package)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Check the files that most commands name, without PyTorch.
+
+    Args:
+        args: ``config``, and ``checkpoint`` if the command takes one.
+
+    Raises:
+        UserError: One does not exist, or the config cannot be parsed.
+    """
+    inputs.check_syntax(inputs.find_config(args.config))
+    checkpoint = vars(args).get('checkpoint')
+    if checkpoint and not inputs.is_url(checkpoint) and not inputs.is_exported(checkpoint):
+        inputs.find_local_checkpoint(checkpoint)
 
 
 def add_config(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
@@ -96,8 +124,8 @@ def add_config(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
 
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--dtype', choices=DTYPES, help='dtype of convolutions and matrix products '
-                        "(the config's inference_dtype, else fp32)")
+    parser.add_argument('--dtype', choices=choices.DTYPES, help='dtype of convolutions and matrix '
+                        "products (the config's inference_dtype, else fp32)")
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +139,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
                         help='first convert a config for mmcv 0.x or 1.x into the work dir')
     parser.add_argument('--dry-run', action='store_true',
                         help='show what would be trained, check the data, and stop')
+
+
+def _train(args: argparse.Namespace) -> object:
+    check_files(args)
+    register()
+    from .engine import launch
+    return launch.train(args)
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +163,20 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
 
 
 def _test(args: argparse.Namespace) -> object:
-    return (testing if runtimes.is_exported(args.checkpoint) else launch).test(args)
+    check_files(args)
+    register()
+    if inputs.is_exported(args.checkpoint):
+        from .deployment import testing
+        return testing.test(args)
+    from .engine import launch
+    return launch.test(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_files(args)
+    register()
+    from .engine import launch
+    launch.check_dataset(args)
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +189,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
     parser.add_argument('--score-threshold', type=float, default=0.3, metavar='SCORE',
                         help='minimum score of drawn detections (default: 0.3)')
-    parser.add_argument('--save', nargs='+', choices=prediction.SAVED, default=[],
+    parser.add_argument('--save', nargs='+', choices=choices.SAVED, default=[],
                         help='also write: masks, the class map of each image (segmentation; of '
                         "large pictures, it is always written), coco or csv, all images' "
                         'detections in predictions.json or predictions.csv')
@@ -151,10 +199,18 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def _predict(args: argparse.Namespace) -> None:
+    inputs.find_images(args.images)
+    check_files(args)
+    register()
+    from . import prediction
+    prediction.image_demo(args)
+
+
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file, or the name of a recipe')
     parser.add_argument('checkpoint', help='file or URL of the weights')
-    parser.add_argument('--to', choices=[*exporting.FORMATS, 'coreml'], default='onnx',
+    parser.add_argument('--to', choices=[*choices.FORMATS, 'coreml'], default='onnx',
                         help='format of the file (onnx)')
     parser.add_argument('--out', metavar='FILE', help='the file to write (CONFIG.onnx, ...)')
     parser.add_argument('--int8', action='store_true', help='quantize to 8 bits, calibrated on '
@@ -172,6 +228,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--pictures', metavar='DIR',
                         help='folder for a picture of the results on each of these images')
     add_cfg_options(parser)
+
+
+def _export(args: argparse.Namespace) -> object:
+    check_files(args)
+    register()
+    from .deployment import export
+    return export.main(args)
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +255,13 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     add_cfg_options(parser)
 
 
+def _prune(args: argparse.Namespace) -> object:
+    check_files(args)
+    register()
+    from .deployment import pruning
+    return pruning.main(args)
+
+
 def _add_browser_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL.onnx', help='files of tools/export.py; '
                         'with --int8 they are a quarter as large')
@@ -200,7 +270,14 @@ def _add_browser_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', metavar='FILE', default='browser_demo.html',
                         help='the page (browser_demo.html)')
     parser.add_argument('--runtime', metavar='DIR', help='folder dist of '
-                        f'{browser.RUNTIME} (npm downloads it)')
+                        f'{choices.WEB_RUNTIME} (npm downloads it)')
+
+
+def _browser_demo(args: argparse.Namespace) -> object:
+    inputs.find_images(args.images or ())
+    register()
+    from .deployment import browser
+    return browser.main(args)
 
 
 def _add_web_demo(parser: argparse.ArgumentParser) -> None:
@@ -212,6 +289,13 @@ def _add_web_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', help='for example cuda:1 or cpu (default: the best available)')
     _add_dtype(parser)
     add_cfg_options(parser)
+
+
+def _web_demo(args: argparse.Namespace) -> None:
+    check_files(args)
+    register()
+    from . import web_demo
+    web_demo.main(args)
 
 
 def _add_migrate(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +311,11 @@ def _add_migrate(parser: argparse.ArgumentParser) -> None:
 
 def _migrate(args: argparse.Namespace) -> None:
     old = Path(args.old)
+    if not old.is_dir():
+        inputs.find_config(old)
     new = args.new or old.with_name(f'{old.stem}_new{old.suffix}')
+    register()
+    from .engine import conversion
     convert = conversion.migrate_folder if old.is_dir() else conversion.migrate
     print(convert(old, new, args.trust, args.imports))
 
@@ -235,10 +323,17 @@ def _migrate(args: argparse.Namespace) -> None:
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', metavar='IN', help='file or URL with any published naming')
     parser.add_argument('target', metavar='OUT', help='.pth, .pt, .bin or .safetensors file')
-    parser.add_argument('--to', choices=naming.EXPORT_SCHEMES,
+    parser.add_argument('--to', choices=choices.EXPORT_SCHEMES,
                         help='library whose names to use (default: names stay the same)')
     parser.add_argument('--publish', action='store_true',
                         help="add the beginning of the file's SHA-256 to its name")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not inputs.is_url(args.source):
+        inputs.find_local_checkpoint(args.source)
+    from .checkpoints import export
+    export.main(args)
 
 
 def _add_convert_data(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +345,14 @@ def _add_convert_data(parser: argparse.ArgumentParser) -> None:
                         'are not in the palette become 255, which is ignored')
 
 
+def _convert_data(args: argparse.Namespace) -> None:
+    if args.colors:
+        inputs.check_syntax(inputs.find_config(args.colors))
+        register()
+    from .engine import datasets_cli
+    datasets_cli.convert_dataset(args)
+
+
 def _add_split_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('images', help='folder of the images')
     parser.add_argument('out', help='folder of the lists')
@@ -258,6 +361,11 @@ def _add_split_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--val', type=float, default=0.2, metavar='SHARE',
                         help='share of the validation images (0.2)')
     parser.add_argument('--seed', type=int, default=0, help='seed of the shuffle (0)')
+
+
+def _split_data(args: argparse.Namespace) -> None:
+    from .engine import datasets_cli
+    datasets_cli.split_dataset(args)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -279,10 +387,16 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _table(args: argparse.Namespace) -> None:
+    for config in args.configs:
+        inputs.check_syntax(inputs.find_config(config))
+    register()
+    configs = args.configs or inputs.recipe_files()
     if args.measure:
-        print(*model_tables.write_tables(args.measure, args.configs or recipe_files()), sep='\n')
+        from . import model_tables
+        print(*model_tables.write_tables(args.measure, configs), sep='\n')
         return
-    print(complexity.complexity_table(args.configs or recipe_files(), args.size, args.memory))
+    from . import complexity
+    print(complexity.complexity_table(configs, args.size, args.memory))
 
 
 def _add_choose(parser: argparse.ArgumentParser) -> None:
@@ -318,6 +432,8 @@ def _parse_limit(text: str) -> float:
 def _choose(args: argparse.Namespace) -> None:
     table = choosing.read_table(args.task)
     if args.measure_here:
+        register()
+        from . import model_tables
         table = model_tables.measure_here(table, threads=args.threads, runtime=args.runtime)
         for row in table['recipes']:
             print(f'{choosing.latency_of(row, args.runtime):8.0f} ms, {row["latency_from"]}: '
@@ -326,29 +442,29 @@ def _choose(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    'train': Command('Train a segmentor or a detector.', _add_train, launch.train),
+    'train': Command('Train a segmentor or a detector.', _add_train, _train),
     'test': Command('Evaluate a segmentor or a detector.', _add_test, _test),
     'predict': Command("Draw a trained model's predictions on your own images.", _add_predict,
-                       prediction.image_demo),
+                       _predict),
     'check': Command("Check all images and annotations of a config's datasets, and draw "
                      'dataset.png.', lambda parser: add_config(parser, launcher=False),
-                     launch.check_dataset),
+                     _check),
     'migrate': Command("Convert a config for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, and "
                        'report each key.', _add_migrate, _migrate),
     'convert': Command("Convert a ConvNeXt checkpoint to another library's names or file format, "
-                       'or publish it.', _add_convert, export.main),
+                       'or publish it.', _add_convert, _convert),
     'convert-data': Command('Convert annotations of Pascal VOC, YOLO, LabelMe or Roboflow to COCO '
-                            'format.', _add_convert_data, datasets_cli.convert_dataset),
+                            'format.', _add_convert_data, _convert_data),
     'split-data': Command('Split images into training and validation data; near-duplicates stay '
-                          'on one side.', _add_split_data, datasets_cli.split_dataset),
+                          'on one side.', _add_split_data, _split_data),
     'export': Command('Export a model for another runtime, and compare it with PyTorch on the test '
-                      'images.', _add_export, exporting.main),
+                      'images.', _add_export, _export),
     'prune': Command("Remove channels of a trained model's backbone and head.", _add_prune,
-                     pruning.main),
+                     _prune),
     'browser-demo': Command('Write one page that runs exported models in a browser, without a '
-                            'server.', _add_browser_demo, browser.main),
+                            'server.', _add_browser_demo, _browser_demo),
     'web-demo': Command('Serve a web page that runs a checkpoint on uploaded images.',
-                        _add_web_demo, web_demo.main),
+                        _add_web_demo, _web_demo),
     'choose': Command('Recommend a recipe for a GPU memory and a latency.', _add_choose, _choose),
     'table': Command('Print a table of parameters, FLOPs and memory of configs, without running '
                      'the models.', _add_table, _table),

@@ -1,4 +1,5 @@
 """The error for mistakes that a user can fix."""
+import sys
 
 
 class UserError(ValueError):
@@ -6,3 +7,8 @@ class UserError(ValueError):
 
     The tools print only the message, without a traceback, and exit with status 2.
     """
+
+
+def print_error(message: str) -> None:
+    """Print the message of an error that ends the process."""
+    print(f'\nError: {message}', file=sys.stderr, flush=True)

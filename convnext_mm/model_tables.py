@@ -21,11 +21,11 @@ import yaml
 from rich.progress import track
 
 from . import complexity
-from .bases import config_folder, find_recipe
 from .choosing import RUNTIMES, TASKS, Table, anchors, latency_of, predict
 from .engine import checks
 from .engine.memory import estimate_inference_memory, estimate_training_memory
 from .errors import UserError
+from .inputs import config_folder, find_recipe
 from .latency import measure_latency
 from .utils import atomic_path
 

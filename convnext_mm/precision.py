@@ -14,10 +14,11 @@ import torch
 from mmengine.registry import MODELS
 from torch import nn
 
+from . import choices
 from .errors import UserError
 from .utils import suggest
 
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+DTYPES = {name: getattr(torch, kind) for name, kind in choices.DTYPES.items()}
 """The values of ``inference_dtype``."""
 
 

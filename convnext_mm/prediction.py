@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -25,12 +24,12 @@ from . import checkpoints, visualization
 from .datasets import dataset_metainfo, dataset_registry, datasets_of_split
 from .datasets.completion import find_transforms
 from .datasets.findings import failure_reason, read_image_facts
-from .datasets.formats import IMAGE_SUFFIXES
 from .datasets.loading import loader_of
 from .detection_files import DetectionFiles
 from .engine import checks, fallbacks, speed
 from .engine.launch import dtype_options
 from .errors import UserError
+from .inputs import find_images
 from .precision import check_dtype
 from .resolution.data import default_argument
 from .tiff import (
@@ -42,8 +41,6 @@ from .tiff import (
 )
 from .utils import LARGE_PICTURE, atomic_path, track_rows, writable_folder
 
-SAVED = ('masks', 'coco', 'csv')
-"""What can be written beside the drawn pictures."""
 TIFF_SUFFIXES = ('.tif', '.tiff')
 
 
@@ -54,7 +51,7 @@ def image_demo(args: argparse.Namespace) -> None:
 
     Args:
         args: ``images``, ``config``, ``checkpoint``, ``out``, ``device``, ``score_threshold``,
-            ``save`` (of :data:`SAVED`), ``dtype`` and ``cfg_options``.
+            ``save`` (of :data:`choices.SAVED`), ``dtype`` and ``cfg_options``.
 
     Raises:
         UserError: There are no images, the model cannot be loaded, results cannot be written, or
@@ -392,30 +389,6 @@ def write_mask(path: Path, rows: Iterator[np.ndarray], picture: Picture, classes
         return
     with atomic_path(path) as part:
         Image.fromarray(np.concatenate(list(values))).save(part)
-
-
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Expand files, folders (recursively) and glob patterns to unique image paths.
-
-    Raises:
-        UserError: One of ``paths`` matches no image.
-    """
-    files: list[str] = []
-    for path in paths:
-        if os.path.isdir(path):
-            matches = [os.path.join(root, name) for root, _, names in os.walk(path)
-                       for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        elif os.path.isfile(path):
-            matches = [path]
-        else:
-            matches = [match for match in glob.glob(path, recursive=True)
-                       if match.lower().endswith(IMAGE_SUFFIXES)]
-        if not matches:
-            raise UserError(f'No image found: {os.path.abspath(path)}. Expected an image, a '
-                            f'folder of images ({" ".join(IMAGE_SUFFIXES)}), or a pattern such as '
-                            "'photos/*.jpg'")
-        files += sorted(matches)
-    return list(dict.fromkeys(files))
 
 
 def output_names(files: Sequence[str]) -> list[Path]:

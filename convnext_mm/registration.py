@@ -11,7 +11,7 @@ from mmengine.registry import (
 )
 
 from .backbone import ConvNeXt
-from .checkpoints.loading import FitCheckpointHook
+from .checkpoints.hook import FitCheckpointHook
 from .engine.fallbacks import CPUAmpOptimWrapper
 from .engine.hooks import AbsentClassesHook, CurvesHook, PredictionsHook, ResultsHook
 from .engine.runner import ConvNeXtRunner

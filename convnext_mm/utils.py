@@ -1,4 +1,4 @@
-"""Small helpers that several modules share."""
+"""Small helpers that several modules share. Those that import it may do without PyTorch."""
 from __future__ import annotations
 
 import difflib
@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from rich.progress import Progress
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch import Tensor, nn
 
 LARGE_PICTURE = 2**24
 """Pixels above which a picture is processed piece by piece where that is possible."""
@@ -70,8 +71,15 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), '0') == '0'
 
 
+def has_several_processes() -> bool:
+    """Whether a launcher has started several processes for this run."""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers such as DistributedDataParallel."""
+    from torch import nn
+
     while isinstance(inner := getattr(model, 'module', None), nn.Module):
         model = inner
     return model
@@ -95,6 +103,8 @@ def track_rows(rows: Iterable[tuple[slice, Tensor]], total: int,
         total: Number of rows of the picture.
         progress: Gets a line; None: one of its own.
     """
+    from rich.progress import Progress
+
     # Rows come in bursts, one for each row of windows.
     bar = progress or Progress(speed_estimate_period=600)
     with nullcontext() if progress else bar:

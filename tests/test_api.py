@@ -14,7 +14,7 @@ from PIL import Image
 import convnext_mm as cm
 from convnext_mm import UserError
 from convnext_mm.api import Model
-from convnext_mm.engine.cfg_options import parse_value
+from convnext_mm.key_values import parse_value
 from tests.helpers import (
     DEMO_DETECTION,
     DEMO_SEGMENTATION,

@@ -27,12 +27,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mmengine.registry import DATASETS, init_default_scope
 
-from convnext_mm import ConvNeXt, UserError, migration
+from convnext_mm import ConvNeXt, UserError
 from convnext_mm.checkpoints.files import check_whole, peek_checkpoint, read_checkpoint
 from convnext_mm.datasets.bad_files import name_bad_files
 from convnext_mm.engine import checks
-from convnext_mm.engine.cfg_options import parse_value
 from convnext_mm.engine.changes import changed_settings
+from convnext_mm.key_values import parse_value
+from convnext_mm.migration.writing import migrate
 from convnext_mm.runs.resuming import find_checkpoint
 from tests.helpers import SEGMENTATION
 
@@ -307,7 +308,7 @@ PIECES = ['None', '[]', '{}', 'dict()', '-1', "'a'", '1 +', '**1', 'lambda: 0', 
 
 def read_an_old_config(path: Path) -> None:
     try:
-        migration.migrate(path, path.with_name('new.py'))
+        migrate(path, path.with_name('new.py'))
     finally:
         checks.load_config(str(path))
 

@@ -82,7 +82,7 @@ def test_wheel_has_the_package_the_recipes_and_the_tools(distributions):
     mim = {f'convnext_mm/.mim/{folder}/{name}' for folder in folders
            for name in files(ROOT / folder)} | {'convnext_mm/.mim/model-index.yml'}
     assert {name for name in wheel if '.dist-info/' not in name} == package | mim | {
-        STARTUP.name}
+        STARTUP.name, 'convnext_mm_command.py'}
     assert wheel['convnext_mm/.mim/tools/dist_train.sh'][0] & 0o111, 'executable'
 
 

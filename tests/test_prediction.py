@@ -11,8 +11,9 @@ from pycocotools.coco import COCO
 
 from convnext_mm import UserError, prediction, tiff, visualization
 from convnext_mm.engine.checks import read_config
+from convnext_mm.inputs import find_images
 from convnext_mm.layers import Block
-from convnext_mm.prediction import Predictor, find_images, output_names
+from convnext_mm.prediction import Predictor, output_names
 from convnext_mm.segmentation import segmentor
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, call_tool
 

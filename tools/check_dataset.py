@@ -1,5 +1,5 @@
 """Check all images and annotations of a config's datasets, and draw dataset.png."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('check')

@@ -1,5 +1,5 @@
 """Convert annotations of Pascal VOC, YOLO, LabelMe or Roboflow to COCO format."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('convert-data')

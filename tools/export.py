@@ -1,5 +1,5 @@
 """Export a model for another runtime, and compare it with PyTorch on the test images."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('export')

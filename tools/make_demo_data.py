@@ -1,12 +1,12 @@
 """Generate the demo's images in the layouts of ADE20K and COCO."""
 import argparse
 
-from convnext_mm.cli import run
-from convnext_mm.demo_data import make
+from convnext_mm_command import run
 
 
 def main(args: argparse.Namespace) -> None:
     """Generate the images and print their folder."""
+    from convnext_mm.demo_data import make
     print('Demo data:', make(args.out, args.num_train, args.num_val, args.seed))
 
 

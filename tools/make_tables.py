@@ -13,11 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import yaml
-
-from convnext_mm import ConvNeXt, choosing
-from convnext_mm.archs import ARCHS
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 1000  # of ImageNet, as published sizes are counted
@@ -95,6 +91,10 @@ def v2(link: str) -> Rows:
 
 def sizes(link: str) -> Rows:
     """Depths, dims and parameters with ImageNet's classifier, counted on the meta device."""
+    import torch
+
+    from convnext_mm import ConvNeXt
+    from convnext_mm.archs import ARCHS
     rows = [['`arch`', '`depths`', '`dims`', 'parameters']]
     for name, arch in ARCHS.items():
         with torch.device('meta'):
@@ -178,6 +178,7 @@ def with_tables(page: Path) -> str:
 
 def with_data(page: Path) -> str:
     """The text of docs/choose/index.html, with docs/tables in it: a local page can read no file."""
+    from convnext_mm import choosing
     rows = [f'{json.dumps(task)}: {(ROOT / "docs/tables" / f"{name}.json").read_text().strip()}'
             for task, name in choosing.TASKS.items()]
     data = '{' + ',\n'.join(rows).replace('</', '<\\/') + '}'

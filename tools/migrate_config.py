@@ -1,5 +1,5 @@
 """Convert a config for mmcv 0.x or 1.x, or with mmpretrain's ConvNeXt, and report each key."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('migrate')

@@ -1,5 +1,5 @@
 """Remove hidden channels of a trained model's backbone."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('prune')

@@ -1,5 +1,5 @@
 """Split images into training and validation data; near-duplicates stay on one side."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('split-data')

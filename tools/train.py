@@ -1,5 +1,5 @@
 """Train a segmentor or a detector."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('train')

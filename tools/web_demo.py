@@ -1,5 +1,5 @@
 """Serve a web page that runs a checkpoint on uploaded images."""
-from convnext_mm.cli import main
+from convnext_mm_command import main
 
 if __name__ == '__main__':
     main('web-demo')

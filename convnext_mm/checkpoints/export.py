@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save
 
 from ..errors import UserError
+from ..inputs import CHECKPOINT_SUFFIXES
 from ..utils import atomic_path
 from . import naming
-from .files import SUFFIXES, WEIGHTS_KEYS, extract_weights, locate_checkpoint, read_checkpoint
+from .files import WEIGHTS_KEYS, extract_weights, locate_checkpoint, read_checkpoint
 from .loading import count_by_module
 from .naming import SCHEMES, StateDict
 
@@ -37,7 +38,7 @@ def convert_checkpoint(source: str, target: str | Path, to: str | None = None,
     Args:
         source: Path or URL of a checkpoint with any naming.
         target: A file name that ends in .safetensors, .pth, .pt or .bin.
-        to: A name in :data:`naming.EXPORT_SCHEMES`. Default: names stay the same.
+        to: A name in :data:`convnext_mm.choices.EXPORT_SCHEMES`. Default: names stay the same.
         publish: Put the first 8 digits of the file's SHA-256 into its name.
 
     Returns:
@@ -47,7 +48,7 @@ def convert_checkpoint(source: str, target: str | Path, to: str | None = None,
         UserError: The source cannot be read or converted, or the target cannot be written.
     """
     target = Path(target).expanduser()
-    if target.suffix not in SUFFIXES:
+    if target.suffix not in CHECKPOINT_SUFFIXES:
         raise UserError(f'Target {target}: expected a name that ends in .pth, .pt, .bin or '
                         '.safetensors')
     if not target.absolute().parent.is_dir():

@@ -21,10 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
+from ..inputs import INDEX_SUFFIX, find_local_checkpoint, is_url
 
-SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
-INDEX_SUFFIX = '.index.json'
-"""Ending of a file that says in which of several files each parameter is."""
 WEIGHTS_KEYS = ('state_dict', 'model', 'model_state_dict', 'net', 'network', 'module', 'weights',
                 'teacher', 'student', 'backbone', 'state_dict_ema', 'model_ema', 'ema_state_dict',
                 'ema')
@@ -50,19 +48,8 @@ def locate_checkpoint(source: str) -> Path:
 
 def _locate_file(source: str) -> Path:
     """See :func:`locate_checkpoint`."""
-    if not _is_url(source):
-        path = Path(source).expanduser()
-        if path.is_dir():
-            files = sorted(file.name for file in path.iterdir()
-                           if file.name.endswith((*SUFFIXES, INDEX_SUFFIX)))
-            raise UserError(f'Checkpoint is a folder: {path.absolute()}\nGive a file instead. '
-                            f'Checkpoints in this folder: {", ".join(files[:8]) or "none"}')
-        if not path.is_file():
-            raise UserError(f'Checkpoint not found: {path.absolute()}\n'
-                            'Expected a .pth, .pt, .bin or .safetensors file, or the .index.json '
-                            'of several (training writes '
-                            '.pth files to work_dirs/CONFIG/).')
-        return path
+    if not is_url(source):
+        return find_local_checkpoint(source)
     path = Path(torch.hub.get_dir(), 'checkpoints', _cache_file_name(source))
     if path.is_file():
         return path
@@ -78,10 +65,6 @@ def _locate_file(source: str) -> Path:
                         f'Download it on a machine with network access and put it at {path}.'
                         ) from error
     return path
-
-
-def _is_url(source: str) -> bool:
-    return urlparse(source).scheme in ('http', 'https')
 
 
 def _locate_shards(source: str, path: Path) -> dict[str, tuple[Path, list[str]]]:
@@ -102,7 +85,7 @@ def _locate_shards(source: str, path: Path) -> dict[str, tuple[Path, list[str]]]
     for file, names in shards.items():
         if Path(file).name != file:
             raise _unusable_error(path, f'names {file!r}, which is outside of its folder')
-        if _is_url(source):
+        if is_url(source):
             found[file] = _locate_file(urljoin(source, file)), names
         elif (path.parent / file).is_file():
             found[file] = path.parent / file, names

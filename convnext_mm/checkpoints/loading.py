@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..archs import Arch
 from ..errors import UserError
-from ..utils import unwrap_model
 from . import naming
 from .files import extract_weights, read_checkpoint
 from .naming import StateDict
@@ -321,11 +319,16 @@ def check_complete(model: nn.Module, source: str) -> StateDict:
         UserError: Parameters are missing or have other shapes; the message lists them.
     """
     state = fit_model_weights(read_checkpoint(source), model, source)[0]
-    _require_complete(model, state, source)
+    require_complete(model, state, source)
     return state
 
 
-def _require_complete(model: nn.Module, state: StateDict, source: str) -> None:
+def require_complete(model: nn.Module, state: StateDict, source: str) -> None:
+    """Check that weights have all parameters of a model, in their shapes.
+
+    Raises:
+        UserError: They have not.
+    """
     own = model.state_dict()
     problems = find_mismatches(own, state)
     if problems:
@@ -333,37 +336,6 @@ def _require_complete(model: nn.Module, state: StateDict, source: str) -> None:
                         f'{len(own)} parameters):\n  {format_problems(problems)}\nUse the '
                         'checkpoint that was trained with this config, or the config that it was '
                         'trained with.')
-
-
-class FitCheckpointHook(Hook):
-    """Fits the weights of ``load_from`` and ``resume`` to the model before mmengine loads them.
-
-    mmengine loads parameters whose name and shape match and ignores the others: with another naming
-    it would load nothing, and training would start from random weights.
-    """
-
-    priority = 'VERY_HIGH'  # before EMAHook, which copies the weights
-
-    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Replace the weights under 'state_dict'.
-
-        Raises:
-            UserError: They do not fit the backbone or, when resuming, the whole model.
-        """
-        model = unwrap_model(runner.model)
-        source = str(runner._load_from or f'The latest checkpoint in {runner.work_dir}')
-        state, line = fit_model_weights(checkpoint, model, source)
-        if runner._resume:
-            _require_complete(model, state, source)
-        else:
-            if line:
-                print_log(line, logger='current')
-            own = model.state_dict()
-            print_log('\n  '.join([f'Weights of {source}:', *describe_parts(own, state)]),
-                      logger='current')
-            state = {name: value for name, value in state.items()
-                     if name in own and value.shape == own[name].shape}
-        checkpoint['state_dict'] = state
 
 
 def find_mismatches(own: StateDict, state: StateDict) -> list[str]:

@@ -113,8 +113,6 @@ SCHEMES = {
         pwconv2='block.5', gamma='layer_scale', grn=None, output_norm=None,
         final_norm='classifier.0', head='classifier.2', scale_ndim=3),
 }
-EXPORT_SCHEMES = ('official', 'mmpretrain', 'timm', 'transformers', 'torchvision')
-"""The schemes that checkpoints can be converted to."""
 
 WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 """Names of modules that wrap others: DistributedDataParallel and averages of weights,

@@ -20,12 +20,12 @@ import yaml
 from PIL import ExifTags, Image
 
 from ..errors import UserError
+from ..inputs import IMAGE_SUFFIXES
 from ..utils import atomic_path, describe, writable_folder
 
 SPLITS = dict(train='train', training='train', val='val', valid='val', validation='val',
               test='test', trainval='train')
 """Names of folders and lists, and the split that they are."""
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 MAX_LOOKED_AT = 50
 
 

@@ -15,17 +15,15 @@ from typing import Any
 
 import cv2
 
-from ..bases import shipped_file
+from ..choices import WEB_RUNTIME
 from ..errors import UserError
-from ..prediction import find_images
+from ..inputs import find_images, shipped_file
 from ..utils import atomic_path, writable_folder
 from .runtimes import load_exported
 
-RUNTIME = 'onnxruntime-web@1.30.0'
-"""The npm package that runs ONNX files in browsers."""
 FILES = dict(script='ort.wasm.min.js', loader='ort-wasm-simd-threaded.mjs',
              wasm='ort-wasm-simd-threaded.wasm')
-"""Those of its ``dist`` that the page contains."""
+"""Those of :data:`WEB_RUNTIME`'s ``dist`` that the page contains."""
 LONGEST_SIDE = 1024
 """Pixels of a sample; larger images are made smaller."""
 
@@ -95,7 +93,7 @@ def encode(data: bytes) -> str:
 
 
 def fetch_runtime(folder: Path) -> Path:
-    """Let npm download :data:`RUNTIME`, which it checks against its registry's hash.
+    """Let npm download :data:`WEB_RUNTIME`, which it checks against its registry's hash.
 
     Returns:
         The folder that contains :data:`FILES`.
@@ -106,13 +104,13 @@ def fetch_runtime(folder: Path) -> Path:
     hint = '--runtime DIR takes the folder dist of this package from elsewhere'
     npm = shutil.which('npm')
     if npm is None:
-        raise UserError(f'npm, of Node.js, downloads {RUNTIME} but is not installed. {hint}')
-    print(f'Downloading {RUNTIME} ...', flush=True)
-    done = subprocess.run([npm, 'pack', '--silent', RUNTIME], cwd=folder, capture_output=True,
+        raise UserError(f'npm, of Node.js, downloads {WEB_RUNTIME} but is not installed. {hint}')
+    print(f'Downloading {WEB_RUNTIME} ...', flush=True)
+    done = subprocess.run([npm, 'pack', '--silent', WEB_RUNTIME], cwd=folder, capture_output=True,
                           text=True)
     if done.returncode:
         lines: Sequence[str] = (done.stderr or done.stdout).strip().splitlines() or ['no message']
-        raise UserError(f'npm cannot download {RUNTIME}: {lines[-1]}. {hint}')
+        raise UserError(f'npm cannot download {WEB_RUNTIME}: {lines[-1]}. {hint}')
     with tarfile.open(next(folder.glob('*.tgz'))) as archive:
         for name in FILES.values():
             content = archive.extractfile(f'package/dist/{name}')
@@ -130,7 +128,7 @@ def read_runtime(folder: Path) -> dict[str, bytes]:
     missing = [name for name in FILES.values() if not (folder / name).is_file()]
     if missing:
         raise UserError(f'--runtime {folder}: {", ".join(missing)} missing. Expected the folder '
-                        f'dist of {RUNTIME}')
+                        f'dist of {WEB_RUNTIME}')
     return {key: (folder / name).read_bytes() for key, name in FILES.items()}
 
 

@@ -7,16 +7,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from rich.progress import track
 
 from .. import checkpoints
-from ..bases import find_recipe
+from ..choices import FORMATS
 from ..engine import checks
 from ..errors import UserError
+from ..inputs import find_recipe
 from ..prediction import Predictor
 from ..utils import writable_folder
 from .checking import METRIC, Comparison, Difference, Metric, mask_threshold, metric_problem
@@ -30,24 +31,11 @@ from .rewriting import exportable
 from .runtimes import Exported, load_exported
 from .testing import TASKS, evaluate
 
-
-class Format(NamedTuple):
-    """What a model can be exported to.
-
-    Args:
-        suffix: Of the file.
-        write: Writes it from a pipeline, an example (2, H, W, C), a path and the metadata.
-    """
-
-    suffix: str
-    write: Callable[[Pipeline, torch.Tensor, Path, dict[str, Any]], None]
-
-
-FORMATS = {
-    'onnx': Format('.onnx', write_onnx),
-    'openvino': Format('.xml', write_openvino),
-    'torch-export': Format('.pt2', write_torch_export),
-    'aoti': Format('.aoti.pt2', write_aoti)}
+WRITERS: dict[str, Callable[[Pipeline, torch.Tensor, Path, dict[str, Any]], None]] = {
+    'onnx': write_onnx, 'openvino': write_openvino, 'torch-export': write_torch_export,
+    'aoti': write_aoti}
+"""Write a file of each of :data:`FORMATS` from a pipeline, an example (2, H, W, C), a path and the
+metadata."""
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -69,13 +57,12 @@ def main(args: argparse.Namespace) -> Path:
     cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
     if args.to == 'aoti' and cfg.default_scope == 'mmdet':
         raise UserError('AOTInductor does not compile detectors: use --to torch-export')
-    kind = FORMATS[args.to]
     source = ImageSource(cfg, 'test', args.images)
     if not len(source):
         raise UserError('there are no test images to compare the file on')
     predictor = Predictor(cfg, args.checkpoint, 'cpu')
     numbers = '_int8' * args.int8 + '_bf16' * args.bf16
-    out = Path(args.out or f'{Path(args.config).stem}{numbers}{kind.suffix}')
+    out = Path(args.out or f'{Path(args.config).stem}{numbers}{FORMATS[args.to]}')
     writable_folder(out.parent)
     meta = metadata(cfg, predictor, args)
     fixed = args.size[::-1] if args.size else None
@@ -90,7 +77,7 @@ def main(args: argparse.Namespace) -> Path:
     if args.bf16:
         meta['precision'] = 'bf16'
     if not args.int8:
-        kind.write(pipeline, example, out, meta)
+        WRITERS[args.to](pipeline, example, out, meta)
         return keep_if_equal(out, cfg, predictor, source, args,
                              args.max_drop if args.bf16 else METRIC)
     if processor_has('amx_bf16', 'avx512_bf16') and not args.bf16:
@@ -125,7 +112,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError('--size is not available with --to openvino and --int8')
     if args.to == 'aoti' and not args.size:
         raise UserError('AOTInductor compiles for one size of the image: add --size WxH')
-    suffix = FORMATS[args.to].suffix
+    suffix = FORMATS[args.to]
     if args.out and not args.out.endswith(suffix):
         raise UserError(f'--out {args.out}: expected a name that ends in {suffix}')
 

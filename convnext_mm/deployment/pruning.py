@@ -19,9 +19,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..backbone import ConvNeXt
-from ..bases import find_recipe
 from ..engine import checks, speed
 from ..errors import UserError
+from ..inputs import find_recipe
 from ..layers import GRN, Block
 from ..prediction import Predictor
 from ..utils import atomic_path, writable_folder

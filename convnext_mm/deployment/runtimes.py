@@ -120,11 +120,6 @@ LOADERS: dict[str, Callable[[Path], Exported]] = {
 """From a suffix to what loads a file of it."""
 
 
-def is_exported(path: str) -> bool:
-    """Whether a path is that of an exported file, not of a checkpoint."""
-    return Path(path).suffix in LOADERS
-
-
 def to_sample(outputs: Arrays, index: int, sample: BaseDataElement, mask_threshold: float
               ) -> BaseDataElement:
     """Put the results of one image into its data sample, as the model's own are.

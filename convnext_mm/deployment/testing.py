@@ -7,9 +7,9 @@ from typing import Any
 from mmengine.config import Config
 from rich.progress import track
 
-from ..bases import find_recipe
 from ..engine import checks
 from ..errors import UserError
+from ..inputs import find_recipe
 from .checking import Metric, mask_threshold
 from .images import ImageSource
 from .runtimes import Exported, load_exported, to_sample

@@ -23,9 +23,9 @@ from mmengine.structures import InstanceData
 
 from ..datasets.bad_files import require_images
 from ..datasets.coco import load_coco
-from ..datasets.formats import IMAGE_SUFFIXES
 from ..detection_files import DetectionFiles
 from ..errors import UserError
+from ..inputs import IMAGE_SUFFIXES
 from ..registry import DATASETS, METRICS
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from mmcv.image import rescale_size
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
-from .. import checkpoints, datasets, migration
-from ..bases import find_recipe, recipe_files, without_completion
+from .. import checkpoints, datasets
+from ..bases import without_completion
 from ..checkpoints.files import peek_checkpoint
 from ..datasets import inspection
 from ..datasets.completion import find_transforms
 from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
+from ..inputs import find_config, unreadable_config
+from ..migration.parsing import old_keys
 from ..resolution import resolve
 from ..resolution.mmpretrain import needed_imports
 from ..resolution.schedule import run_length
@@ -77,17 +78,8 @@ def load_config(path: str) -> Config:
     Raises:
         UserError: The file does not exist, is for mmcv 0.x or 1.x, or cannot be read.
     """
-    file = Path(find_recipe(path))
-    if not file.is_file():
-        known = [str(p) for folder in (file.parent, Path('configs'), Path('configs/demo'))
-                 if folder.is_dir() for p in folder.glob('*.py')]
-        names = [Path(recipe).stem for recipe in recipe_files()]
-        hint = suggest(file, known, count=3).strip() or suggest(file.stem, names, count=3).strip() \
-            or ('The recipes are in configs/, such as '
-                'configs/upernet_convnext_tiny_512_160k_ade20k.py. A name alone, such as '
-                'upernet_convnext_tiny_512_160k_ade20k, is found everywhere.')
-        raise UserError(f'Config not found: {file.absolute()}\n{hint}')
-    old = migration.old_keys(file)
+    file = find_config(path)
+    old = old_keys(file)
     if old:
         new = file.with_name(f'{file.stem}_new.py')
         raise UserError(
@@ -105,7 +97,7 @@ def load_config(path: str) -> Config:
     except UserError:
         raise
     except Exception as error:  # a config is Python code and can raise anything
-        raise UserError(f'Config {file} cannot be read: {type(error).__name__}: {error}') from error
+        raise unreadable_config(file, error) from error
 
 
 def check_toolbox(cfg: Config) -> None:

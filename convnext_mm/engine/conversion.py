@@ -8,10 +8,9 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from .. import migration
 from ..errors import UserError
-from ..migration.parsing import OldConfig
-from ..migration.writing import read_file
+from ..migration import writing
+from ..migration.parsing import OldConfig, old_keys
 from ..resolution import resolve
 from . import checks
 from .building import Parts, build_all
@@ -25,7 +24,7 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False,
     """Convert a config, and write it if all that it describes can be built.
 
     Args:
-        source, target, trust, imports: See :func:`convnext_mm.migration.migrate`.
+        source, target, trust, imports: See :func:`convnext_mm.migration.writing.migrate`.
 
     Returns:
         The report as text.
@@ -33,7 +32,7 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False,
     Raises:
         UserError: The old config cannot be converted as a whole, or the new one cannot be built.
     """
-    return migration.migrate(source, target, trust, imports, check=check_result)
+    return writing.migrate(source, target, trust, imports, check=check_result)
 
 
 def migrate_folder(source: str | Path, target: str | Path, trust: bool = False,
@@ -43,7 +42,7 @@ def migrate_folder(source: str | Path, target: str | Path, trust: bool = False,
     Args:
         source: A folder.
         target: The folder for the new configs, under the paths of the old ones.
-        trust, imports: See :func:`convnext_mm.migration.migrate`.
+        trust, imports: See :func:`convnext_mm.migration.writing.migrate`.
 
     Returns:
         A table: what became of each config, with counts.
@@ -59,7 +58,7 @@ def migrate_folder(source: str | Path, target: str | Path, trust: bool = False,
             continue
         result, why = 'converted and built', ''
         try:
-            if not migration.old_keys(file):
+            if not old_keys(file):
                 continue  # code, or a config that needs no conversion
             report = migrate(file, target / name, trust, imports)
             count = report.count('\n  ! ')
@@ -85,7 +84,7 @@ def check_result(path: Path, old: OldConfig | None) -> None:
     Raises:
         UserError: What cannot be built, or what is not as in the old config.
     """
-    cfg = read_file(path)  # imports nothing: own parts were imported before, if trusted
+    cfg = writing.read_file(path)  # imports nothing: own parts were imported before, if trusted
     checks.check_toolbox(cfg)
     batch_size = cfg.train_dataloader.batch_size
     cfg.train_dataloader.batch_size = max(batch_size, 2)  # old configs count on several GPUs

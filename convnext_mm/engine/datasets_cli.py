@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..datasets import formats, splitting
 from ..errors import UserError
-from . import checks
 
 
 def convert_dataset(args: argparse.Namespace) -> None:
@@ -20,6 +19,7 @@ def convert_dataset(args: argparse.Namespace) -> None:
         UserError: See :func:`convnext_mm.datasets.formats.convert` and ``convert_colors``.
     """
     if args.colors:
+        from . import checks
         palette = checks.read_config(args.colors, notes=[]).get('palette')
         if not palette:
             raise UserError(f'{args.colors} has no palette: set palette=[[red, green, blue], …], a '

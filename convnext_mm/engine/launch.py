@@ -15,16 +15,17 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from .. import checkpoints, migration
-from ..bases import find_recipe
-from ..checkpoints.loading import FitCheckpointHook
+from .. import checkpoints
+from ..checkpoints.hook import FitCheckpointHook
 from ..datasets import datasets_of_split, inspection
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..datasets.findings import Findings, Problem
 from ..errors import UserError
+from ..inputs import find_recipe
+from ..migration.parsing import old_keys
 from ..precision import check_dtype
 from ..utils import atomic_path, is_first_process, track_rows, unwrap_model, writable_folder
-from . import checks, conversion, distillation, fallbacks, speed
+from . import checks, distillation, fallbacks, speed
 from .runner import ConvNeXtRunner
 from .summary import summarize
 
@@ -214,11 +215,12 @@ def dtype_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _migrate_old_config(args: argparse.Namespace) -> str:
     """Convert an old config into the work dir and return the new path; leave others as they are."""
-    if not migration.old_keys(args.config):
+    if not old_keys(args.config):
         return args.config
     old = Path(args.config)
     # In a subfolder, because mmengine dumps the complete config under this name to the work dir.
     new = Path(args.work_dir or Path('work_dirs', old.stem), 'migrated', old.name)
+    from . import conversion
     report = conversion.migrate(old, new)
     new.with_name('report.txt').write_text(report + '\n', encoding='utf-8')
     if is_first_process():

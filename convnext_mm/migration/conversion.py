@@ -12,8 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
 from ..archs import ARCHS, Arch
-from ..bases import PACKAGES, config_folder, without_completion
+from ..bases import PACKAGES, without_completion
 from ..errors import UserError
+from ..inputs import config_folder
 from ..resolution.mmpretrain import map_backbone
 from ..resolution.signatures import ALWAYS, accepted_arguments, beside
 from ..utils import plain

@@ -10,8 +10,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from ..bases import config_folder
 from ..errors import UserError
+from ..inputs import config_folder
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 if not CONFIGS.is_dir():  # installed from a wheel

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
-from ..bases import PACKAGES, config_folder, inherited_configs, without_completion
+from ..bases import PACKAGES, inherited_configs, without_completion
 from ..errors import UserError
+from ..inputs import config_folder
 from ..utils import plain
 
 MISSING: Any = object()

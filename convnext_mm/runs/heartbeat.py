@@ -19,7 +19,8 @@ import torch.distributed as dist
 from mmengine.dist import get_dist_info, is_main_process
 from mmengine.hooks import Hook
 
-from ..errors import UserError
+from ..errors import UserError, print_error
+from ..utils import has_several_processes
 
 TIMEOUT = 1800
 """Seconds without progress after which a run ends, unless ``process_timeout`` is set."""
@@ -224,7 +225,7 @@ def report(message: str, store: Any = None) -> None:
 
     Those of the others follow from it. A process that keeps the store waits for them to ask.
     """
-    several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+    several = has_several_processes()
     first = True
     if several:
         with suppress(Exception):  # the process that keeps the store has ended
@@ -232,7 +233,7 @@ def report(message: str, store: Any = None) -> None:
             mine = f'{os.environ.get("RANK")}: {message}'
             first = store is None or store.compare_set(_key('error'), '', mine) == mine.encode()
     if first:
-        print(f'\nError: {message}', file=sys.stderr, flush=True)
+        print_error(message)
     if several and dist.is_initialized() and is_main_process() and not os.environ.get(
             'TORCHELASTIC_USE_AGENT_STORE'):
         time.sleep(LINGER)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from convnext_mm import UserError
 from convnext_mm.checkpoints import extract_weights, naming, read_checkpoint
 from convnext_mm.checkpoints.export import convert_checkpoint
+from convnext_mm.choices import EXPORT_SCHEMES
 from tests.helpers import FILES, GOLDEN_SIZE, assert_close, call_tool, golden, official
 
 
@@ -34,8 +35,8 @@ def assert_same(a: dict, b: dict) -> None:
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize(('name', 'to'), [
-    *(('v1_official_classification', to) for to in naming.EXPORT_SCHEMES),
-    *(('v2_official_classification', to) for to in naming.EXPORT_SCHEMES if to != 'torchvision')])
+    *(('v1_official_classification', to) for to in EXPORT_SCHEMES),
+    *(('v2_official_classification', to) for to in EXPORT_SCHEMES if to != 'torchvision')])
 def test_round_trips_are_bit_equal(name, to, suffix, save, tmp_path):
     source = save(golden(name)['checkpoint'])
     there, report = convert_checkpoint(source, tmp_path / f'there{suffix}', to)

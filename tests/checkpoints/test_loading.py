@@ -7,8 +7,8 @@ from torch import nn
 
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.checkpoints import check_complete, load_backbone, load_model, loading
+from convnext_mm.checkpoints.hook import FitCheckpointHook
 from convnext_mm.checkpoints.loading import (
-    FitCheckpointHook,
     fit_backbone_weights,
     fit_model_weights,
 )

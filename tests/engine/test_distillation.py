@@ -10,9 +10,9 @@ from mmengine.registry import MODELS, init_default_scope
 
 import convnext_mm as cm
 from convnext_mm.engine import cfg_options, distillation
-from convnext_mm.engine.cfg_options import parse_value
 from convnext_mm.engine.checks import read_config
 from convnext_mm.errors import UserError
+from convnext_mm.key_values import parse_value
 from tests.helpers import (
     DEMO_DETECTION,
     DEMO_SEGMENTATION,

@@ -17,7 +17,7 @@ from convnext_mm import UserError
 from convnext_mm.engine import conversion
 from convnext_mm.engine.building import build_parts
 from convnext_mm.engine.checks import read_config
-from convnext_mm.migration import migrate
+from convnext_mm.migration.writing import migrate
 from tests.helpers import ROOT
 
 BASES = '''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/ade20k.py',

@@ -8,8 +8,8 @@ from mmengine.config import Config
 from convnext_mm import UserError
 from convnext_mm.bases import without_completion
 from convnext_mm.engine.checks import read_config
-from convnext_mm.migration import migrate, old_keys
-from convnext_mm.migration.parsing import find_styles
+from convnext_mm.migration.parsing import find_styles, old_keys
+from convnext_mm.migration.writing import migrate
 from convnext_mm.utils import plain
 from tests.helpers import SEGMENTATION, call_tool
 

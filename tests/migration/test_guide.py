@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from convnext_mm.engine.checks import read_config
-from convnext_mm.migration import migrate
+from convnext_mm.migration.writing import migrate
 from tests.helpers import SMALL_DETECTION, SMALL_SEGMENTATION, call_tool, run_tool
 
 # Section 3.2: a segmentor of size tiny.

@@ -2,8 +2,7 @@
 import pytest
 
 from convnext_mm import UserError
-from convnext_mm.migration import old_keys
-from convnext_mm.migration.parsing import CONFIGS, merge, parse_config
+from convnext_mm.migration.parsing import CONFIGS, merge, old_keys, parse_config
 from tests.helpers import SEGMENTATION
 
 

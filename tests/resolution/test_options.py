@@ -2,8 +2,8 @@
 import pytest
 
 from convnext_mm import UserError
-from convnext_mm.engine.cfg_options import parse_value
 from convnext_mm.engine.checks import read_config
+from convnext_mm.key_values import parse_value
 from tests.helpers import DETECTION, ROOT, SEGMENTATION
 
 
