@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import choices, choosing, inputs
+from .deployment.arguments import check_export, check_pruning
+from .deployment.optional import check_installed
 from .errors import UserError, print_error
 from .key_values import add_cfg_options
 from .utils import has_several_processes
@@ -231,6 +233,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> object:
+    check_export(args)
     check_files(args)
     register()
     from .deployment import export
@@ -256,6 +259,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune(args: argparse.Namespace) -> object:
+    check_pruning(args)
     check_files(args)
     register()
     from .deployment import pruning
@@ -292,6 +296,7 @@ def _add_web_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _web_demo(args: argparse.Namespace) -> None:
+    check_installed('gradio', extra='web')
     check_files(args)
     register()
     from . import web_demo

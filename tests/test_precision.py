@@ -115,7 +115,7 @@ def test_a_config_with_the_key_is_resolved_once_and_again():
     assert 'inference_dtype' not in cfg.model
 
 
-def test_wrong_dtypes_are_named(monkeypatch):
+def test_wrong_dtypes_are_named(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="inference_dtype='bf61' is unknown. Did you mean bf16"):
         read_config(DEMO_SEGMENTATION, {'inference_dtype': 'bf61'})
     with pytest.raises(UserError, match='fp16 on a CPU is many times slower than fp32'):
@@ -127,7 +127,8 @@ def test_wrong_dtypes_are_named(monkeypatch):
     with pytest.raises(UserError, match='bf16 is emulated on Tesla T4: use fp16'):
         check_dtype('bf16', 'cuda')
     check_dtype('fp16', 'cuda')
-    done = run_tool('tools/test.py', DEMO_SEGMENTATION, 'none.pth', '--dtype', 'fp16',
+    (tmp_path / 'empty.pth').touch()
+    done = run_tool('tools/test.py', DEMO_SEGMENTATION, tmp_path / 'empty.pth', '--dtype', 'fp16',
                     check=False)
     assert done.returncode == 2
     assert 'Error: inference_dtype=fp16 on a CPU' in done.stderr

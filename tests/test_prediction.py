@@ -156,7 +156,8 @@ def test_masks_of_small_pictures_on_request(checkpoints, tmp_path):
     found = np.asarray(Image.open(tmp_path / 'out' / 'a.classes.png'))
     assert found.dtype == np.uint8
     assert np.array_equal(found, expected)
-    done = call_tool('tools/image_demo.py', tmp_path / 'a.png', DEMO_DETECTION, 'none', '--masks')
+    done = call_tool('tools/image_demo.py', tmp_path / 'a.png', DEMO_DETECTION,
+                     checkpoints[DEMO_SEGMENTATION], '--masks')
     assert 'Error: --masks writes class maps of segmentation' in done.stderr
 
 
@@ -188,7 +189,8 @@ def test_detections_as_coco_and_csv(checkpoints, tmp_path):
         assert names == [predict.meta['classes'][label] for label in found.labels]
         for one, mask in zip(annotations, found.masks.numpy(), strict=True):
             assert np.array_equal(coco.annToMask(one), mask)
-    done = call_tool('tools/image_demo.py', photos, DEMO_SEGMENTATION, 'none', '--save', 'csv')
+    done = call_tool('tools/image_demo.py', photos, DEMO_SEGMENTATION,
+                     checkpoints[DEMO_DETECTION], '--save', 'csv')
     assert 'Error: --save coco and csv write detections' in done.stderr
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,9 +95,13 @@ def test_help_of_scripts_needs_nothing_slow(script, tmp_path):
        f'Did you mean configs/{RECIPE}.py') for command in (
         ['train', RECIPE[:-1]], ['check', RECIPE[:-1]], ['test', RECIPE[:-1], 'a.pth'],
         ['predict', 'docs', RECIPE[:-1], 'a.pth'], ['export', RECIPE[:-1], 'a.pth'],
-        ['prune', RECIPE[:-1], 'a.pth'], ['web-demo', RECIPE[:-1], 'a.pth'],
-        ['migrate', RECIPE[:-1]], ['table', RECIPE[:-1]],
+        ['prune', RECIPE[:-1], 'a.pth', '--flops', '0.5'], ['migrate', RECIPE[:-1]],
+        ['table', RECIPE[:-1]],
         ['convert-data', 'a', 'b', '--colors', RECIPE[:-1]])),
+    (['web-demo', RECIPE, 'absent.pth'], f'Checkpoint not found: {ROOT}/absent.pth'
+     if find_spec('gradio') else "pip install 'convnext-mm[web]'"),
+    (['prune', RECIPE, 'a.pth'], 'nothing to prune'),
+    (['export', RECIPE, 'a.pth', '--to', 'aoti'], 'add --size WxH'),
     (['test', RECIPE, 'absent.pth'], f'Checkpoint not found: {ROOT}/absent.pth'),
     (['predict', 'docs', RECIPE, 'docs'], f'Checkpoint is a folder: {ROOT}/docs'),
     (['convert', 'absent.pth', 'b.pth'], f'Checkpoint not found: {ROOT}/absent.pth'),
@@ -160,8 +165,11 @@ def test_training_registers_the_package_and_imports_no_deployment(demo_data, tmp
     assert 'own module of' in done.text
     assert done.imported('convnext_mm.registration', 'convnext_mm.patches') == [
         'convnext_mm.registration', 'convnext_mm.patches']
+    package = 'convnext_mm.deployment.'
+    assert {one for one in done.modules if one.startswith(package)} == {
+        f'{package}arguments', f'{package}optional'}
     assert done.imported(
-        'convnext_mm.deployment', 'convnext_mm.web_demo', 'convnext_mm.prediction',
+        'convnext_mm.web_demo', 'convnext_mm.prediction',
         'convnext_mm.engine.conversion', 'convnext_mm.migration.writing',
         'convnext_mm.checkpoints.export', 'convnext_mm.model_tables', 'gradio', 'onnx',
         'onnxruntime', 'openvino') == []

@@ -53,7 +53,6 @@ def main(args: argparse.Namespace) -> Path:
         UserError: The config, the weights or the data are unusable, packages are missing, or the
             results of the file differ; then it is deleted.
     """
-    check_options(args)
     cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
     if args.to == 'aoti' and cfg.default_scope == 'mmdet':
         raise UserError('AOTInductor does not compile detectors: use --to torch-export')
@@ -92,29 +91,6 @@ def main(args: argparse.Namespace) -> Path:
         return keep_if_equal(out, cfg, predictor, source, args, args.max_drop,
                              load_exported(plain), [f'Layers in fp32: {", ".join(in_fp32)}.'
                                                     ] if in_fp32 else [])
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Check options against each other.
-
-    Raises:
-        UserError: Some cannot be combined.
-    """
-    if args.to == 'coreml':
-        raise UserError('Core ML files run on macOS only, so that they cannot be compared here, '
-                        'and no file is handed over without that. Use --to onnx: on macOS, ONNX '
-                        "Runtime's CoreMLExecutionProvider runs the file")
-    for name, formats in (('int8', ('onnx', 'openvino')), ('bf16', ('openvino',))):
-        if getattr(args, name) and args.to not in formats:
-            raise UserError(f'--{name} is not available with --to {args.to}: use --to '
-                            f'{" or ".join(formats)}')
-    if args.size and (args.to == 'openvino' or args.int8):
-        raise UserError('--size is not available with --to openvino and --int8')
-    if args.to == 'aoti' and not args.size:
-        raise UserError('AOTInductor compiles for one size of the image: add --size WxH')
-    suffix = FORMATS[args.to]
-    if args.out and not args.out.endswith(suffix):
-        raise UserError(f'--out {args.out}: expected a name that ends in {suffix}')
 
 
 def metadata(cfg: Config, predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:

@@ -19,8 +19,17 @@ def require(name: str, *others: str, extra: str = 'export') -> Any:
     Raises:
         UserError: Some of them are not installed.
     """
-    missing = [one for one in (name, *others) if find_spec(one.partition('.')[0]) is None]
+    check_installed(name, *others, extra=extra)
+    return import_module(name)
+
+
+def check_installed(*names: str, extra: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Raises:
+        UserError: Some are not.
+    """
+    missing = [one for one in names if find_spec(one.partition('.')[0]) is None]
     if missing:
         raise UserError(f'{" and ".join(missing)} must be installed for this: '
                         f"pip install 'convnext-mm[{extra}]'")
-    return import_module(name)

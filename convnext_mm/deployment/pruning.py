@@ -54,7 +54,6 @@ def main(args: argparse.Namespace) -> Path:
         UserError: The config, the weights or the data are unusable, or so few FLOPs or so short a
             time are impossible.
     """
-    check_options(args)
     config = find_recipe(args.config)
     cfg = checks.read_config(config, args.cfg_options)
     source, test = ImageSource(cfg, 'train', args.images), ImageSource(
@@ -90,22 +89,6 @@ def main(args: argparse.Namespace) -> Path:
         print(f'One image: {latency(model, test[0]):.0f} ms')
     print(f'Changed: {changes}\nWritten: {path}, {checkpoint}')
     return path
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Check options against each other.
-
-    Raises:
-        UserError: There is nothing to do, or too much.
-    """
-    sizes = args.flops, args.head_channels
-    if args.latency_ms is not None and sizes != (None, None):
-        raise UserError('--latency-ms chooses --flops and --head-channels: leave them out')
-    if args.latency_ms is None and sizes == (None, None):
-        raise UserError('nothing to prune: give --flops, --head-channels or both, or --latency-ms')
-    if args.flops is not None and not 0 < args.flops < 1:
-        raise UserError(f'--flops {args.flops}: expected the share of the FLOPs of the backbone '
-                        'that remains, between 0 and 1')
 
 
 def prune_model(model: Any, settings: Any, images: Sequence[Image], flops: float | None,

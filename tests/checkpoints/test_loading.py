@@ -6,7 +6,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from convnext_mm import ConvNeXt, UserError
-from convnext_mm.checkpoints import check_complete, load_backbone, load_model, loading
+from convnext_mm.checkpoints import check_complete, hook, load_backbone, load_model, loading
 from convnext_mm.checkpoints.hook import FitCheckpointHook
 from convnext_mm.checkpoints.loading import (
     fit_backbone_weights,
@@ -252,7 +252,7 @@ def test_a_prefix_may_begin_with_the_key_of_a_model(tmp_path):
 
 def test_load_from_says_for_every_part_what_it_gets(monkeypatch):
     lines = []
-    monkeypatch.setattr(loading, 'print_log', lambda line, logger: lines.append(line))
+    monkeypatch.setattr(hook, 'print_log', lambda line, logger: lines.append(line))
     model = Segmentor()
     model.neck = nn.Conv2d(1, 1, 1)
     state = {f'backbone.{k}': v for k, v in ConvNeXt(**GOLDEN_SIZE).state_dict().items()}

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from convnext_mm import ConvNeXt, UserError
-from convnext_mm.deployment import head_pruning, least_squares, pruning, roi_head_pruning
+from convnext_mm.deployment import (
+    arguments,
+    head_pruning,
+    least_squares,
+    pruning,
+    roi_head_pruning,
+)
 from convnext_mm.deployment.head_pruning import modules, prune_head
 from convnext_mm.deployment.pruning import STEP, Counter, prune
 from convnext_mm.engine.checks import read_config
@@ -344,8 +350,8 @@ def test_options_that_exclude_each_other():
     for options, message in (({}, 'nothing to prune'), (dict(flops=1.5), '--flops 1.5'),
                              (dict(latency_ms=9.0, flops=0.5), 'leave them out')):
         with pytest.raises(UserError, match=message):
-            pruning.check_options(given(**options))
-    pruning.check_options(given(latency_ms=9.0))
+            arguments.check_pruning(given(**options))
+    arguments.check_pruning(given(latency_ms=9.0))
 
 
 @pytest.mark.slow
