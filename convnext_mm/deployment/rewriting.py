@@ -80,6 +80,9 @@ def _averages(length: int, size: int | None, like: Tensor) -> Tensor:
 class ConvolutionalBlock(nn.Module):
     """A :class:`convnext_mm.layers.Block` with 1x1 convolutions and without layer scale.
 
+    GRN's beta, a constant, is in the bias of the convolution after it: runtimes would add it in a
+    pass of its own over the largest maps of the network.
+
     Args:
         block: The block whose weights to take.
     """
@@ -90,16 +93,19 @@ class ConvolutionalBlock(nn.Module):
         scale = 1.0 if block.gamma is None else block.gamma.detach()
         self.pwconv1, self.pwconv2 = _convolution(block.pwconv1), _convolution(block.pwconv2, scale)
         self.grn = block.grn
+        if isinstance(self.grn, GRN):
+            shift = self.pwconv2.weight.flatten(1) @ self.grn.beta.detach().flatten()
+            bias = shift if self.pwconv2.bias is None else self.pwconv2.bias + shift
+            self.pwconv2.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.act(self.pwconv1(y))
         if isinstance(self.grn, GRN):  # in the layout of convolutions
-            norm = y.square().sum((2, 3), keepdim=True).sqrt()
+            norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)
             response = norm / (norm.mean(1, keepdim=True) + 1e-6)
-            gamma, beta = (w.reshape(1, -1, 1, 1) for w in (self.grn.gamma, self.grn.beta))
-            y = y * (1 + gamma * response) + beta
+            y = y * (1 + self.grn.gamma.reshape(1, -1, 1, 1) * response)
         else:
             y = self.grn(y)
         return x + self.pwconv2(y)
