@@ -181,13 +181,19 @@ def _needs(table: Table, row: Row, runtime: str) -> str:
             f'{row["parameters"] / 1e6:.0f}M parameters')
 
 
-def read_table(task: str) -> Table:
+def read_table(task: str, runtime: str = 'pytorch') -> Table:
     """Read a table of ``docs/tables``.
 
     Args:
         task: A key of :data:`TASKS`.
+        runtime: A key of :data:`RUNTIMES`.
 
     Raises:
-        UserError: It is missing.
+        UserError: It is missing, or has no latencies in the runtime.
     """
-    return json.loads(shipped_file(f'docs/tables/{TASKS[task]}.json').read_text(encoding='utf-8'))
+    name = f'docs/tables/{TASKS[task]}.json'
+    table = json.loads(shipped_file(name).read_text(encoding='utf-8'))
+    if any(runtime not in row['latency_ms'] for row in table['recipes']):
+        raise UserError(f'{name} has no latencies in {RUNTIMES[runtime]}. Leave out --runtime, or '
+                        'measure them: tools/model_table.py --measure')
+    return table

@@ -435,7 +435,7 @@ def _parse_limit(text: str) -> float:
 
 
 def _choose(args: argparse.Namespace) -> None:
-    table = choosing.read_table(args.task)
+    table = choosing.read_table(args.task, args.runtime)
     if args.measure_here:
         register()
         from . import model_tables

@@ -21,7 +21,7 @@ import yaml
 from rich.progress import track
 
 from . import complexity
-from .choosing import RUNTIMES, TASKS, Table, anchors, latency_of, predict
+from .choosing import RUNTIMES, TASKS, Row, Table, anchors, latency_of, predict
 from .engine import checks
 from .engine.memory import estimate_inference_memory, estimate_training_memory
 from .errors import UserError
@@ -50,13 +50,16 @@ METHOD = dict(
 def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -> list[Path]:
     """Measure recipes, and write a table as JSON for each task among them.
 
+    Rows of other recipes in a table of the same machine are kept.
+
     Args:
         folder: Where the tables are written.
         configs: Recipes that are listed in a metafile of ``configs/``.
         repeats: How often a model runs after its first run.
 
     Raises:
-        UserError: A config is not listed, or cannot be read.
+        UserError: A config is not listed, or cannot be read, or a table in the folder has other
+            recipes of another machine.
     """
     published, paths = read_metafiles(), []
     tables: dict[str, list[str]] = {task: [] for task in TASKS}
@@ -66,24 +69,40 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
         in_detection = checks.read_config(path).get('default_scope') == 'mmdet'
         tables['det' if in_detection else 'seg'].append(path)
     for task, name in TASKS.items():
-        rows = []
-        for path in track(tables[task], f'Measuring for {name}', transient=True):
-            row = describe_recipe(task, path, published[Path(path).stem])
-            latency = measure_latency(path, row['size'], repeats, runtimes=RUNTIMES)
-            rows.append(dict(row, latency_ms={name: round(ms, 1) for name, ms in latency.items()}))
-        if not rows:
+        if not tables[task]:
             continue
-        table = dict(
+        paths.append(Path(folder) / f'{name}.json')
+        head = dict(
             task=task, metric=METRICS[task], memory_margin=MARGINS[task],
             memory_margin_source=MARGIN,
             date=datetime.date.today().isoformat(), command='python tools/model_table.py --measure',
             machine=describe_processor(), threads=1, repeats=repeats, versions=installed_versions(),
-            method=METHOD, recipes=sorted(rows, key=latency_of))
-        paths.append(Path(folder) / f'{name}.json')
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(paths[-1]) as part:
-            part.write_text(format_table(table), encoding='utf-8')
+            method=METHOD)
+        rows = _kept_rows(paths[-1], head, {Path(path).stem for path in tables[task]})
+        for path in track(tables[task], f'Measuring for {name}', transient=True):
+            row = describe_recipe(task, path, published[Path(path).stem])
+            latency = measure_latency(path, row['size'], repeats, runtimes=RUNTIMES)
+            rows.append(dict(row, latency_ms={name: round(ms, 1) for name, ms in latency.items()}))
+            paths[-1].parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(paths[-1]) as part:  # after each, since all of them take an hour
+                part.write_text(format_table(dict(head, recipes=sorted(rows, key=latency_of))),
+                                encoding='utf-8')
     return paths
+
+
+def _kept_rows(path: Path, head: Table, names: set[str]) -> list[Row]:
+    """The rows of a written table that are not measured again.
+
+    Raises:
+        UserError: They are of another machine, or of other versions.
+    """
+    table = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(recipes=[])
+    rows = [row for row in table['recipes'] if row['name'] not in names]
+    for key in ('machine', 'versions', 'threads', 'repeats', 'method') if rows else ():
+        if table[key] != head[key]:
+            raise UserError(f'{path} has {key}={table[key]}, here it is {head[key]}: measure all '
+                            'recipes again, or write to another folder, with --measure DIR')
+    return rows
 
 
 def measure_here(table: Table, repeats: int = 2, threads: int = 1, runtime: str = 'pytorch'
