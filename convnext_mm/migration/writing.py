@@ -12,7 +12,13 @@ from ..errors import UserError
 from ..resolution import resolve
 from ..resolution.mmpretrain import PACKAGES, imports_of, uses
 from ..utils import atomic_path, describe, plain
-from .conversion import ConvertedConfig, ReportRow, convert_config, relative_base
+from .conversion import (
+    ConvertedConfig,
+    ReportRow,
+    convert_config,
+    detect_scope,
+    relative_base,
+)
 from .own_parts import import_own_parts
 from .parsing import OldConfig, check_is_data, find_styles, old_keys, parse_config
 
@@ -48,7 +54,7 @@ def migrate(source: str | Path, target: str | Path, trust: bool = False,
         if find_styles(source).is_current:
             return _migrate_current(source, target, trust, check)
         old = parse_config(source, trust)
-        converted = convert_config(import_own_parts(old, imports, trust))
+        converted = convert_config(import_own_parts(old, imports, trust, detect_scope(old)))
         _write(target, format_config(converted, source, target), converted.target, check, old)
         return format_report(converted.rows, source, target)
     except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
