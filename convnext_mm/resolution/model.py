@@ -479,13 +479,17 @@ def test_cfg_and_mode(edits: Edits) -> None:
 
 
 def _heads(edits: Edits) -> Iterator[str]:
-    """Paths of the segmentation heads that read the backbone's maps."""
+    """Paths of the segmentation heads that read the backbone's maps.
+
+    In a head of K-Net, the one that makes its first kernels does (Zhang et al., arXiv:2106.14855).
+    """
     for key in ('decode_head', 'auxiliary_head'):
-        head = edits.get(f'model.{key}')
-        if isinstance(head, (list, tuple)):
-            yield from (f'model.{key}.{i}' for i in range(len(head)))
-        elif isinstance(head, dict) and head:
-            yield f'model.{key}'
+        heads = edits.get(f'model.{key}')
+        listed = isinstance(heads, (list, tuple))
+        for i, head in enumerate(heads if listed else [heads]):
+            if isinstance(head, dict) and head:
+                inner = '.kernel_generate_head' * ('kernel_generate_head' in head)
+                yield f'model.{key}' + f'.{i}' * listed + inner
 
 
 def _at(channels: list[int], indices: Any, path: str) -> list[int]:

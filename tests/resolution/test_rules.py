@@ -206,6 +206,16 @@ def test_maps_that_no_head_uses_are_not_computed(resolved):
 # ---- data
 
 
+def test_k_nets_first_kernels_are_made_from_the_maps(resolved):
+    cfg = resolved('''model = dict(auxiliary_head=None, decode_head=dict(
+    _delete_=True, type='IterativeDecodeHead', num_stages=1, kernel_update_head=[], num_classes=150,
+    kernel_generate_head=dict(type='UPerHead', in_channels=[96, 192, 384, 768], channels=16,
+                              in_index=[0, 1, 2, 3], num_classes=150)))''')
+    assert 'in_index' not in cfg.model.decode_head  # it takes none
+    assert cfg.model.decode_head.kernel_generate_head.in_index == [0, 1, 2, 3]
+    assert list(cfg.model.backbone.get('out_indices', range(4))) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize('kind', ['CityscapesDataset', 'PascalVOCDataset', 'BDD100KDataset'])
 def test_a_datasets_type_overrides_the_recipes_pipeline(kind, resolved):
     cfg = resolved(f"data_root = 'data/mine'\ndataset_type = '{kind}'")
