@@ -297,7 +297,8 @@ def _set_num_classes(cfg: Config, inherited: Sequence[Config]) -> None:
             raise UserError(
                 f'{path}.num_classes={head["num_classes"]}, but the dataset has {len(classes)} '
                 f'classes: {_join_names(classes)}. Remove num_classes: it is set from '
-                'classes=(...) at the top of the config')
+                'classes=(...) at the top of the config. If these are not the classes of your '
+                'data, name yours there')
         head['num_classes'] = len(classes)
 
 

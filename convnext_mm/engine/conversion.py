@@ -100,6 +100,10 @@ def check_result(path: Path, old: OldConfig | None) -> None:
     if old is None:
         return
     for where, before, after in differences(old.values, cfg, parts):
+        if where.endswith('.num_classes'):
+            raise UserError(f'{old.path}: {where}={before}, but the dataset has {after} classes. '
+                            f'Write {after} there; if these are not the classes of your data, '
+                            'name yours with classes=(...) at the top of the config')
         raise UserError(f'{old.path}: {where} is {before!r} there, but {after!r} in what the new '
                         'config builds. Please report this, with the config')
 

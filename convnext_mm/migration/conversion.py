@@ -47,6 +47,7 @@ VIS_BACKENDS: dict[str, str | None] = dict(
 LAYER_DECAY = ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimizerConstructor')
 CONSTRUCTORS: dict[str, str | None] = dict(
     **dict.fromkeys(LAYER_DECAY, LAYER_DECAY[0]), DefaultOptimizerConstructor=None)
+OWN_MODULE_HINT = ', with --trust --import MODULE of tools/migrate_config.py'
 UNNEEDED_KEYS = dict(gpu_ids='the launcher sets it', device='chosen automatically')
 
 
@@ -285,6 +286,13 @@ class Conversion:
             if import_module(f'{self.scope}.registry').MODELS.get(kind) is None:
                 raise UserError(f'{self.old.path}: {path}.type={part["type"]!r} is not registered '
                                 f'in {self.scope}. {REGISTER_HINT}')
+        whole = import_module(f'{self.scope}.registry').MODELS.get(str(merged.get('type')))
+        own = whole is None or not whole.__module__.startswith((f'{self.scope}.', 'convnext_mm.'))
+        for name, part in merged.items():
+            if (name in ('backbone', 'neck') or name.endswith('_head')) and part and isinstance(
+                    part, dict) and 'type' not in part and not own:
+                raise UserError(f'{self.old.path}: model.{name} has no type, in this file and its '
+                                'bases: set it')
         for path, part in typed_parts(merged):
             if path.rpartition('.')[2].startswith('loss'):
                 self.drop_arguments(path, part)
@@ -319,7 +327,11 @@ class Conversion:
         if kind.rsplit('.', 1)[-1] != 'ConvNeXt':
             return old
         foreign = kind.startswith(('mmcls.', 'mmpretrain.'))
-        mapped = map_backbone(old, f'{self.old.path}: model.backbone', complete=foreign)
+        try:
+            mapped = map_backbone(old, f'{self.old.path}: model.backbone', complete=foreign)
+        except UserError as error:
+            own = OWN_MODULE_HINT if 'another class' in str(error) else ''
+            raise UserError(f'{error}{own}') from error
         new = mapped.values
         if foreign:
             self.add_row(f'model.backbone.type {kind}', 'ConvNeXt of this package')
@@ -363,7 +375,10 @@ class Conversion:
         old_schedule = next((OLD_SCHEDULES[name] for name in names if name in OLD_SCHEDULES), {})
         runner = merge(old_schedule, self.use_key('runner', {}))
         for key in ('total_epochs', 'total_iters'):
-            if key in self.values:
+            if key == 'total_iters' and self.values.get('runner') and key in self.values:
+                self.used_keys.add(key)
+                self.add_row(key, 'removed: runner sets the length, as in mmseg 0.x')
+            elif key in self.values:
                 stated = {key.replace('total', 'max'): self.values[key]}
                 given = {unit: value for unit, value in (self.values.get('runner') or {}).items()
                          if unit in ('max_epochs', 'max_iters')}

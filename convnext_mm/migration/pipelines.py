@@ -14,6 +14,14 @@ REMOVED_STEPS = {
     'SegRescale': 'removed: masks are resized with their image'}
 """Steps whose work something else does now."""
 
+COLOR_STEPS = dict(ColorTransform='Color', BrightnessTransform='Brightness',
+                   ContrastTransform='Contrast', EqualizeTransform='Equalize')
+"""Steps of mmdet 2.x that have another name, and another default probability."""
+
+RESIZE_STEPS = ('Resize', 'SETR_Resize')
+LONG_SIDE = 100_000
+"""The longer side of a scale that only limits the shorter side of an image, in pixels."""
+
 
 class ConvertedPipeline(NamedTuple):
     """A converted pipeline.
@@ -83,6 +91,10 @@ class PipelineConverter:
                 self, f'_convert_{kind.lower()}', None)
             if convert:
                 steps += convert(settings)
+            elif kind in COLOR_STEPS and self.scope == 'mmdet':
+                steps.append(dict(dict(type=COLOR_STEPS[kind], prob=0.5), **settings))
+                self.add_note(kind, COLOR_STEPS[kind] + (
+                    ', which rounds its magnitude to 0.1' if 'level' in settings else ''))
             elif kind in REMOVED_STEPS:
                 self.add_note(kind, REMOVED_STEPS[kind])
             elif import_module(f'{self.scope}.registry').TRANSFORMS.get(kind):
@@ -131,6 +143,9 @@ class PipelineConverter:
     def _convert_resize(self, settings: dict) -> list[dict]:
         scale = settings.get('img_scale')
         keep_ratio = settings.get('keep_ratio', True)
+        if settings.get('setr_multi_scale'):
+            raise UserError(f'{self.location}: setr_multi_scale is known in MultiScaleFlipAug '
+                            'only: remove it here, or set img_scale to what it computes')
         for key in ('override', 'bbox_clip_border', 'backend', 'interpolation', 'min_size'):
             if key in settings:
                 self.add_note(f'Resize.{key}', 'removed' if key == 'override' else
@@ -148,6 +163,28 @@ class PipelineConverter:
                             'and height independently, which mmseg no longer supports: use '
                             'ratio_range')
         return [dict(type='Resize', scale=_as_tuple(scale), keep_ratio=keep_ratio)] if scale else []
+
+    _convert_setr_resize = _convert_resize  # of BEiT: the same, except in tests at several scales
+
+    def _convert_albu(self, settings: dict) -> list[dict]:
+        """Labels have another name in mmdet 3.x, and boxes to ignore are among the others."""
+        params = settings.get('bbox_params')
+        if self.scope == 'mmdet' and isinstance(params, dict) and 'label_fields' in params:
+            fields = ['gt_bboxes_labels' if name == 'gt_labels' else name
+                      for name in params['label_fields']]
+            settings['bbox_params'] = dict(params, label_fields=[
+                *fields, *(['gt_ignore_flags'] * ('gt_ignore_flags' not in fields))])
+            self.add_note('Albu.bbox_params.label_fields', ', '.join(
+                settings['bbox_params']['label_fields']))
+        if 'update_pad_shape' in settings:
+            del settings['update_pad_shape']
+            self.add_note('Albu.update_pad_shape', 'removed: images are padded in the model')
+        return [dict(type='Albu', **settings)]
+
+    def _convert_rotate(self, settings: dict) -> list[dict]:
+        if self.scope == 'mmdet' and not settings.keys() - {'level', 'prob'}:
+            settings.setdefault('prob', 0.5)  # the default has changed
+        return [dict(type='Rotate', **settings)]
 
     def _convert_randomflip(self, settings: dict) -> list[dict]:
         prob = settings.get('prob', settings.get('flip_ratio'))
@@ -170,15 +207,21 @@ class PipelineConverter:
             scale[0], (list, tuple)) else [tuple(scale)]
         resized = [(round(width * ratio), round(height * ratio))
                    for width, height in scales for ratio in ratios]
-        keep_ratio = next((step.get('keep_ratio', True) for step in settings['transforms']
-                           if step['type'] == 'Resize'), True)
+        resize: dict[str, Any] = next((step for step in settings['transforms']
+                                       if step['type'] in RESIZE_STEPS), {})
+        keep_ratio = resize.get('keep_ratio', True)
+        if resize.get('setr_multi_scale') and keep_ratio:
+            least = resize['crop_size'][0]
+            scales, resized = ([(LONG_SIDE, max(min(scale), least)) for scale in some]
+                               for some in (scales, resized))
+            self.add_note('SETR_Resize', 'Resize: the shorter side, at least that of the crop')
         flip = bool(settings.get('flip'))
         self.augmentation.update(scales=resized, flip=flip, keep_ratio=keep_ratio)
         self.add_note('MultiScaleFlipAug', 'Resize' + (
             ', and tta_pipeline with its scales and horizontal flips'
             if len(resized) > 1 or flip else ''))
         inner = [step for step in settings['transforms']
-                 if step['type'] not in ('Resize', 'RandomFlip')]
+                 if step['type'] not in (*RESIZE_STEPS, 'RandomFlip')]
         return [dict(type='Resize', scale=scales[0], keep_ratio=keep_ratio),
                 *self.convert_steps(inner)]
 

@@ -34,6 +34,10 @@ DETR_HINT = ("mmdet 3.x builds another transformer. Set it as in mmdet 2.x's own
              "with _base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py' or "
              "'mmdet::detr/detr_r50_8xb2-150e_coco.py', in mmengine's style")
 
+MASK_HINT = ('mmdet 3.x builds it from other arguments. Copy panoptic_head from '
+             "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py or "
+             'mmdet::maskformer/maskformer_r50_ms-16xb1-75e_coco.py')
+
 TIMM_NAMES = dict(embed_dim='embed_dims', depth='num_layers', in_chans='in_channels',
                   qkv_bias='qv_bias')
 TIMM_DEFAULTS: dict[str, Any] = dict(
@@ -59,6 +63,8 @@ def convert_detr(model: dict[str, Any], path: str) -> Rows:
         UserError: A part that mmdet 3.x does not build.
     """
     head, kind = model.get('bbox_head'), model.get('type')
+    if 'transformerlayers' in str(model.get('panoptic_head')):
+        _refuse(f'{path}.panoptic_head.transformer_decoder with transformerlayers', MASK_HINT)
     if kind not in DETR_TYPES or not isinstance(head, dict) or 'transformer' not in head:
         return []
     path, types, deformable = f'{path}.bbox_head', DETR_TYPES[kind], kind == 'DeformableDETR'

@@ -21,7 +21,7 @@ OWN_ARGUMENTS = frozenset(inspect.signature(ConvNeXt).parameters)
 SAME_HERE: dict[str, tuple[Any, ...]] = dict(
     stem_patch_size=(4,), act_cfg=(dict(type='GELU'),), gap_before_final_norm=(False,),
     norm_cfg=tuple(dict(type=kind, eps=1e-6, **more) for kind in ('LN2d', 'LN')
-                   for more in ({}, dict(requires_grad=True))),
+                   for more in ({}, dict(requires_grad=True), dict(data_format='channels_first'))),
     linear_pw_conv=(True, False), kernel_size=(7,), num_stages=(4,))
 """Arguments that ours does not have, and their values that compute the same.
 
@@ -193,7 +193,9 @@ def map_backbone(theirs: dict[str, Any], path: str, complete: bool = True) -> Ma
     unknown = [key for key in new if key not in OWN_ARGUMENTS | {'type', '_scope_', '_delete_'}]
     if unknown:
         raise UserError(f'{path}.{unknown[0]}: neither ConvNeXt of this package nor that of '
-                        f'mmpretrain has an argument {unknown[0]!r}')
+                        f'mmpretrain has an argument {unknown[0]!r}. Remove it; or, if another '
+                        "class is meant, register it under another name, such as 'MyConvNeXt', "
+                        'and write that as type')
     return Mapped(new, renamed, dropped)
 
 

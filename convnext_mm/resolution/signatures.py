@@ -46,6 +46,10 @@ NOT_BUILT = {'metainfo', 'meta_keys', 'init_cfg', 'norm_cfg', 'conv_cfg', 'act_c
 """Keys whose dicts have a type, but are no arguments of that class alone."""
 
 
+OTHER_LIBRARIES = ('Albu',)
+"""Transforms whose dicts are types of another library, which no registry knows."""
+
+
 class Registered(NamedTuple):
     """An object of a config.
 
@@ -169,7 +173,7 @@ def _objects(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, dict):
         if 'type' in node or path in DEFAULT_TYPES:
             yield path, node
-        children = list(node.items())
+        children = list(node.items()) if node.get('type') not in OTHER_LIBRARIES else []
     elif isinstance(node, (list, tuple)):
         children = list(enumerate(node))
     else:

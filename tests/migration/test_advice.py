@@ -40,6 +40,17 @@ OWN_HEAD = '''from mmseg.models import FCNHead
 from mmseg.registry import MODELS
 MODELS.register_module(module=FCNHead, name='AdvisedHead', force=True)
 '''
+OWN_BACKBONE = '''from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import nn
+
+@MODELS.register_module(force=True)
+class AdvisedNeXt(BaseModule):
+    def __init__(self, variant):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 8, 4)])
+        self.downsample_layers = nn.ModuleList()
+'''
 OWN_STEP = '''from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 
@@ -111,6 +122,11 @@ def own(message: str, text: str, module: str) -> Case:
                 {'old.py': seg(text), 'my_parts.py': module}, True, ['my_parts.py'])
 
 
+OTHER = "model['backbone'] = dict(_delete_=True, type='{}', variant='1d')"
+DRIVE = ("data = dict(train=dict(type='DRIVEDataset', data_root='a', img_dir='b', ann_dir='c', "
+         "pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]))\n"
+         "data['val'] = data['test'] = data['train']\n"
+         "model['decode_head']['num_classes'] = model['auxiliary_head']['num_classes'] = 150")
 STEPS = "data = dict(train=dict(pipeline=[dict(type='LoadImageFromFile'), {}]))"
 TEST = ("data = dict(test=dict(pipeline=[dict(type='LoadImageFromFile'), dict("
         "type='MultiScaleFlipAug', {} transforms=[dict(type='Resize')])]))")
@@ -167,7 +183,8 @@ CASES = [
          (False, ['my_parts.py'])),
     Case('there is no such file', seg(''), {'old.py': seg(''), 'my_parts.py': PORTED}, True,
          ['my_parts.py'], (True, ['my_parts.py'])),
-    Case('BaseModule is in mmengine.model', {'old.py': seg(''), 'my_old_parts.py': OF_MMCV_1},
+    Case('from mmcv.runner import BaseModule → from mmengine.model import BaseModule',
+         {'old.py': seg(''), 'my_old_parts.py': OF_MMCV_1},
          {'old.py': seg(''), 'my_old_parts.py': PORTED}, True, ['my_old_parts.py'],
          (True, ['my_old_parts.py'])),
     # Length and schedule
@@ -209,6 +226,9 @@ CASES = [
         "dict(type='Resize', img_scale=(64, 32), ratio_range=(1.0, 2.0))")),
     one('MultiScaleFlipAug has no img_scale: set it', TEST.format(''),
         TEST.format('img_scale=(64, 32),')),
+    one('setr_multi_scale is known in MultiScaleFlipAug only: remove it here', STEPS.format(
+        "dict(type='SETR_Resize', img_scale=(64, 32), crop_size=(32, 32), setr_multi_scale=True)"),
+        STEPS.format("dict(type='SETR_Resize', img_scale=(64, 32))")),
     # mmpretrain's ConvNeXt
     Case("kernel_size=5 is not supported: .*Remove it, or set kernel_size=7",
          MMPRETRAIN.format('kernel_size=5'), MMPRETRAIN.format('kernel_size=7')),
@@ -218,8 +238,24 @@ CASES = [
          MMPRETRAIN.format('use_grn=True, layer_scale_init_value=0.0')),
     Case("expected dict\\(type='Pretrained'", MMPRETRAIN.format("init_cfg=dict(type='Xavier')"),
          MMPRETRAIN.format("init_cfg=dict(type='Pretrained', checkpoint='a.pth')")),
-    Case("has an argument 'depth'", MMPRETRAIN.format('depth=3'), MMPRETRAIN.format("arch='tiny'")),
+    Case("has an argument 'depth'. Remove it", MMPRETRAIN.format('depth=3'),
+         MMPRETRAIN.format("arch='tiny'")),
+    Case("another class is meant, register it under another name, such as 'MyConvNeXt', and write "
+         'that as type, with --trust --import MODULE',
+         seg(OTHER.format('ConvNeXt')),
+         {'old.py': seg(OTHER.format('AdvisedNeXt')), 'my_next.py': OWN_BACKBONE}, True,
+         ['my_next.py']),
     # What is built
+    Case('model.decode_head has no type, in this file and its bases: set it', {
+        'old.py': seg("_base_ = ['./a.py']").replace(BASES, ''),
+        'a.py': "model = dict(type='EncoderDecoder')\nrunner = dict(max_iters=9)\n"},
+         {'old.py': seg(''), 'a.py': ''}),
+    Case('decode_head.num_classes=150, but the dataset has 2 classes. Write 2 there',
+         seg(DRIVE), seg(DRIVE.replace('150', '2'))),
+    one('num_classes=3, but the dataset has 150 .* If these are not the classes of your data, name '
+        'yours there', "model['decode_head']['num_classes'] = 3",
+        "model['decode_head']['num_classes'] = 3\nclasses = ('a', 'b', 'c')\n"
+        "model['auxiliary_head']['num_classes'] = 3\nreduce_zero_label = False"),
     one('pool_scale: .* Did you mean pool_scales', "model['decode_head']['pool_scale'] = (1, 2)",
         "model['decode_head']['pool_scales'] = (1, 2)"),
     one('set classes=.* once, at the top', "data = dict(train=dict(classes=('a', 'b')))",

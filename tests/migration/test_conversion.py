@@ -1,12 +1,15 @@
 """Conversion of each subject of an old config."""
+import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import TRANSFORMS, init_default_scope
 
 from convnext_mm import UserError
 from convnext_mm.bases import without_completion
 from convnext_mm.complexity import build_on_meta
 from convnext_mm.migration.writing import migrate
+from convnext_mm.resolution.edits import Edits, State
+from convnext_mm.resolution.signatures import types_and_registries
 
 SEG = '''_base_ = ['../_base_/models/upernet_convnext.py', '../_base_/datasets/ade20k.py',
           '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py']
@@ -477,6 +480,11 @@ def test_norms_that_we_have_anyway(convert):
     cfg, _ = convert(SEG + "model = dict(backbone=dict(norm_cfg=dict(type='LN', eps=1e-6), "
                      'kernel_size=7, num_stages=4))')
     assert not {'norm_cfg', 'kernel_size', 'num_stages'} & cfg.model.backbone.keys()
+    cfg, _ = convert(SEG + "model = dict(backbone=dict(norm_cfg=dict(type='LN', eps=1e-6, "
+                     "data_format='channels_first')))")
+    assert 'norm_cfg' not in cfg.model.backbone
+    with pytest.raises(UserError, match='norm_cfg=.* is not supported'):
+        convert(SEG + "model = dict(backbone=dict(norm_cfg=dict(type='GN', num_groups=8)))")
     with pytest.raises(UserError, match="has an argument 'variant'"):
         convert(SEG + "model = dict(backbone=dict(variant='1d'))")
 
@@ -496,3 +504,56 @@ data = dict(test=dict({data}, pipeline=pipeline))
     resizes = cfg.tta_pipeline[1].transforms[0]
     assert [resizes[0].scale, resizes[-1].scale] == scales
     assert 'test_time_augmentation' not in cfg
+
+
+@pytest.mark.parametrize(('crop', 'shorter'), [(512, [512, 512, 896]), (128, [256, 512, 896])])
+def test_tests_of_beit_at_several_scales(convert, crop, shorter):
+    """Its own resizing limits the shorter side of an image alone, to at least the crop."""
+    cfg, report = convert(SEG + NORM + f"""
+pipeline = [dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(2048, 512), img_ratios=[0.5, 1.0, 1.75], flip=True,
+         transforms=[dict(type='SETR_Resize', keep_ratio=True, crop_size=({crop}, {crop}),
+                          setr_multi_scale=True), dict(type='RandomFlip'),
+                     dict(type='Normalize', **norm), dict(type='ImageToTensor', keys=['img']),
+                     dict(type='Collect', keys=['img'])])]
+data = dict(test=dict(pipeline=pipeline))
+""")
+    assert [min(step.scale) for step in cfg.tta_pipeline[1].transforms[0]] == shorter
+    assert 'SETR_Resize' in report
+    init_default_scope('mmseg')
+    resize = TRANSFORMS.build(cfg.tta_pipeline[1].transforms[0][0])
+    for shape in ((400, 3000, 3), (3000, 400, 3)):  # a scale of (2048, 512) would limit 3000
+        assert min(resize(dict(img=np.zeros(shape, np.uint8)))['img_shape']) == shorter[0]
+    step = cfg.test_dataloader.dataset.pipeline[1]
+    assert (step.type, min(step.scale), step.keep_ratio) == ('Resize', 512, True)
+
+
+def test_steps_of_mmdet_2_that_have_changed(convert):
+    cfg, report = convert(DET + NORM + """
+data = dict(train=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='AutoAugment', policies=[
+        [dict(type='ColorTransform', level=4), dict(type='EqualizeTransform', prob=0.8)],
+        [dict(type='Rotate', level=6)]]),
+    dict(type='Albu', transforms=[dict(type='Blur', p=0.1)], update_pad_shape=False,
+         bbox_params=dict(type='BboxParams', format='pascal_voc', label_fields=['gt_labels'],
+                          filter_lost_elements=True), skip_img_without_anno=True),
+    dict(type='Normalize', **norm)]))
+""")
+    _, _, augment, albu, _ = cfg.train_dataloader.dataset.pipeline
+    assert augment.transforms == [
+        [dict(type='Color', prob=0.5, level=4), dict(type='Equalize', prob=0.8)],
+        [dict(type='Rotate', prob=0.5, level=6)]]
+    assert albu.bbox_params.label_fields == ['gt_bboxes_labels', 'gt_ignore_flags']
+    assert 'update_pad_shape' not in albu
+    assert albu.skip_img_without_anno
+    assert 'rounds its magnitude' in report
+    types_and_registries(Edits(cfg, [State(cfg, {})]))  # those of albumentations are in no registry
+
+
+def test_a_length_in_runner_wins_over_total_iters(convert):
+    cfg, report = convert(SEG + "total_iters = 20\nrunner = dict(type='IterBasedRunner', "
+                          'max_iters=20000)')
+    assert cfg.train_cfg.max_iters == 20000
+    assert 'removed: runner sets the length' in report
+    assert convert(SEG + 'total_iters = 20')[0].train_cfg.max_iters == 20
