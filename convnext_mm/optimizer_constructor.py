@@ -55,7 +55,7 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             Optional:
 
             - ``decay_type``: 'layer_wise' (default) or 'stage_wise' for ConvNeXt, 'layer_wise'
-              or 'layer_wise_vit' for BEiT and MAE. Other backbones need a method
+              or 'layer_wise_vit' for BEiT, MAE and ViT. Other backbones need a method
               ``get_layer_depth(param_name, prefix)`` that returns a parameter's depth and the
               number of depths, as mmpretrain's have.
             - ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``, ``flat_decay_mult``,
@@ -174,9 +174,9 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         if not rules:
             raise UnknownBackbone(
                 f'LearningRateDecayOptimizerConstructor has no {self.decay_type} rule for the '
-                f'backbone {unknown[-1]}. Supported are ConvNeXt (layer_wise, stage_wise), BEiT '
-                'and MAE (layer_wise), and backbones with a method get_layer_depth(param_name, '
-                'prefix) that returns depth and number of depths')
+                f'backbone {unknown[-1]}. Supported are ConvNeXt (layer_wise, stage_wise), BEiT, '
+                'MAE and VisionTransformer (layer_wise), and backbones with a method '
+                'get_layer_depth(param_name, prefix) that returns depth and number of depths')
         return rules
 
     def find_rule(self, module: Any, prefix: str) -> Rule | None:
@@ -205,7 +205,8 @@ class LearningRateDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             rule = convnext_rule(_count_blocks(names), self.decay_type, num_layers)
         elif get_depth:
             return self._mmpretrain_rule(module, prefix, names)
-        elif (re.search('BEiT|MAE', ' '.join(kind.__name__ for kind in type(module).__mro__))
+        elif (re.search('BEiT|MAE|VisionTransformer',
+                        ' '.join(kind.__name__ for kind in type(module).__mro__))
               and 'layers' in children and not stage_wise):
             num_layers = len({n.split('.')[1] for n in names if n.startswith('layers.')}
                              ) if auto else num_layers

@@ -245,7 +245,7 @@ class Conversion:
                 self.add_row(key, f'model.{key}')
         where = f'{self.old.path}: model'
         for row in (*convert_detr(model, where), *convert_assigners(model),
-                    *convert_timm_backbone(model, where)):
+                    *(convert_timm_backbone(model, where) if self.scope == 'mmseg' else ())):
             self.add_row(*row)
         inherited = self.target.get('model') or {}
         use_variants(model, inherited)

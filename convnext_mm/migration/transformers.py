@@ -51,6 +51,11 @@ TIMM_VALUES: dict[str, dict[str, Any]] = {
     for kind in ('BEiT', 'MAE')}
 """Arguments that mmseg's backbones do not have, and the values that compute the same there."""
 
+VIT_VALUES: dict[str, Any] = dict(
+    qkv_bias=True, init_values=0, frozen_stages=-1, out_with_norm=False, use_mean_pooling=False,
+    masked_im_modeling=False, return_all_tokens=False, qk_scale=None, norm_layer=None)
+"""The same for mmseg's VisionTransformer and that of iBOT, which has timm's names too."""
+
 
 def convert_detr(model: dict[str, Any], path: str) -> Rows:
     """Move the arguments of mmdet 2.x's DETR or Deformable DETR to where mmdet 3.x has them.
@@ -155,13 +160,16 @@ def convert_timm_backbone(model: dict[str, Any], path: str) -> Rows:
     """
     old = model.get('backbone')
     kind = str(old.get('type')) if isinstance(old, dict) else ''
-    if kind not in TIMM_VALUES or not isinstance(old, dict) or not (
-            TIMM_NAMES.keys() | TIMM_VALUES[kind].keys()) & old.keys():
+    known = {'embed_dim', 'depth'} if kind == 'VisionTransformer' else (
+        TIMM_NAMES.keys() | TIMM_VALUES[kind].keys() if kind in TIMM_VALUES else set())
+    if not isinstance(old, dict) or not known & old.keys():
         return []
     found = import_module('mmseg.registry').MODELS.get(kind)
     if found is None or not found.__module__.startswith('mmseg.'):
         return []  # the user's own
     path = f'{path}.backbone'
+    if kind == 'VisionTransformer':
+        return _convert_vit(model, old, path)
     new = {**TIMM_DEFAULTS, **old}
     for key, value in TIMM_VALUES[kind].items():
         if key in new and new[key] != value:
@@ -187,15 +195,57 @@ def convert_timm_backbone(model: dict[str, Any], path: str) -> Rows:
             new[key] = tuple(new[key])
     model['backbone'] = dict(new, norm_cfg=dict(type='LN', eps=1e-6), _delete_=True)
     norm = 'SyncBN' if old.get('fpn1_norm', 'SyncBN') == 'SyncBN' else 'BN'
-    rescales = [4, 2, 1, 0.5] if new.get('patch_size', 16) == 16 else [2, 1, 0.5, 0.25]
-    model['neck'] = dict(type='Feature2Pyramid', embed_dim=new['embed_dims'], rescales=rescales,
-                         norm_cfg=dict(type=norm, requires_grad=True), _delete_=True)
+    model['neck'] = _pyramid(new, dict(type=norm, requires_grad=True))
     rows: Rows = [
         (f'model.backbone.{key}', f'model.backbone.{TIMM_NAMES[key]}', '')
         for key in TIMM_NAMES if key in old and TIMM_NAMES[key] in new]
     return [*rows, ('model.backbone (its pyramid)', 'model.neck, Feature2Pyramid',
                     "weights with timm's names load after mmseg's "
                     'tools/model_converters/beit2mmseg.py has renamed them')]
+
+
+def _convert_vit(model: dict[str, Any], old: dict[str, Any], path: str) -> Rows:
+    """Give mmseg's VisionTransformer the settings of iBOT's (Zhou et al., arXiv:2111.07832).
+
+    Raises:
+        UserError: A setting that mmseg's cannot follow.
+    """
+    new: dict[str, Any] = dict(dict(embed_dim=768, depth=12, img_size=224, patch_size=16,
+                                    qkv_bias=False, out_indices=[3, 5, 7, 11]), **old)
+    for key, value in VIT_VALUES.items():
+        if new.get(key, value) != value:
+            _refuse(f'{path}.{key}={new[key]!r}', 'VisionTransformer of mmseg computes with '
+                    f'{key}={value!r}. Set it if your weights are for it. ' + REGISTER_HINT)
+        new.pop(key, None)
+    pyramid = new.pop('with_fpn', True)
+    if pyramid and (model.get('neck') or new['patch_size'] not in (8, 16)):
+        _refuse(f'{path} with with_fpn=True and patch_size={new["patch_size"]}', 'its pyramid is '
+                'for patches of 8 or 16 pixels, without a neck. Set with_fpn=False. '
+                + REGISTER_HINT)
+    names = dict(TIMM_NAMES, use_checkpoint='with_cp')
+    del names['qkv_bias']
+    new = {names.get(key, key): value for key, value in new.items() if key != 'num_classes'}
+    if isinstance(new['img_size'], list):
+        new['img_size'] = new['img_size'][0] if len(new['img_size']) == 1 else tuple(
+            new['img_size'])
+    if 'mlp_ratio' in new:
+        new['mlp_ratio'] = int(new['mlp_ratio'])
+    model['backbone'] = dict(new, qkv_bias=True, patch_bias=True, norm_cfg=dict(
+        type='LN', eps=1e-6), _delete_=True)
+    if pyramid:
+        model['neck'] = _pyramid(new, dict(type='SyncBN', requires_grad=True))
+    return [*((f'model.backbone.{key}', f'model.backbone.{name}', '')
+              for key, name in names.items() if key in old),
+            ('model.backbone (its pyramid)', 'model.neck, Feature2Pyramid' if pyramid else 'none',
+             "weights with timm's names load after mmseg's "
+             'tools/model_converters/vit2mmseg.py has renamed them')]
+
+
+def _pyramid(backbone: dict[str, Any], norm_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The neck that makes four maps of those of a backbone with patches of 8 or 16 pixels."""
+    rescales = [4, 2, 1, 0.5] if backbone.get('patch_size', 16) == 16 else [2, 1, 0.5, 0.25]
+    return dict(type='Feature2Pyramid', embed_dim=backbone['embed_dims'], rescales=rescales,
+                norm_cfg=norm_cfg, _delete_=True)
 
 
 def _check_type(node: dict[str, Any], expected: str, path: str) -> None:

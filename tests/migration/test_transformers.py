@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from convnext_mm import UserError
@@ -340,3 +341,72 @@ class BEiT(BaseModule):
         '                 paramwise_cfg=dict(num_layers=12, layer_decay_rate=0.65)', '')
     cfg, _ = converted(text, tmp_path)
     assert cfg.model.backbone == dict(type='BEiT', embed_dim=8, depth=4, use_abs_pos_emb=True)
+
+
+VIT = dict(type='VisionTransformer', img_size=[64], patch_size=16, embed_dim=32, depth=4,
+           num_heads=2, mlp_ratio=4, qkv_bias=True, drop_path_rate=0.1, out_indices=[0, 1, 2, 3])
+OF_IBOT = """_base_ = ['../_base_/datasets/ade20k.py',
+          '../_base_/default_runtime.py', '../_base_/schedules/schedule_160k.py']
+model = dict(
+    type='EncoderDecoder', backbone={backbone}, decode_head=dict(
+        type='UPerHead', in_channels=[32] * 4, in_index=[0, 1, 2, 3], channels=8, num_classes=150),
+    auxiliary_head=dict(type='FCNHead', in_channels=32, in_index=2, channels=8, num_classes=150),
+    test_cfg=dict(mode='whole'))
+optimizer = dict(_delete_=True, type='AdamW', lr=3e-5, betas=(0.9, 0.999), weight_decay=0.05,
+                 constructor='LayerDecayOptimizerConstructor',
+                 paramwise_cfg=dict(num_layers=4, layer_decay_rate=0.9))
+"""
+
+
+@torch.no_grad()
+def test_the_vit_of_ibot(tmp_path):
+    """It computes what iBOT's does, with the rates of its layers."""
+    cfg, _ = converted(OF_IBOT.format(backbone=VIT), tmp_path)
+    assert cfg.model.neck.rescales == [4, 2, 1, 0.5]
+    assert converted(OF_IBOT.format(backbone=dict(VIT, with_fpn=False)), tmp_path)[0].model.get(
+        'neck') is None
+    groups = build_parts(cfg).optim_wrapper.param_groups
+    scales = {group['group_name']: group['lr_scale'] for group in groups if 'lr_scale' in group}
+    assert scales['layer_0_decay'] == pytest.approx(0.9**5)
+    assert scales['layer_4_no_decay'] == pytest.approx(0.9)
+    init_default_scope('mmseg')
+    vit = MODELS.build(cfg.model.backbone)
+    vit.eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    image, weights = torch.randn(1, 3, 64, 64), vit.state_dict()
+    x = nn.functional.conv2d(image, weights['patch_embed.projection.weight'],
+                             weights['patch_embed.projection.bias'], stride=16)
+    x = torch.cat([weights['cls_token'], x.flatten(2).transpose(1, 2)], 1) + weights['pos_embed']
+    for i, features in enumerate(vit(image)):
+        own = {name.removeprefix(f'layers.{i}.'): value for name, value in weights.items()}
+
+        def linear(x, name, own=own):
+            return nn.functional.linear(x, own[name + 'weight'], own[name + 'bias'])
+
+        def norm(x, name, own=own):
+            scale, shift = own[name + 'weight'], own[name + 'bias']
+            return nn.functional.layer_norm(x, (32,), scale, shift, 1e-6)
+        q, k, v = linear(norm(x, 'ln1.'), 'attn.attn.in_proj_').reshape(1, 17, 3, 2, 16).permute(
+            2, 0, 3, 1, 4)
+        attention = ((q @ k.transpose(-2, -1)) / 4).softmax(-1) @ v
+        x = x + linear(attention.transpose(1, 2).reshape(1, 17, 32), 'attn.attn.out_proj.')
+        hidden = nn.functional.gelu(linear(norm(x, 'ln2.'), 'ffn.layers.0.0.'))
+        x = x + linear(hidden, 'ffn.layers.1.')
+        torch.testing.assert_close(features, x[:, 1:].transpose(1, 2).reshape(1, 32, 4, 4),
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_a_detectors_backbone_is_none_of_mmsegs(tmp_path):
+    with pytest.raises(UserError, match="'VisionTransformer' is not registered in mmdet"):
+        converted(f"{COCO}model = dict(type='RetinaNet', backbone={VIT}, neck=dict(type='FPN'))\n",
+                  tmp_path)
+
+
+@pytest.mark.parametrize(('key', 'value', 'advised'), [
+    ('qkv_bias', False, True), ('init_values', 0.1, 0), ('frozen_stages', 12, -1),
+    ('patch_size', 32, 16)])
+def test_what_mmsegs_vit_cannot_follow_is_refused(key, value, advised, tmp_path):
+    with pytest.raises(UserError, match=f'{key}={value}.* Set '):
+        converted(OF_IBOT.format(backbone=dict(VIT, **{key: value})), tmp_path)
+    converted(OF_IBOT.format(backbone=dict(VIT, **{key: advised})), tmp_path)
