@@ -103,7 +103,8 @@ class ConvolutionalBlock(nn.Module):
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.act(self.pwconv1(y))
         if isinstance(self.grn, GRN):  # in the layout of convolutions
-            norm = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)
+            # Of the last axis, since ONNX Runtime reduces the two axes of int8's maps slowly.
+            norm = torch.linalg.vector_norm(y.flatten(2), dim=2)[..., None, None]
             response = norm / (norm.mean(1, keepdim=True) + 1e-6)
             y = y * (1 + self.grn.gamma.reshape(1, -1, 1, 1) * response)
         else:
