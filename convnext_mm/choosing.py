@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from itertools import pairwise
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from .errors import UserError
@@ -86,16 +87,27 @@ def latency_of(row: Row, runtime: str = 'pytorch') -> float:
 
 
 def anchors(table: Table, runtime: str = 'pytorch') -> list[Row]:
-    """The recipes to measure on another machine: the fastest, the middle one and the slowest."""
+    """The recipes to measure on another machine.
+
+    The fastest and the slowest with ConvNeXt V1, and the middle one with V2.
+    """
     rows = sorted(table['recipes'], key=lambda row: latency_of(row, runtime))
-    return [rows[0], rows[len(rows) // 2], rows[-1]]
+    first, second = ([row for row in rows if _is_v2(row) == v2] for v2 in (False, True))
+    chosen = [*first[:1], *second[len(second) // 2:][:1], *first[1:][-1:]]
+    return sorted(chosen, key=lambda row: latency_of(row, runtime))
+
+
+def _is_v2(row: Row) -> bool:
+    return 'convnextv2' in row['name']
 
 
 def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch') -> Table:
     """The table for another machine, from the latencies of some recipes there.
 
-    The others take the table's, scaled by the ratio of both at the recipes that were measured,
-    interpolated between them along the logarithm of the table's latency.
+    The others take the table's, scaled by the ratio of both at the recipes with V1 that were
+    measured, interpolated between them along the logarithm of the table's latency. V2's global
+    response normalization depends on the machine in another way than products do, so that recipes
+    with V2 are multiplied by what those that were measured deviate.
 
     Args:
         table: A table of ``docs/tables``.
@@ -106,16 +118,22 @@ def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch
         A new table, of this runtime alone. ``latency_from`` of each row is 'measured here' or
         'predicted'.
     """
+    here = [row for row in table['recipes'] if row['name'] in measured]
     known = sorted((math.log(latency_of(row, runtime)),
                     measured[row['name']] / latency_of(row, runtime))
-                   for row in table['recipes'] if row['name'] in measured)
+                   for row in [row for row in here if not _is_v2(row)] or here)
+
+    def scaled(row: Row) -> float:
+        value = latency_of(row, runtime)
+        return value * _interpolate(known, math.log(value))
+    factors = [measured[row['name']] / scaled(row) for row in here if _is_v2(row)] or [1.0]
     rows = []
     for row in table['recipes']:
-        name, here, value = row['name'], 'predicted', latency_of(row, runtime)
-        value *= _interpolate(known, math.log(value))
-        if name in measured:
-            value, here = measured[name], 'measured here'
-        rows.append(dict(row, latency_ms={runtime: value}, latency_from=here))
+        value = scaled(row) * (fmean(factors) if _is_v2(row) else 1.0)
+        source = 'predicted'
+        if row['name'] in measured:
+            value, source = measured[row['name']], 'measured here'
+        rows.append(dict(row, latency_ms={runtime: value}, latency_from=source))
     return dict(table, recipes=rows)
 
 

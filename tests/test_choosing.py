@@ -78,17 +78,28 @@ def test_the_message_when_nothing_fits_names_the_nearest():
 
 def test_three_recipes_predict_the_others():
     table = copy.deepcopy(TABLE)
-    table['recipes'].append(row('huge', None, 2700.0, 20.0))
-    assert [one['name'] for one in choosing.anchors(table)] == ['v2', 'base', 'huge']
-    measured = dict(v2=100.0, base=600.0, huge=2700.0)  # twice as slow, but the largest as fast
+    table['recipes'] += [row('huge', None, 2700.0, 20.0), row('convnextv2_a', None, 50.0, 1.0),
+                         row('convnextv2_b', None, 300.0, 1.0), row('convnextv2_c', None, 900.0, 1)]
+    assert [one['name'] for one in choosing.anchors(table)] == ['v2', 'convnextv2_b', 'huge']
+    # Twice as slow, but the largest as fast; V2 1.5 times as slow as V1 of the same latency there.
+    measured = dict(tiny=200.0, base=600.0, huge=2700.0, convnextv2_b=900.0)
     found = {one['name']: (round(choosing.latency_of(one)), one['latency_from'])
              for one in choosing.predict(table, measured)['recipes']}
-    assert found == dict(v2=(100, 'measured here'), tiny=(200, 'predicted'),
+    assert found == dict(tiny=(200, 'measured here'), v2=(100, 'predicted'),
                          base=(600, 'measured here'), huge=(2700, 'measured here'),
-                         large=(1350, 'predicted'))  # halfway between 300 and 2700: factor 1.5
+                         large=(1350, 'predicted'),  # halfway between 300 and 2700: factor 1.5
+                         convnextv2_a=(150, 'predicted'), convnextv2_b=(900, 'measured here'),
+                         convnextv2_c=(2025, 'predicted'))
     assert choosing.latency_of(table['recipes'][0]) == 100.0
-    found = choosing.predict(table, dict(tiny=25.0), 'int8')['recipes']  # half of the table's
-    assert [choosing.latency_of(one, 'int8') for one in found] == [25, 75, 225, 12.5, 675]
+    found = choosing.predict(TABLE, dict(tiny=25.0), 'int8')['recipes']  # half of the table's
+    assert [choosing.latency_of(one, 'int8') for one in found] == [25, 75, 225, 12.5]
+
+
+def test_recipes_of_one_version_predict_each_other():
+    table = dict(recipes=[row(f'convnextv2_{i}', None, 100.0 * 3**i, 1.0) for i in range(3)])
+    assert [one['name'] for one in choosing.anchors(table)] == ['convnextv2_1']
+    found = choosing.predict(table, dict(convnextv2_1=150.0))['recipes']
+    assert [choosing.latency_of(one) for one in found] == pytest.approx([50, 150, 450])
 
 
 def test_tables_list_every_recipe():
