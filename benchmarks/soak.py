@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -79,6 +80,7 @@ class SoakHook(Hook):
             'Python objects': len(gc.get_objects()),
             'open files': len(os.listdir('/proc/self/fd')),
             'checkpoint, MB': os.path.getsize(saved[-1]) / 1e6 if saved else None})
+        print(f'    {self.samples[-1]}', file=sys.stderr, flush=True)  # a run may be stopped
         self.begin = time.process_time()
 
 
