@@ -35,7 +35,8 @@ class Command(NamedTuple):
 
 
 MISLEADING = ('`reduce_zero_label` will be deprecated', 'faster_coco_eval is not installed',
-              'Default ``avg_non_ignore`` is False', 'The draw is False')
+              'Default ``avg_non_ignore`` is False', 'The draw is False',
+              'TF32 acceleration on top of oneDNN')
 """Warnings of the toolboxes about what the recipes mean as it is, or do not use."""
 
 
