@@ -69,8 +69,9 @@ def _in_onnx(model: Any, cfg: Any, size: tuple[int, int], folder: Path, int8: bo
     image, sample = _image(cfg, size), _sample(cfg, size)
     pixels = image.permute(1, 2, 0)[None].contiguous()
     path, meta = folder / 'model.onnx', dict(task=TASKS[cfg.default_scope], version='')
-    pipeline = build_pipeline(exportable(model))
-    write_onnx(pipeline, pipeline.example(pixels), path, meta)
+    if not path.exists():  # by the runtime before
+        pipeline = build_pipeline(exportable(model))
+        write_onnx(pipeline, pipeline.example(pixels), path, meta)
     feed = dict(image=pixels.numpy(), size=np.array(size[::-1], np.int64))
     if int8:  # calibrated on noise: the time does not depend on the steps
         quantize_onnx(path, folder / 'int8.onnx', meta, [feed])
