@@ -20,7 +20,7 @@ UNSET_KEYS = {
          'process_timeout', 'shard_optimizer', 'shard_model', 'distil', *SHORT,
          *datasets.DATA_KEYS),
     'fast': tuple(speed.DEFAULTS),
-    'distil': ('teacher', 'checkpoint', 'weight', 'temperature'),
+    'distil': ('teacher', 'checkpoint', 'weight', 'temperature', 'inherit'),
     'optim_wrapper': ('dtype', 'loss_scale', 'accumulative_counts', 'clip_grad')}
 """Valid keys, by group ('': the top level), that a config may leave unset."""
 

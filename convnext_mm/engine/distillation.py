@@ -4,7 +4,9 @@ Segmentors learn the teacher's logits, each class as a distribution over the pix
 "Channel-wise Knowledge Distillation for Dense Prediction", 2021, equation 4). Detectors learn the
 maps of its neck up to scale and shift of each channel (Cao et al., "PKD: General Distillation
 Framework for Object Detectors via Pearson Correlation Coefficient", 2022, section 3). Neither has
-parameters. The teacher is no part of the model: it is not saved, averaged or optimized.
+parameters. The student starts with the teacher's weights of the neck and the heads that fit it, as
+in Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, section 4. The
+teacher is no part of the model: it is not saved, averaged or optimized.
 """
 from __future__ import annotations
 
@@ -39,12 +41,14 @@ class Settings(NamedTuple):
         checkpoint: File or URL of its weights.
         weight: Factor of the loss; None: :data:`WEIGHTS`.
         temperature: Of the distributions over pixels (segmentation).
+        inherit: Whether the student starts with the teacher's neck and heads.
     """
 
     teacher: str
     checkpoint: str
     weight: float | None = None
     temperature: float = 1.0
+    inherit: bool = True
 
 
 def read_settings(cfg: Config) -> Settings | None:
@@ -69,6 +73,8 @@ def read_settings(cfg: Config) -> Settings | None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
                                   or not value >= least):
             raise UserError(f'distil.{name}={value!r} must be a number from {least} up')
+    if not isinstance(settings.inherit, bool):
+        raise UserError(f'distil.inherit={settings.inherit!r} must be True or False')
     return settings
 
 
@@ -116,14 +122,14 @@ class DistillationHook(Hook):
     student's augmented images, in eval mode and without gradients.
     """
 
-    priority = 'NORMAL'
+    priority = 'HIGHEST'  # weights are inherited before they are divided among processes
 
     def __init__(self) -> None:
         self.handles: list[Any] = []
         self.kept: list[Any] = []
 
     def before_train(self, runner) -> None:
-        """Build the teacher.
+        """Build the teacher; a student that starts anew inherits from it.
 
         Raises:
             UserError: See :func:`read_teacher`; the weights do not fit it, or its maps do not fit
@@ -147,6 +153,12 @@ class DistillationHook(Hook):
         print_log(f'Teacher: {self.settings.teacher} with {self.settings.checkpoint}, '
                   f'{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters; '
                   f'{LOSS} × {self.weight:g}', logger='current')
+        if self.settings.inherit and not runner.iter and not runner.cfg.get('load_from'):
+            names = inherit(self.student, self.teacher)
+            parts = ', '.join(dict.fromkeys(name.partition('.')[0] for name in names))
+            print_log(f'{len(names)} weights of the teacher start the student'
+                      f'{f" ({parts})" if parts else ""}. distil.inherit=False: none',
+                      logger='current')
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         """Start to keep the student's maps."""
@@ -175,6 +187,30 @@ class DistillationHook(Hook):
         loss = (channel_wise(kept[-1], maps[0], self.settings.temperature) if self.segments
                 else pearson(kept[0], maps))
         return {**output, LOSS: self.weight * loss}
+
+
+@torch.no_grad()
+def inherit(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Copy the weights outside the backbone whose names and shapes are those of the student.
+
+    The heads of Mask R-CNN are compared with those of the last stage of Cascade Mask R-CNN.
+
+    Returns:
+        Their names.
+    """
+    other = dict(teacher.state_dict())
+    for kind in ('bbox_head', 'mask_head'):
+        stages = getattr(getattr(teacher, 'roi_head', None), kind, None)
+        if isinstance(stages, nn.ModuleList):
+            other |= {f'roi_head.{kind}.{name}': value
+                      for name, value in stages[-1].state_dict().items()}
+    names = []
+    for name, value in student.state_dict().items():
+        found = None if name.startswith('backbone.') else other.get(name)
+        if found is not None and found.shape == value.shape:
+            value.copy_(found)
+            names.append(name)
+    return names
 
 
 def _source(model: nn.Module, segments: bool) -> nn.Module:

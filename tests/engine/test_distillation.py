@@ -1,6 +1,7 @@
 """Training with a teacher."""
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_the_teacher_changes_the_gradients_of_the_student_alone(teachers, demo_d
 
     class Runner:
         pass
-    Runner.cfg, Runner.model = cfg, model
+    Runner.cfg, Runner.model, Runner.iter = cfg, model, 0
     hook.before_train(Runner)
     assert not hook.teacher.training
     assert hook.teacher.backbone.training is False
@@ -139,12 +140,54 @@ def test_the_teacher_changes_the_gradients_of_the_student_alone(teachers, demo_d
     assert distillation.LOSS not in model(inputs, [sample, sample], mode='loss')
 
 
+@pytest.mark.parametrize(('changes', 'inherits'), [
+    ({}, True), ({'distil.inherit': False}, False), ({'load_from': 'mine.pth'}, False),
+    ({'iter': 7}, False)], ids=['anew', 'inherit=False', 'load_from', 'resumed'])
+def test_a_student_that_starts_anew_inherits_neck_and_heads(changes, inherits, teachers, demo_data):
+    cfg = read_config(DEMO_DETECTION, {
+        **options('detection', demo_data), 'distil': dict(
+            teacher=teachers['detection'][0], checkpoint=teachers['detection'][1])}, notes=[])
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    class Runner:
+        pass
+    Runner.cfg, Runner.model, Runner.iter = cfg, model, changes.get('iter', 0)
+    cfg.merge_from_dict({key: value for key, value in changes.items() if key != 'iter'})
+    hook = distillation.DistillationHook()
+    hook.before_train(Runner)
+    taught, heads = hook.teacher.state_dict(), 0
+    for name, value in model.state_dict().items():
+        fits = inherits and not name.startswith('backbone.') and taught[name].shape == value.shape
+        assert torch.equal(value, (taught if fits else before)[name]), name
+        heads += fits
+    assert (heads > 50) is inherits
+
+
+def test_mask_rcnn_inherits_the_last_stage_of_a_cascade(teachers):
+    teacher = MODELS.build(read_config(teachers['detection'][0], notes=[]).model)
+    student = copy.deepcopy(teacher)
+    for kind in ('bbox', 'mask'):
+        setattr(student.roi_head, f'{kind}_head', copy.deepcopy(
+            getattr(student.roi_head, f'{kind}_head')[0]))
+    names = distillation.inherit(student, teacher)
+    assert {*names} == {name for name in student.state_dict() if not name.startswith('backbone.')}
+    for kind in ('bbox', 'mask'):
+        own, last = getattr(student.roi_head, f'{kind}_head'), getattr(
+            teacher.roi_head, f'{kind}_head')[-1]
+        assert all(torch.equal(value, last.state_dict()[name])
+                   for name, value in own.state_dict().items())
+
+
 @pytest.mark.parametrize(('distil', 'message'), [
     (dict(teacher='x.py'), 'distil=.*expected e.g.'), (True, 'distil=True: expected e.g.'),
     (dict(teacher='nothing.py', checkpoint='c.pth'), 'Config not found: .*nothing.py'),
     (dict(teacher=DEMO_SEGMENTATION, checkpoint='c.pth'), 'c.pth'),
     (dict(teacher=DEMO_SEGMENTATION, checkpoint='c.pth', weigth=3), 'distil.weigth is not known'),
-    (dict(teacher=DEMO_SEGMENTATION, checkpoint='c.pth', weight=-1), 'distil.weight=-1 must be')])
+    (dict(teacher=DEMO_SEGMENTATION, checkpoint='c.pth', weight=-1), 'distil.weight=-1 must be'),
+    (dict(teacher=DEMO_SEGMENTATION, checkpoint='c.pth', inherit=1), 'distil.inherit=1 must be')])
 def test_a_wrong_key_is_one_message(distil, message):
     cfg = read_config(DEMO_SEGMENTATION, notes=[])
     cfg.distil = distil
