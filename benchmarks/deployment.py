@@ -15,6 +15,7 @@ import copy
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import measuring
 import numpy as np
@@ -26,7 +27,7 @@ from mmengine.logging import MMLogger
 
 from convnext_mm.deployment.formats import save_openvino
 from convnext_mm.deployment.onnx_file import write_onnx
-from convnext_mm.deployment.pipelines import Pipeline, build_pipeline
+from convnext_mm.deployment.pipelines import build_pipeline
 from convnext_mm.deployment.quantizing import Feed, quantize_onnx, quantize_openvino
 from convnext_mm.deployment.rewriting import exportable
 from convnext_mm.deployment.runtimes import Exported, load_exported
@@ -54,8 +55,7 @@ def compare(args: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for i, (label, model) in enumerate({"mmseg's head": plain, **models}.items()):
             model.test_cfg.mode = 'whole'
-            pipeline = build_pipeline(exportable(model))
-            for name, path in export(pipeline, image, Path(folder, str(i)), meta, feed).items():
+            for name, path in export(model, image, Path(folder, str(i)), meta, feed).items():
                 name += f', {label.removeprefix(PACKED).strip(" ,") or "our head"}'
                 steps[name] = functools.partial(run_file, load_exported(path), feed)
     for label, model in models.items():
@@ -81,20 +81,25 @@ def run_file(file: Exported, feed: Feed) -> torch.Tensor:
     return torch.from_numpy(file.run(**feed)['classes'])
 
 
-def export(pipeline: Pipeline, image: torch.Tensor, path: Path, meta: dict, feed: Feed
-           ) -> dict[str, Path]:
-    """Write the files of a pipeline; return them by runtime and type."""
+def export(model: Any, image: torch.Tensor, path: Path, meta: dict, feed: Feed) -> dict[str, Path]:
+    """Write the files of a model, as tools/export.py; return them by runtime and type."""
     names = {'ONNX Runtime': '.onnx', 'ONNX Runtime int8': '.int8.onnx', 'OpenVINO': '.xml',
              'OpenVINO bf16': '.bf16.xml', 'OpenVINO int8': '.int8.xml',
              'OpenVINO int8 + bf16': '.both.xml'}
     files = {name: path.with_suffix(suffix) for name, suffix in names.items()}
-    onnx = files['ONNX Runtime']
-    write_onnx(pipeline, pipeline.example(image), onnx, meta)
-    quantize_onnx(onnx, files['ONNX Runtime int8'], meta, [feed])
+    source = path.with_suffix('.source.onnx')
+
+    def write(target: Path, for_ort: bool = False, int8: bool = False) -> None:
+        pipeline = build_pipeline(exportable(model, channels_last=int8), channels_last=for_ort)
+        write_onnx(pipeline, pipeline.example(image), target, meta)
+    write(files['ONNX Runtime'], for_ort=True)
+    write(source, for_ort=True, int8=True)
+    quantize_onnx(source, files['ONNX Runtime int8'], meta, [feed])
+    write(source)
     for precision, mark in ({}, ''), (dict(precision='bf16'), 'bf16'):
-        save_openvino(openvino.convert_model(onnx), files[f'OpenVINO {mark}'.strip()],
+        save_openvino(openvino.convert_model(source), files[f'OpenVINO {mark}'.strip()],
                       meta | precision)
-        quantize_openvino(onnx, files['OpenVINO int8' + f' + {mark}' * bool(mark)],
+        quantize_openvino(source, files['OpenVINO int8' + f' + {mark}' * bool(mark)],
                           meta | precision, [feed])
     return files
 

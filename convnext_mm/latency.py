@@ -68,9 +68,12 @@ def _in_onnx(model: Any, cfg: Any, size: tuple[int, int], folder: Path, int8: bo
              ) -> Callable[[], object]:
     image, sample = _image(cfg, size), _sample(cfg, size)
     pixels = image.permute(1, 2, 0)[None].contiguous()
-    path, meta = folder / 'model.onnx', dict(task=TASKS[cfg.default_scope], version='')
+    meta = dict(task=TASKS[cfg.default_scope], version='')
+    channels_last = int8 and cfg.default_scope == 'mmseg'  # as tools/export.py; else no difference
+    path = folder / ('channels_last.onnx' if channels_last else 'model.onnx')
     if not path.exists():  # by the runtime before
-        pipeline = build_pipeline(exportable(model))
+        pipeline = build_pipeline(exportable(model, channels_last=channels_last),
+                                  channels_last=True)
         write_onnx(pipeline, pipeline.example(pixels), path, meta)
     feed = dict(image=pixels.numpy(), size=np.array(size[::-1], np.int64))
     if int8:  # calibrated on noise: the time does not depend on the steps

@@ -71,7 +71,9 @@ def main(args: argparse.Namespace) -> Path:
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
     # With AMX, OpenVINO multiplies in int8 so fast that sums of interpolated maps take longer.
     own_sizes = not (args.int8 and args.to == 'openvino' and processor_has('amx_int8'))
-    pipeline = build_pipeline(exportable(predictor.model, own_sizes), fixed)
+    for_ort = args.to == 'onnx'
+    model = exportable(predictor.model, own_sizes, channels_last=for_ort and args.int8)
+    pipeline = build_pipeline(model, fixed, channels_last=for_ort)
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'

@@ -21,7 +21,8 @@ SEGMENTOR_OUTPUTS = ('classes',)
 DETECTOR_OUTPUTS = ('boxes', 'scores', 'labels', 'masks')
 
 
-def build_pipeline(model: nn.Module, fixed: tuple[int, int] | None = None) -> Pipeline:
+def build_pipeline(model: nn.Module, fixed: tuple[int, int] | None = None,
+                   channels_last: bool = False) -> Pipeline:
     """The pipeline of a model of mmseg or mmdet.
 
     Args:
@@ -30,13 +31,15 @@ def build_pipeline(model: nn.Module, fixed: tuple[int, int] | None = None) -> Pi
             are of this size, :meth:`Pipeline.forward` takes no ``size``, and a detector returns
             ``max_per_img`` detections, filled up, instead of as many as the image with the most
             has.
+        channels_last: Compare the classes of a pixel beside each other in memory, which takes ONNX
+            Runtime half the time, but OpenVINO longer.
 
     Raises:
         UserError: There is none for models of this kind.
     """
     model_type: Any = model
     if hasattr(model, 'decode_head'):
-        return Segmentor(model_type, fixed)
+        return Segmentor(model_type, fixed, channels_last)
     if hasattr(model, 'rpn_head') and hasattr(model, 'roi_head'):
         return Detector(model_type, fixed)
     raise UserError(f'{type(model).__name__} cannot be exported: it is neither an EncoderDecoder '
@@ -92,8 +95,10 @@ class Segmentor(Pipeline):
 
     outputs = SEGMENTOR_OUTPUTS
 
-    def __init__(self, model: Any, fixed: tuple[int, int] | None = None) -> None:
+    def __init__(self, model: Any, fixed: tuple[int, int] | None = None,
+                 channels_last: bool = False) -> None:
         super().__init__(model, fixed)
+        self.channels_last = channels_last
         head, cfg = model.decode_head, model.test_cfg
         if isinstance(head, nn.ModuleList) or not hasattr(head, 'conv_seg'):
             raise UserError(f'{type(model).__name__} with {type(head).__name__} cannot be '
@@ -126,9 +131,14 @@ class Segmentor(Pipeline):
                                      x.shape[axis + 2])[:inside[axis]]
             matrices.append(interpolation(inside[axis], out, self.align_corners, x) @ stitch)
         ny, nx, (classes, h, w) = rows.shape[0], columns.shape[0], logits.shape[1:]
-        logits = logits.reshape(image.shape[0], ny, nx, classes, h, w).permute(
-            0, 3, 1, 4, 2, 5).reshape(image.shape[0], classes, ny * h, nx * w)
-        return self._classify(matrices[0] @ logits @ matrices[1].t())
+        batch = image.shape[0]
+        logits = logits.reshape(batch, ny, nx, classes, h, w)
+        if self.channels_last:
+            logits = logits.permute(0, 1, 4, 2, 5, 3).reshape(batch, ny * h, nx * w * classes)
+            logits = (matrices[0] @ logits).reshape(batch, height, nx * w, classes)
+            return self._classify(matrices[1] @ logits, 3)
+        logits = logits.permute(0, 3, 1, 4, 2, 5).reshape(batch, classes, ny * h, nx * w)
+        return self._classify(matrices[0] @ logits @ matrices[1].t(), 1)
 
     def example(self, image: Tensor) -> Tensor:
         """See the base class; of several windows, which exporters would else take for one."""
@@ -181,10 +191,12 @@ class Segmentor(Pipeline):
         weights = hats(place, logits, window, self.align_corners) * inside[..., None]
         return (weights / inside.sum(1)[:, None, None]).flatten(1)
 
-    def _classify(self, logits: Tensor) -> Tensor:
+    def _classify(self, logits: Tensor, axis: int) -> Tensor:
+        """Class maps (B, H, W) of logits with the classes along an axis."""
         if self.out_channels == 1:
-            return (logits[:, 0].sigmoid() > self.model.decode_head.threshold).to(torch.uint8)
-        return logits.argmax(1).to(torch.uint8 if self.out_channels <= 256 else torch.int32)
+            first = logits.select(axis, 0).sigmoid()
+            return (first > self.model.decode_head.threshold).to(torch.uint8)
+        return logits.argmax(axis).to(torch.uint8 if self.out_channels <= 256 else torch.int32)
 
 
 class Detector(Pipeline):

@@ -14,7 +14,7 @@ from ..layers import GRN, Block
 from ..precision import reset_inference_dtype
 
 
-def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
+def exportable(model: nn.Module, own_sizes: bool = True, channels_last: bool = False) -> nn.Module:
     """A copy of a model in eval mode, on the CPU and in fp32, whose numbers are the same.
 
     - ``nn.AdaptiveAvgPool2d`` would keep the size of the example image.
@@ -22,7 +22,7 @@ def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
       the blocks, most of the network, in fp32 without a word. So they become 1x1 convolutions.
     - The layer scale is multiplied into the weights.
     - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes, with
-      ``own_sizes``.
+      ``own_sizes``; with ``channels_last``, in the layout of ONNX Runtime's int8 convolutions.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     reset_inference_dtype(model)
@@ -34,7 +34,7 @@ def exportable(model: nn.Module, own_sizes: bool = True) -> nn.Module:
                 setattr(parent, name, ConvolutionalBlock(child))
             elif (own_sizes and isinstance(child, FusedConvModule) and child.foldable()
                   and sum(widths := _widths(parent, name)) == child.conv.in_channels):
-                setattr(parent, name, PyramidConvolution(child, widths))
+                setattr(parent, name, PyramidConvolution(child, widths, channels_last))
     return model
 
 
@@ -139,22 +139,27 @@ class PyramidConvolution(nn.Module):
     Args:
         module: A ConvModule whose norm can be folded.
         widths: Channels of each map.
+        channels_last: Upsample maps (H, W, C). ONNX Runtime's int8 convolutions write them so, and
+            would transpose large maps; its fp32 convolutions do not.
     """
 
-    def __init__(self, module: FusedConvModule, widths: Sequence[int]) -> None:
+    def __init__(self, module: FusedConvModule, widths: Sequence[int],
+                 channels_last: bool = False) -> None:
         super().__init__()
         norm = module.norm if module.with_norm else None
         weight, bias = folded([module.conv.weight, module.conv.bias, *(() if norm is None else (
             norm.weight, norm.bias, norm.running_mean, norm.running_var))],
             None if norm is None else norm.eps)
-        self.widths, self.taps = list(widths), weight.shape[-1]
+        self.widths, self.taps, self.channels_last = list(widths), weight.shape[-1], channels_last
         self.dilation, self.relu = module.conv.dilation[0], bool(module.with_activation)
         first, *others = weight.split(self.widths, 1)
         self.first = nn.Conv2d(first.shape[1], first.shape[0], self.taps, dilation=self.dilation,
                                padding=self.dilation * (self.taps // 2))
         self.first.weight, self.first.bias = nn.Parameter(first), nn.Parameter(bias)
-        # Channels in the order (dx, O, dy), so that the rows of all dy follow each other
-        self.others = nn.ModuleList(_pointwise(part.permute(3, 0, 2, 1).flatten(0, 2))
+        # Channels in the order (dx, O, dy), so that the rows of all dy follow each other; or, for
+        # channels_last, (dy, dx, O), so that the channels of a pixel do.
+        order = (2, 3, 0, 1) if channels_last else (3, 0, 2, 1)
+        self.others = nn.ModuleList(_pointwise(part.permute(order).flatten(0, 2))
                                     for part in others)
         self.requires_grad_(False)
 
@@ -170,18 +175,40 @@ class PyramidConvolution(nn.Module):
                    activate: bool = True) -> Tensor:
         """As :meth:`FusedConvModule.of_pyramid`, where the first map has the output's size."""
         out = self.first(maps[0])
+        if maps[1:]:
+            upsampled = self._upsampled_last if self.channels_last else self._upsampled
+            out = out + upsampled([conv(x) for x, conv in zip(maps[1:], self.others, strict=True)],
+                                  size, align_corners)
+        return F.relu(out) if activate and self.relu else out
+
+    def _upsampled(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool
+                   ) -> Tensor:
+        """The sum (N, O, H, W) of maps (N, dx · O · dy, h, w)."""
         rows: list[Tensor] = []
         columns: list[Tensor] = []
-        for x, conv in zip(maps[1:], self.others, strict=True):
-            n, _, h, w = x.shape
-            by_row, by_column = (torch.cat(self._shifted(length, to, align_corners, x), 1)
+        for y in maps:
+            n, channels, h, w = y.shape
+            by_row, by_column = (torch.cat(self._shifted(length, to, align_corners, y), 1)
                                  for length, to in zip((h, w), size, strict=True))
-            y = conv(x).reshape(n, self.taps, out.shape[1], self.taps * h, w)
+            y = y.reshape(n, self.taps, channels // self.taps**2, self.taps * h, w)
             rows += (by_row @ y).unbind(1)
             columns.append(by_column)
-        if rows:
-            out = out + torch.cat(rows, 3) @ torch.cat(columns, 1).t()
-        return F.relu(out) if activate and self.relu else out
+        return torch.cat(rows, 3) @ torch.cat(columns, 1).t()
+
+    def _upsampled_last(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool
+                        ) -> Tensor:
+        """The sum (N, O, H, W) of maps (N, dy · dx · O, h, w), computed as (N, H, W, O)."""
+        rows, columns = [], []
+        for y in maps:
+            n, channels, h, w = y.shape
+            by_row, by_column = (self._shifted(length, to, align_corners, y)
+                                 for length, to in zip((h, w), size, strict=True))
+            y = y.permute(0, 2, 3, 1).reshape(n, h, w, self.taps, channels // self.taps)
+            y = y.permute(0, 3, 1, 2, 4).reshape(n, self.taps * h, w * (channels // self.taps))
+            y = torch.cat(by_row, 1) @ y
+            rows.append(y.reshape(n, size[0], w * self.taps, channels // self.taps**2))
+            columns.append(torch.stack(by_column, 2).flatten(1))
+        return (torch.cat(columns, 1) @ torch.cat(rows, 2)).permute(0, 3, 1, 2)
 
     def _shifted(self, length: int, out: int, align_corners: bool, like: Tensor) -> list[Tensor]:
         """(out, length) for each tap: the interpolated pixels that it reads, zeros outside."""

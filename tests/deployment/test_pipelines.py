@@ -66,12 +66,14 @@ def predicted(model: nn.Module, images: torch.Tensor, size: tuple[int, int]) -> 
 def test_segmentors(options, shape):
     model = build_model(DEMO_SEGMENTATION, {**SMALL, **options})
     images, size = noise(*shape, count=2), (shape[0] + 9, shape[1] - 5)
-    classes = build_pipeline(exportable(model))(images, torch.tensor(size))
-    assert classes.dtype == torch.uint8
-    assert classes.shape == (2, *size)
-    assert len(classes.unique()) > 2
     expected = torch.stack([one.pred_sem_seg.data[0] for one in predicted(model, images, size)])
-    assert (classes == expected).float().mean() > 0.9999
+    assert len(expected.unique()) > 2
+    for channels_last in (False, True):
+        copied = exportable(model, channels_last=channels_last)
+        classes = build_pipeline(copied, channels_last=channels_last)(images, torch.tensor(size))
+        assert classes.dtype == torch.uint8
+        assert classes.shape == (2, *size)
+        assert (classes == expected).float().mean() > 0.9999
 
 
 @pytest.mark.parametrize(('config', 'options'), [
@@ -108,8 +110,9 @@ def spread_scores(model: nn.Module) -> None:
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('dilation', [1, 2])
+@pytest.mark.parametrize('channels_last', [False, True])
 @torch.no_grad()
-def test_convolutions_at_the_maps_own_sizes(align_corners, dilation):
+def test_convolutions_at_the_maps_own_sizes(align_corners, dilation, channels_last):
     torch.manual_seed(0)
     module = FusedConvModule(12, 8, 3, padding=dilation, dilation=dilation,
                              norm_cfg=dict(type='BN')).eval()
@@ -119,7 +122,7 @@ def test_convolutions_at_the_maps_own_sizes(align_corners, dilation):
         (5, (13, 18)), (4, (7, 9)), (2, (2, 1)), (1, (13, 18)))]
     whole = torch.cat([nn.functional.interpolate(
         x, (13, 18), mode='bilinear', align_corners=align_corners) for x in maps], 1)
-    ours = PyramidConvolution(module, [5, 4, 2, 1])
+    ours = PyramidConvolution(module, [5, 4, 2, 1], channels_last)
     assert (ours.of_pyramid(maps, (13, 18), align_corners) - module(whole)).abs().max() < 1e-5
     assert (ours.of_pyramid(maps, (13, 18), align_corners, activate=False)
             - module(whole, activate=False)).abs().max() < 1e-5
