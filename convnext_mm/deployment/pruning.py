@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pprint import pformat
 from typing import Any, cast
 
 import torch
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> Path:
     flops, channels = args.flops, args.head_channels
     if args.latency_ms is not None:
         flops, channels = sizes_for_latency(model, cfg.model, images, test[0], args.latency_ms)
-    before = metrics(model, cfg, test)
+    before, took = metrics(model, cfg, test), latency(model, test[0])
     changes = prune_model(model, cfg.model, images, flops, channels)
     after = metrics(model, cfg, test)
     if 'roi_head' in changes:
@@ -82,12 +83,15 @@ def main(args: argparse.Namespace) -> Path:
             f'_base_ = {str(Path(config).absolute())!r}\n'
             '# Of --cfg-options, those of the data and the schedule are not repeated here.\n'
             f'load_from = {str(checkpoint.absolute())!r}\n'
-            f'model = {changes}\n', encoding='utf-8')
+            f'model = {pformat(changes, width=100, sort_dicts=False)}\n', encoding='utf-8')
     for key, value in before.items():
         print(f'{key}: {value:.2f} → {after.get(key, float("nan")):.2f}')
-    if args.latency_ms is not None:
-        print(f'One image: {latency(model, test[0]):.0f} ms')
-    print(f'Changed: {changes}\nWritten: {path}, {checkpoint}')
+    print(f'The first test image: {took:.1f} → {latency(model, test[0]):.1f} ms')
+    if flops is not None:
+        print(f'Hidden channels of the blocks: {changes["backbone"]["hidden_dims"]}')
+    if channels is not None:
+        print(f'Channels of the head: {channels}')
+    print(f'Written: {path}, {checkpoint}')
     return path
 
 
