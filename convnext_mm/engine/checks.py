@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -104,13 +105,21 @@ def check_toolbox(cfg: Config) -> None:
     """Check that the toolbox of the config is installed.
 
     Raises:
-        UserError: mmseg or mmdet is missing, or mmcv has no operators and the patch that gives it
-            ours is switched off.
+        UserError: mmseg or mmdet is missing or for another mmcv, or mmcv has no operators and the
+            patch that gives it ours is switched off.
     """
     toolbox = cfg.get('default_scope', 'mmengine')
-    if not find_spec(toolbox):
+    found = find_spec(toolbox)
+    if not found:
         raise UserError(f'This config needs {toolbox}, which is not installed. Install it: '
                         'python3 tools/install.py')
+    try:
+        import_module(toolbox)
+    except Exception as error:  # such as an assertion on the version of mmcv
+        raise UserError(f'This config needs {toolbox}, but {found.origin} cannot be imported '
+                        f'({describe(error)}). Versions for mmcv 1.x do not work here: take it '
+                        'from PYTHONPATH or uninstall it, then run python3 tools/install.py'
+                        ) from error
     if toolbox == 'mmdet' and not find_spec('mmcv._ext'):
         raise UserError("This config needs mmcv's operators, which the installed mmcv was built "
                         'without, and CONVNEXT_MM_PATCHES switches off ours (operators). '

@@ -132,6 +132,16 @@ def test_a_missing_package_is_named(absent, message, monkeypatch):
         checks.check_toolbox(Config(dict(default_scope='mmdet')))
 
 
+def test_a_toolbox_for_an_old_mmcv_is_named(monkeypatch):
+    def assertion(name):
+        raise AssertionError('MMCV==2.1.0 is used but incompatible. Please install mmcv<=1.4.0.')
+    monkeypatch.setattr(checks, 'import_module', assertion)
+    message = (r'needs mmseg, but /.*/mmseg/__init__.py cannot be imported \(AssertionError: '
+               r'MMCV==2.1.0 .*PYTHONPATH')
+    with pytest.raises(UserError, match=message):
+        checks.check_toolbox(Config(dict(default_scope='mmseg')))
+
+
 def test_unknown_backbone_arguments_are_named(tmp_path):
     message = "model.backbone.zzz: ConvNeXt has no argument 'zzz'.*arch, "
     with pytest.raises(UserError, match=message):
