@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,16 +49,19 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
     Raises:
         UserError: Packages are missing, weights were not found, or the metric drops even so.
     """
-    write = quantize_onnx if target.suffix == '.onnx' else quantize_openvino
     onnx = require('onnx', 'onnxruntime')
     model = onnx.load(source)
     expected = measure(source)
     order: list[str] = []
-    kept = 0
+    kept, ranges = 0, None
     while True:
         chosen = order[:kept]
+        written = dict(meta, int8=True, in_fp32=len(chosen))
         with quiet():
-            write(source, target, dict(meta, int8=True, in_fp32=len(chosen)), feeds, chosen)
+            if target.suffix == '.onnx':
+                ranges = quantize_onnx(source, target, written, feeds, chosen, ranges)
+            else:
+                quantize_openvino(source, target, written, feeds, chosen)
         share = _bytes(target) / source.stat().st_size
         if share > LARGEST_SHARE:
             raise UserError(
@@ -93,7 +97,7 @@ def _bytes(path: Path) -> int:
 
 @_no_logging()
 def quantize_onnx(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[Feed],
-                  in_fp32: Sequence[str] = ()) -> None:
+                  in_fp32: Sequence[str] = (), ranges: Any = None) -> Any:
     """Write an int8 file for ONNX Runtime.
 
     Args:
@@ -102,8 +106,45 @@ def quantize_onnx(source: Path, target: Path, meta: dict[str, Any], feeds: Seque
         meta: Its metadata.
         feeds: Inputs to calibrate on.
         in_fp32: Names of layers that stay in fp32.
+        ranges: What an earlier call returned; None: they are measured.
+
+    Returns:
+        The ranges of all tensors.
     """
     quantization = require('onnxruntime.quantization')
+    if ranges is None:
+        ranges = _ranges(source, feeds)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder, 'ranges.json')
+        quantization.save_tensors_data(ranges, cache)
+        quantization.quantize_static(
+            source, target, quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            op_types_to_quantize=list(LAYERS), nodes_to_exclude=list(in_fp32),
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8, calibration_cache_path=cache)
+    onnx = require('onnx')
+    written = onnx.load(target)
+    write_meta(written, meta)
+    onnx.save(written, target)
+    return ranges
+
+
+def _ranges(source: Path, feeds: Sequence[Feed]) -> Any:
+    """The least and the largest value of each tensor that layers read or write.
+
+    Other methods than these need images of one size.
+    """
+    quantization, runtime = require('onnxruntime.quantization'), require('onnxruntime')
+
+    class Calibrater(quantization.MinMaxCalibrater):  # type: ignore[name-defined]
+        def create_inference_session(self) -> None:
+            options = runtime.SessionOptions()
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # Reduces each map once it is computed; by default, all of them are kept to the end,
+            # which are some GB of a detector.
+            options.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
+            self.infer_session = runtime.InferenceSession(
+                self.augmented_model_path, options, providers=['CPUExecutionProvider'])
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -112,16 +153,12 @@ def quantize_onnx(source: Path, target: Path, meta: dict[str, Any], feeds: Seque
         def get_next(self) -> Feed | None:
             return next(self.feeds, None)
 
-    quantization.quantize_static(
-        source, target, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-        op_types_to_quantize=list(LAYERS), nodes_to_exclude=list(in_fp32),
-        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        # The other methods need images of one size.
-        calibrate_method=quantization.CalibrationMethod.MinMax)
-    onnx = require('onnx')
-    written = onnx.load(target)
-    write_meta(written, meta)
-    onnx.save(written, target)
+    with tempfile.TemporaryDirectory() as folder:
+        calibrater = Calibrater(source, LAYERS, str(Path(folder, 'augmented.onnx')))
+        calibrater.augment_graph()
+        calibrater.create_inference_session()
+        calibrater.collect_data(Reader())
+        return calibrater.compute_data()
 
 
 @_no_logging()

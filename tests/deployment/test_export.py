@@ -8,11 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from convnext_mm.deployment import runtimes
 from convnext_mm.deployment.images import ImageSource
-from convnext_mm.deployment.quantizing import layers_by_noise
+from convnext_mm.deployment.quantizing import layers_by_noise, quantize_onnx
 from convnext_mm.errors import UserError
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT, call_tool
 
@@ -174,7 +175,8 @@ def test_files_that_are_not_ours(tmp_path):
         runtimes.load_exported(tmp_path / 'other.onnx')
 
 
-def test_layers_with_outliers_come_first():
+def two_layers() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Two 1x1 convolutions, of which the second has weights of two magnitudes; and an input."""
     rng = np.random.default_rng(0)
     weights = {'even': rng.normal(size=(4, 3, 1, 1)), 'outlier': rng.normal(size=(4, 4, 1, 1))}
     weights['outlier'][:, 0] *= 1000
@@ -187,7 +189,31 @@ def test_layers_with_outliers_come_first():
         [onnx.numpy_helper.from_array(value.astype(np.float32), key)
          for key, value in weights.items()])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 20)], ir_version=10)
-    feed = dict(x=rng.normal(size=(1, 3, 8, 8)).astype(np.float32))
+    return model, dict(x=rng.normal(size=(1, 3, 8, 8)).astype(np.float32))
+
+
+def test_ranges_are_those_of_all_images_and_measured_once(tmp_path):
+    model, feed = two_layers()
+    plain = tmp_path / 'plain.onnx'
+    onnx.save(model, plain)
+    feeds = [feed, dict(x=3 * feed['x'])]
+    ranges = quantize_onnx(plain, tmp_path / 'int8.onnx', dict(version=''), feeds)
+    for name, value in (('x', feeds[1]['x']), ('z', None)):
+        if value is None:
+            session = onnxruntime.InferenceSession(plain)
+            value = np.stack([session.run(None, feed)[0] for feed in feeds])
+        low, high = ranges[name].range_value
+        assert float(low) == pytest.approx(value.min(), rel=1e-5)
+        assert float(high) == pytest.approx(value.max(), rel=1e-5)
+    quantize_onnx(plain, tmp_path / 'second.onnx', dict(version=''), [], ['first'], ranges)
+    layers = {name: [node.op_type for node in onnx.load(tmp_path / name).graph.node]
+              for name in ('int8.onnx', 'second.onnx')}
+    assert layers['int8.onnx'].count('QuantizeLinear') > layers['second.onnx'].count(
+        'QuantizeLinear') > 0
+
+
+def test_layers_with_outliers_come_first():
+    model, feed = two_layers()
     assert layers_by_noise(model, [feed]) == ['second', 'first']
     feed['x'][0, 0] *= 1e5
     assert layers_by_noise(model, [feed])[0] == 'first'
