@@ -54,7 +54,7 @@ PAIRS = dict(
     cascade=Pair(DETECTION[0], {**SMALL, 'model.backbone.init_cfg': None}, DETECTION, AP, 100),
     mask_rcnn=Pair('benchmarks/configs/mask_rcnn_student.py', {}, DETECTION, AP, 100))
 WAYS: dict[str, dict[str, Any] | None] = {
-    'alone': None, 'loss': dict(inherit=False), 'loss, neck and heads': {}}
+    'alone': None, 'loss': dict(inherit=False), 'loss, neck and heads': dict(inherit=True)}
 
 
 @HOOKS.register_module()

@@ -4,7 +4,7 @@ Segmentors learn the teacher's logits, each class as a distribution over the pix
 "Channel-wise Knowledge Distillation for Dense Prediction", 2021, equation 4). Detectors learn the
 maps of its neck up to scale and shift of each channel (Cao et al., "PKD: General Distillation
 Framework for Object Detectors via Pearson Correlation Coefficient", 2022, section 3). Neither has
-parameters. The student starts with the teacher's weights of the neck and the heads that fit it, as
+parameters. A detector starts with the teacher's weights of the neck and the heads that fit it, as
 in Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, section 4. The
 teacher is no part of the model: it is not saved, averaged or optimized.
 """
@@ -41,14 +41,14 @@ class Settings(NamedTuple):
         checkpoint: File or URL of its weights.
         weight: Factor of the loss; None: :data:`WEIGHTS`.
         temperature: Of the distributions over pixels (segmentation).
-        inherit: Whether the student starts with the teacher's neck and heads.
+        inherit: Whether the student starts with the teacher's neck and heads; None: a detector.
     """
 
     teacher: str
     checkpoint: str
     weight: float | None = None
     temperature: float = 1.0
-    inherit: bool = True
+    inherit: bool | None = None
 
 
 def read_settings(cfg: Config) -> Settings | None:
@@ -73,7 +73,7 @@ def read_settings(cfg: Config) -> Settings | None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
                                   or not value >= least):
             raise UserError(f'distil.{name}={value!r} must be a number from {least} up')
-    if not isinstance(settings.inherit, bool):
+    if not isinstance(settings.inherit, bool | None):
         raise UserError(f'distil.inherit={settings.inherit!r} must be True or False')
     return settings
 
@@ -153,7 +153,9 @@ class DistillationHook(Hook):
         print_log(f'Teacher: {self.settings.teacher} with {self.settings.checkpoint}, '
                   f'{sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters; '
                   f'{LOSS} × {self.weight:g}', logger='current')
-        if self.settings.inherit and not runner.iter and not runner.cfg.get('load_from'):
+        starts_anew = not runner.iter and not runner.cfg.get('load_from')
+        inherits = self.settings.inherit
+        if starts_anew and (not self.segments if inherits is None else inherits):
             names = inherit(self.student, self.teacher)
             parts = ', '.join(dict.fromkeys(name.partition('.')[0] for name in names))
             print_log(f'{len(names)} weights of the teacher start the student'
