@@ -5,7 +5,7 @@ Segmentors learn the teacher's logits, each class as a distribution over the pix
 maps of its neck up to scale and shift of each channel (Cao et al., "PKD: General Distillation
 Framework for Object Detectors via Pearson Correlation Coefficient", 2022, section 3). Neither has
 parameters. A detector starts with the teacher's weights of the neck and the heads that fit it, as
-in Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022, section 4. The
+the students of Yang et al., "Focal and Global Knowledge Distillation for Detectors", 2022. The
 teacher is no part of the model: it is not saved, averaged or optimized.
 """
 from __future__ import annotations

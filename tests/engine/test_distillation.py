@@ -143,8 +143,9 @@ def test_the_teacher_changes_the_gradients_of_the_student_alone(teachers, demo_d
 
 
 @pytest.mark.parametrize(('changes', 'inherits'), [
-    ({}, True), ({'distil.inherit': True}, True), ({'distil.inherit': False}, False), ({'load_from': 'mine.pth'}, False),
-    ({'iter': 7}, False)], ids=['anew', 'inherit=True', 'inherit=False', 'load_from', 'resumed'])
+    ({}, True), ({'distil.inherit': True}, True), ({'distil.inherit': False}, False),
+    ({'load_from': 'mine.pth'}, False), ({'iter': 7}, False)],
+    ids=['anew', 'inherit=True', 'inherit=False', 'load_from', 'resumed'])
 def test_a_student_that_starts_anew_inherits_neck_and_heads(changes, inherits, teachers, demo_data):
     cfg = read_config(DEMO_DETECTION, {
         **options('detection', demo_data), 'distil': dict(
