@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -104,10 +103,10 @@ def _is_v2(row: Row) -> bool:
 def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch') -> Table:
     """The table for another machine, from the latencies of some recipes there.
 
-    The others take the table's, scaled by the ratio of both at the recipes with V1 that were
-    measured, interpolated between them along the logarithm of the table's latency. V2's global
-    response normalization depends on the machine in another way than products do, so that recipes
-    with V2 are multiplied by what those that were measured deviate.
+    The others take the table's, times the ratio of what both machines need for the FLOPs of the
+    backbone and for those of neck and heads, per FLOP, which the recipes with V1 that were measured
+    tell. V2's global response normalization depends on the machine in another way than products do,
+    so that recipes with V2 are multiplied by what those that were measured deviate.
 
     Args:
         table: A table of ``docs/tables``.
@@ -119,13 +118,15 @@ def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch
         'predicted'.
     """
     here = [row for row in table['recipes'] if row['name'] in measured]
-    known = sorted((math.log(latency_of(row, runtime)),
-                    measured[row['name']] / latency_of(row, runtime))
-                   for row in [row for row in here if not _is_v2(row)] or here)
+    known = [row for row in here if not _is_v2(row)] or here
+    old = _rates(known, [latency_of(row, runtime) for row in known])
+    new = _rates(known, [measured[row['name']] for row in known])
+    if not old or not new:
+        ratio = fmean(measured[row['name']] / latency_of(row, runtime) for row in known)
+        old, new = (1.0, 1.0), (ratio, ratio)
 
     def scaled(row: Row) -> float:
-        value = latency_of(row, runtime)
-        return value * _interpolate(known, math.log(value))
+        return latency_of(row, runtime) * _time(row, new) / _time(row, old)
     factors = [measured[row['name']] / scaled(row) for row in here if _is_v2(row)] or [1.0]
     rows = []
     for row in table['recipes']:
@@ -137,12 +138,27 @@ def predict(table: Table, measured: Mapping[str, float], runtime: str = 'pytorch
     return dict(table, recipes=rows)
 
 
-def _interpolate(points: list[tuple[float, float]], x: float) -> float:
-    """Linear between points that are sorted by x, constant outside."""
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x <= x1:
-            return y0 + (y1 - y0) * min(max((x - x0) / (x1 - x0), 0.0), 1.0)
-    return points[-1][1]
+def _parts(row: Row) -> tuple[float, float]:
+    """FLOPs of the backbone, and of neck and heads."""
+    return row['backbone_flops'], row['flops'] - row['backbone_flops']
+
+
+def _time(row: Row, rates: tuple[float, float]) -> float:
+    """Milliseconds, at so many per FLOP of each part."""
+    return sum(flops * rate for flops, rate in zip(_parts(row), rates, strict=True))
+
+
+def _rates(rows: list[Row], times: list[float]) -> tuple[float, float] | None:
+    """Milliseconds per FLOP of each part, from two recipes; None: they do not tell."""
+    if len(rows) != 2:
+        return None
+    (a, b), (c, d) = map(_parts, rows)
+    determinant = a * d - b * c
+    if not determinant:
+        return None
+    found = ((d * times[0] - b * times[1]) / determinant,
+             (a * times[1] - c * times[0]) / determinant)
+    return found if min(found) > 0 else None
 
 
 def explain(table: Table, prefer: str = 'accuracy', gpu_memory: float | None = None,

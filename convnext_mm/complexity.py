@@ -26,11 +26,13 @@ class Complexity(NamedTuple):
     Args:
         parameters: Parameters of the whole model.
         flops: Multiply-adds for one image.
+        backbone_flops: Those of the backbone.
         size: Width and height of the image, in pixels.
     """
 
     parameters: int
     flops: int
+    backbone_flops: int
     size: tuple[int, int]
 
 
@@ -56,7 +58,9 @@ def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Comp
     width, height = size = size or input_size(cfg)
     model: Any = build_on_meta(cfg).eval()
     image = torch.empty(1, cfg.model.backbone.get('in_chans', 3), height, width, device='meta')
-    counter = FlopCounterMode(display=False)
+    counter, backbone = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with torch.no_grad(), torch.device('meta'), backbone:
+        model.backbone(image)
     with torch.no_grad(), torch.device('meta'), counter:
         if getattr(model, 'roi_head', None) is None:
             model(image, mode='tensor')
@@ -65,8 +69,8 @@ def compute_complexity(cfg: Config, size: tuple[int, int] | None = None) -> Comp
             model.rpn_head(features)
             for kind, rois in (('bbox', PROPOSALS), ('mask', MASKS)):
                 run_roi_heads(model, kind, rois, image.device)
-    return Complexity(sum(p.numel() for p in model.parameters()),
-                      counter.get_total_flops() // 2, size)
+    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2,
+                      backbone.get_total_flops() // 2, size)
 
 
 def complexity_table(configs: Iterable[str], size: tuple[int, int] | None = None,

@@ -156,7 +156,8 @@ def describe_recipe(task: str, path: str, published: dict[str, Any]) -> dict[str
         name=Path(path).stem, config=published['Config'],
         title=f'{framework}, {backbone}, {published["Metadata"]["Pretrained On"]}'
               + f', {size[0]}×{size[1]}' * (task == 'seg'),
-        size=size, parameters=counted.parameters, flops=counted.flops, flops_size=counted.size,
+        size=size, parameters=counted.parameters, flops=counted.flops,
+        backbone_flops=counted.backbone_flops, flops_size=counted.size,
         training_memory_gb=round(training.total / 1e9, 2),
         inference_memory_gb=round(inference / 1e9, 2),
         accuracy=metrics.get(METRICS[task]), accuracies=metrics,

@@ -1,5 +1,4 @@
 """The choice of a recipe, by the tool and by the page."""
-import copy
 import itertools
 import json
 import re
@@ -17,9 +16,11 @@ CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 LIMITS = None, 0.5, 3.0, 4, 8.0, 12.5, 24
 
 
-def row(name: str, accuracy: float | None, latency: float, memory: float) -> dict:
+def row(name: str, accuracy: float | None, latency: float, memory: float, backbone: float = 1,
+        rest: float = 3) -> dict:
     return dict(name=name, title=f'{name}, here', accuracy=accuracy, training_memory_gb=memory,
-                latency_ms=dict(pytorch=latency, int8=latency / 2), parameters=10**7)
+                latency_ms=dict(pytorch=latency, int8=latency / 2), parameters=10**7,
+                flops=backbone + rest, backbone_flops=backbone)
 
 
 TABLE = dict(metric='mIoU', memory_margin=1.5, machine='a CPU', recipes=[
@@ -77,20 +78,29 @@ def test_the_message_when_nothing_fits_names_the_nearest():
 
 
 def test_three_recipes_predict_the_others():
-    table = copy.deepcopy(TABLE)
-    table['recipes'] += [row('huge', None, 2700.0, 20.0), row('convnextv2_a', None, 50.0, 1.0),
-                         row('convnextv2_b', None, 300.0, 1.0), row('convnextv2_c', None, 900.0, 1)]
-    assert [one['name'] for one in choosing.anchors(table)] == ['v2', 'convnextv2_b', 'huge']
-    # Twice as slow, but the largest as fast; V2 1.5 times as slow as V1 of the same latency there.
-    measured = dict(tiny=200.0, base=600.0, huge=2700.0, convnextv2_b=900.0)
-    found = {one['name']: (round(choosing.latency_of(one)), one['latency_from'])
-             for one in choosing.predict(table, measured)['recipes']}
-    assert found == dict(tiny=(200, 'measured here'), v2=(100, 'predicted'),
-                         base=(600, 'measured here'), huge=(2700, 'measured here'),
-                         large=(1350, 'predicted'),  # halfway between 300 and 2700: factor 1.5
-                         convnextv2_a=(150, 'predicted'), convnextv2_b=(900, 'measured here'),
-                         convnextv2_c=(2025, 'predicted'))
-    assert choosing.latency_of(table['recipes'][0]) == 100.0
+    """A machine that is fast in backbones and slow in heads, and 1.5 times as slow with V2."""
+    parts = dict(small=(1, 4), middle=(5, 4), other_head=(5, 30), large=(20, 6),
+                 convnextv2_a=(1, 4), convnextv2_b=(5, 6), convnextv2_c=(20, 8))
+
+    def table(backbone: float, head: float, v2: float) -> dict:
+        return dict(recipes=[row(name, None, (backbone * b + head * h) * (
+            v2 if 'v2' in name else 1), 1.0, b, h) for name, (b, h) in parts.items()])
+    here, there = table(2.0, 30.0, 1.5), table(10.0, 20.0, 1.2)
+    measured = {one['name']: choosing.latency_of(one) for one in here['recipes']}
+    anchors = {one['name'] for one in choosing.anchors(there)}
+    assert anchors == {'small', 'convnextv2_b', 'other_head'}
+    for known in (anchors, {'small', 'large', 'convnextv2_b'}):
+        found = choosing.predict(there, {name: measured[name] for name in known})['recipes']
+        assert [choosing.latency_of(one) for one in found] == pytest.approx(list(measured.values()))
+        assert {one['name'] for one in found if one['latency_from'] == 'measured here'} == known
+    assert choosing.latency_of(there['recipes'][0]) == 90.0
+
+
+def test_recipes_that_do_not_tell_the_parts_apart_predict_by_one_ratio():
+    assert [one['name'] for one in choosing.anchors(TABLE)] == ['v2', 'large']
+    found = choosing.predict(TABLE, dict(tiny=200.0, base=600.0))['recipes']
+    assert [(choosing.latency_of(one), one['latency_from']) for one in found] == [
+        (200, 'measured here'), (600, 'measured here'), (1800, 'predicted'), (100, 'predicted')]
     found = choosing.predict(TABLE, dict(tiny=25.0), 'int8')['recipes']  # half of the table's
     assert [choosing.latency_of(one, 'int8') for one in found] == [25, 75, 225, 12.5]
 
@@ -150,7 +160,7 @@ def expected() -> list[list]:
 
 @pytest.mark.skipif(not shutil.which('node'), reason='node is not installed')
 def test_the_rule_of_the_page_gives_the_same_answers():
-    assert len(CASES) == 24
+    assert len(CASES) == 30
     text = PAGE.read_text(encoding='utf-8')
     data, rule = (re.search(rf'<script[^>]* id="{name}">(.*?)</script>', text, re.S)[1]
                   for name in ('tables', 'rule'))

@@ -36,8 +36,10 @@ def test_flops_are_those_of_a_real_run():
     model = MODELS.build(cfg.model).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 96, 128), mode='tensor')
-    assert result == (sum(p.numel() for p in model.parameters()),
-                       counter.get_total_flops() // 2, (128, 96))
+    with torch.no_grad(), FlopCounterMode(display=False) as backbone:
+        model.backbone(torch.zeros(1, 3, 96, 128))
+    assert result == (sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2,
+                      backbone.get_total_flops() // 2, (128, 96))
 
 
 def test_roi_heads_use_the_authors_number_of_rois(monkeypatch):
