@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from convnext_mm import UserError, choosing, latency, model_tables
-from tests.helpers import DEMO_SEGMENTATION, ROOT
+from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, ROOT
 
 TINY, BASE = 'upernet_convnext_tiny_512_160k_ade20k', 'upernet_convnext_base_512_160k_ade20k'
 
@@ -51,12 +51,14 @@ def test_rows_of_another_machine_are_not_mixed_in(measure, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_recipe_runs_in_every_runtime(monkeypatch):
+@pytest.mark.parametrize(('config', 'files'), [
+    (DEMO_SEGMENTATION, ['model.onnx', 'channels_last.onnx']),
+    (DEMO_DETECTION, ['model.onnx'])])  # from which int8 is quantized as well
+def test_a_recipe_runs_in_every_runtime(config, files, monkeypatch):
     written = []
     monkeypatch.setattr(latency, 'write_onnx', lambda *args, write=latency.write_onnx: (
         written.append(args[2].name), write(*args)))
-    found = latency.measure_latency(str(ROOT / DEMO_SEGMENTATION), (64, 48), 1,
-                                    runtimes=choosing.RUNTIMES)
+    found = latency.measure_latency(str(ROOT / config), (64, 48), 1, runtimes=choosing.RUNTIMES)
     assert found.keys() == choosing.RUNTIMES.keys()
     assert min(found.values()) > 0
-    assert written == ['model.onnx']  # int8 quantizes the file of fp32
+    assert written == files
