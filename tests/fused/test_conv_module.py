@@ -20,6 +20,7 @@ def seed(monkeypatch):
     torch.manual_seed(0)
     # So that the small layers of the tests are computed as the recipes' are.
     monkeypatch.setattr(winograd, 'MIN_CHANNELS', 32)
+    monkeypatch.setattr(winograd, 'MIN_CHANNELS_AMX', 32)
     monkeypatch.setattr(winograd, 'MIN_TILES', 64)
 
 

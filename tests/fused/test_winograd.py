@@ -50,20 +50,22 @@ def test_bf16_maps_are_computed_in_fp32():
     assert dw.dtype == torch.float32, 'cast by the caller'
 
 
-def test_only_convolutions_that_are_faster_so_are_chosen(monkeypatch):
-    least = winograd.MIN_CHANNELS
+@pytest.mark.parametrize('amx', [False, True])
+def test_only_convolutions_that_are_faster_so_are_chosen(amx, monkeypatch):
+    monkeypatch.setattr(eager, 'has_amx', lambda: amx)
+    monkeypatch.setattr(winograd, 'MIN_CHANNELS_AMX', winograd.MIN_CHANNELS + 4)
+    least = winograd.MIN_CHANNELS + 4 * amx
     x = torch.randn(1, least, 48, 48)
-    assert winograd.suits(x, least) == eager.uses_onednn(x)
+    known = eager.uses_onednn(x)
+    assert winograd.suits(x, least) == known
+    assert winograd.suits(x.bfloat16(), least) == (
+        not amx and eager.uses_onednn(x.bfloat16()))
     assert not winograd.suits(x.double(), least)
-    boxes = torch.zeros(64, least, 7, 7)
-    assert winograd.suits(boxes, least) == eager.uses_onednn(x)
-    assert not winograd.suits(boxes.bfloat16(), least), 'a quarter of the tiles is empty'
     assert not winograd.suits(x.half(), least)
     assert not winograd.suits(x, least - 1)
     assert not winograd.suits(x[:, 1:], least)
     assert not winograd.suits(x[:, :, :8, :8], least), 'few tiles'
-    assert winograd.suits(x[:, :, :8, :8].expand(32, -1, -1, -1), least) == eager.uses_onednn(x)
-    for amx in (False, True):
-        monkeypatch.setattr(eager, 'has_amx', lambda amx=amx: amx)
-        assert winograd.suits(x.bfloat16(), least) == (
-            not amx and eager.uses_onednn(x.bfloat16()))
+    assert winograd.suits(x[:, :, :8, :8].expand(32, -1, -1, -1), least) == known
+    boxes = torch.zeros(64, least, 7, 7)  # a quarter of the tiles is empty
+    assert winograd.suits(boxes, least) == (known and not amx)
+    assert not winograd.suits(boxes.bfloat16(), least)
