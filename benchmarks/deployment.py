@@ -29,7 +29,7 @@ from convnext_mm.deployment.formats import save_openvino
 from convnext_mm.deployment.onnx_file import write_onnx
 from convnext_mm.deployment.pipelines import build_pipeline
 from convnext_mm.deployment.quantizing import Feed, quantize_onnx, quantize_openvino
-from convnext_mm.deployment.rewriting import exportable
+from convnext_mm.deployment.rewriting import exportable, form_of
 from convnext_mm.deployment.runtimes import Exported, load_exported
 from convnext_mm.engine import speed
 from convnext_mm.fused.conv_module import FusedConvModule
@@ -87,19 +87,20 @@ def export(model: Any, image: torch.Tensor, path: Path, meta: dict, feed: Feed) 
              'OpenVINO bf16': '.bf16.xml', 'OpenVINO int8': '.int8.xml',
              'OpenVINO int8 + bf16': '.both.xml'}
     files = {name: path.with_suffix(suffix) for name, suffix in names.items()}
-    source = path.with_suffix('.source.onnx')
 
-    def write(target: Path, for_ort: bool = False, int8: bool = False) -> None:
-        pipeline = build_pipeline(exportable(model, channels_last=int8), channels_last=for_ort)
+    def write(to: str, int8: bool, target: Path) -> Path:
+        pipeline = build_pipeline(exportable(model, form_of(to, int8)), channels_last=to == 'onnx')
         write_onnx(pipeline, pipeline.example(image), target, meta)
-    write(files['ONNX Runtime'], for_ort=True)
-    write(source, for_ort=True, int8=True)
-    quantize_onnx(source, files['ONNX Runtime int8'], meta, [feed])
-    write(source)
+        return target
+    write('onnx', False, files['ONNX Runtime'])
+    source = path.with_suffix('.source.onnx')
+    quantize_onnx(write('onnx', True, source), files['ONNX Runtime int8'], meta, [feed])
+    int8 = write('openvino', True, path.with_suffix('.int8source.onnx'))
+    write('openvino', False, source)
     for precision, mark in ({}, ''), (dict(precision='bf16'), 'bf16'):
         save_openvino(openvino.convert_model(source), files[f'OpenVINO {mark}'.strip()],
                       meta | precision)
-        quantize_openvino(source, files['OpenVINO int8' + f' + {mark}' * bool(mark)],
+        quantize_openvino(int8, files['OpenVINO int8' + f' + {mark}' * bool(mark)],
                           meta | precision, [feed])
     return files
 

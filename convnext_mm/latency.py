@@ -17,7 +17,7 @@ from .deployment.checking import mask_threshold
 from .deployment.onnx_file import write_onnx
 from .deployment.pipelines import build_pipeline
 from .deployment.quantizing import quantize_onnx
-from .deployment.rewriting import exportable
+from .deployment.rewriting import exportable, form_of
 from .deployment.runtimes import load_exported, to_sample
 from .deployment.testing import TASKS
 from .engine import checks
@@ -69,10 +69,10 @@ def _in_onnx(model: Any, cfg: Any, size: tuple[int, int], folder: Path, int8: bo
     image, sample = _image(cfg, size), _sample(cfg, size)
     pixels = image.permute(1, 2, 0)[None].contiguous()
     meta = dict(task=TASKS[cfg.default_scope], version='')
-    channels_last = int8 and cfg.default_scope == 'mmseg'  # as tools/export.py; else no difference
-    path = folder / ('channels_last.onnx' if channels_last else 'model.onnx')
+    other_form = int8 and cfg.default_scope == 'mmseg'  # of a detector, there is one
+    path = folder / ('for_int8.onnx' if other_form else 'model.onnx')
     if not path.exists():  # by the runtime before
-        pipeline = build_pipeline(exportable(model, channels_last=channels_last),
+        pipeline = build_pipeline(exportable(model, form_of('onnx', other_form)),
                                   channels_last=True)
         write_onnx(pipeline, pipeline.example(pixels), path, meta)
     feed = dict(image=pixels.numpy(), size=np.array(size[::-1], np.int64))

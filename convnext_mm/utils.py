@@ -45,6 +45,15 @@ def describe(error: BaseException) -> str:
     return f'{type(error).__name__}: {text}'
 
 
+def processor_has(*instructions: str) -> bool:
+    """Whether the processor has any of some instructions, such as 'amx_int8'."""
+    try:
+        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8').split()
+    except OSError:
+        return False
+    return any(name in flags for name in instructions)
+
+
 def require_package(module: str, package: str, what: str) -> None:
     """Check that an optional package is installed.
 

@@ -19,15 +19,15 @@ from ..engine import checks
 from ..errors import UserError
 from ..inputs import find_recipe
 from ..prediction import Predictor
-from ..utils import writable_folder
+from ..utils import processor_has, writable_folder
 from .checking import METRIC, Comparison, Difference, Metric, mask_threshold, metric_problem
 from .formats import write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
 from .pipelines import Pipeline, build_pipeline
-from .quantizing import feeds_of, processor_has, quantize
+from .quantizing import feeds_of, quantize
 from .report import Report, draw_pair
-from .rewriting import exportable
+from .rewriting import exportable, form_of
 from .runtimes import Exported, load_exported
 from .testing import TASKS, evaluate
 
@@ -69,11 +69,8 @@ def main(args: argparse.Namespace) -> Path:
     first = source[0].fixed(*fixed) if fixed else source[0]
     pixels = torch.from_numpy(first.pixels)[None]
     print(f'Exporting to {out} (this takes a minute or two) ...', flush=True)
-    # With AMX, OpenVINO multiplies in int8 so fast that sums of interpolated maps take longer.
-    own_sizes = not (args.int8 and args.to == 'openvino' and processor_has('amx_int8'))
-    for_ort = args.to == 'onnx'
-    model = exportable(predictor.model, own_sizes, channels_last=for_ort and args.int8)
-    pipeline = build_pipeline(model, fixed, channels_last=for_ort)
+    model = exportable(predictor.model, form_of(args.to, args.int8))
+    pipeline = build_pipeline(model, fixed, channels_last=args.to == 'onnx')
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'

@@ -253,15 +253,6 @@ def _noise(x: np.ndarray, step: np.ndarray | float) -> float:
     return float(np.minimum(lost, 1).mean())
 
 
-def processor_has(*instructions: str) -> bool:
-    """Whether the processor has any of some instructions, such as 'amx_int8'."""
-    try:
-        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8').split()
-    except OSError:
-        return False
-    return any(name in flags for name in instructions)
-
-
 def feeds_of(images: Any) -> list[Feed]:
     """The inputs of images, each for itself."""
     return [dict(image=image.pixels[None], size=image.size) for image in images]

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,49 @@ from torch import Tensor, nn
 from ..fused.conv_module import FusedConvModule, folded
 from ..layers import GRN, Block
 from ..precision import reset_inference_dtype
+from ..utils import processor_has
 
 
-def exportable(model: nn.Module, own_sizes: bool = True, channels_last: bool = False) -> nn.Module:
+class Form(NamedTuple):
+    """How a runtime computes UPerNet's convolutions of upsampled maps fastest.
+
+    Args:
+        full_size: How many of the maps, the first ones, are convolved at the output's size; the
+            others are at their own.
+        channels_last: Upsample maps (H, W, C).
+    """
+
+    full_size: int = 1
+    channels_last: bool = False
+
+
+def form_of(to: str, int8: bool) -> Form:
+    """The form of a file for a runtime on this machine.
+
+    ONNX Runtime's int8 convolutions write maps (H, W, C), and would transpose large maps; its fp32
+    convolutions do not. With AMX, int8 convolutions are so fast in OpenVINO that the sums of
+    interpolated maps, in floats, take longer where a map is half as large as the output.
+
+    Args:
+        to: A key of :data:`convnext_mm.choices.FORMATS`.
+        int8: Whether the file is quantized.
+    """
+    fast_int8 = int8 and to == 'openvino' and processor_has('amx_int8')
+    return Form(full_size=2 if fast_int8 else 1, channels_last=int8 and to == 'onnx')
+
+
+PLAIN = Form()
+
+
+def exportable(model: nn.Module, form: Form = PLAIN) -> nn.Module:
     """A copy of a model in eval mode, on the CPU and in fp32, whose numbers are the same.
 
     - ``nn.AdaptiveAvgPool2d`` would keep the size of the example image.
     - The weights of linear layers reach ONNX transposed; quantizers look for constants and leave
       the blocks, most of the network, in fp32 without a word. So they become 1x1 convolutions.
     - The layer scale is multiplied into the weights.
-    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes, with
-      ``own_sizes``; with ``channels_last``, in the layout of ONNX Runtime's int8 convolutions.
+    - UPerNet's ``bottleneck`` and ``fpn_bottleneck`` are computed at the maps' own sizes, in a
+      ``form`` that suits the runtime.
     """
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     reset_inference_dtype(model)
@@ -32,9 +64,9 @@ def exportable(model: nn.Module, own_sizes: bool = True, channels_last: bool = F
                 setattr(parent, name, AdaptivePool(child.output_size))
             elif isinstance(child, Block):
                 setattr(parent, name, ConvolutionalBlock(child))
-            elif (own_sizes and isinstance(child, FusedConvModule) and child.foldable()
+            elif (isinstance(child, FusedConvModule) and child.foldable()
                   and sum(widths := _widths(parent, name)) == child.conv.in_channels):
-                setattr(parent, name, PyramidConvolution(child, widths, channels_last))
+                setattr(parent, name, PyramidConvolution(child, widths, form))
     return model
 
 
@@ -139,26 +171,25 @@ class PyramidConvolution(nn.Module):
     Args:
         module: A ConvModule whose norm can be folded.
         widths: Channels of each map.
-        channels_last: Upsample maps (H, W, C). ONNX Runtime's int8 convolutions write them so, and
-            would transpose large maps; its fp32 convolutions do not.
+        form: See :class:`Form`.
     """
 
-    def __init__(self, module: FusedConvModule, widths: Sequence[int],
-                 channels_last: bool = False) -> None:
+    def __init__(self, module: FusedConvModule, widths: Sequence[int], form: Form) -> None:
         super().__init__()
         norm = module.norm if module.with_norm else None
         weight, bias = folded([module.conv.weight, module.conv.bias, *(() if norm is None else (
             norm.weight, norm.bias, norm.running_mean, norm.running_var))],
             None if norm is None else norm.eps)
-        self.widths, self.taps, self.channels_last = list(widths), weight.shape[-1], channels_last
+        self.widths, self.taps, self.form = list(widths), weight.shape[-1], form
         self.dilation, self.relu = module.conv.dilation[0], bool(module.with_activation)
-        first, *others = weight.split(self.widths, 1)
+        fine = form.full_size
+        first, *others = weight.split([sum(widths[:fine]), *widths[fine:]], 1)
         self.first = nn.Conv2d(first.shape[1], first.shape[0], self.taps, dilation=self.dilation,
                                padding=self.dilation * (self.taps // 2))
         self.first.weight, self.first.bias = nn.Parameter(first), nn.Parameter(bias)
         # Channels in the order (dx, O, dy), so that the rows of all dy follow each other; or, for
         # channels_last, (dy, dx, O), so that the channels of a pixel do.
-        order = (2, 3, 0, 1) if channels_last else (3, 0, 2, 1)
+        order = (2, 3, 0, 1) if form.channels_last else (3, 0, 2, 1)
         self.others = nn.ModuleList(_pointwise(part.permute(order).flatten(0, 2))
                                     for part in others)
         self.requires_grad_(False)
@@ -174,10 +205,13 @@ class PyramidConvolution(nn.Module):
     def of_pyramid(self, maps: Sequence[Tensor], size: tuple[int, ...], align_corners: bool,
                    activate: bool = True) -> Tensor:
         """As :meth:`FusedConvModule.of_pyramid`, where the first map has the output's size."""
-        out = self.first(maps[0])
-        if maps[1:]:
-            upsampled = self._upsampled_last if self.channels_last else self._upsampled
-            out = out + upsampled([conv(x) for x, conv in zip(maps[1:], self.others, strict=True)],
+        fine, coarse = maps[:self.form.full_size], maps[self.form.full_size:]
+        out = self.first(torch.cat([fine[0], *(
+            F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
+            for x in fine[1:])], 1))
+        if coarse:
+            upsampled = self._upsampled_last if self.form.channels_last else self._upsampled
+            out = out + upsampled([conv(x) for x, conv in zip(coarse, self.others, strict=True)],
                                   size, align_corners)
         return F.relu(out) if activate and self.relu else out
 

@@ -12,6 +12,7 @@ from convnext_mm.deployment.pipelines import build_pipeline
 from convnext_mm.deployment.rewriting import (
     AdaptivePool,
     ConvolutionalBlock,
+    Form,
     PyramidConvolution,
     exportable,
     interpolation,
@@ -21,6 +22,7 @@ from convnext_mm.fused.conv_module import FusedConvModule
 from convnext_mm.layers import Block
 from tests.helpers import DEMO_DETECTION, DEMO_SEGMENTATION, build_model
 
+FORMS = [Form(), Form(channels_last=True), Form(full_size=2)]
 SMALL = {'model.backbone.depths': [1, 1, 1, 1], 'model.backbone.dims': [8, 16, 24, 32]}
 SLIDE = {'model.test_cfg.mode': 'slide', 'model.test_cfg.crop_size': (96, 96),
          'model.test_cfg.stride': (64, 64)}
@@ -68,9 +70,9 @@ def test_segmentors(options, shape):
     images, size = noise(*shape, count=2), (shape[0] + 9, shape[1] - 5)
     expected = torch.stack([one.pred_sem_seg.data[0] for one in predicted(model, images, size)])
     assert len(expected.unique()) > 2
-    for channels_last in (False, True):
-        copied = exportable(model, channels_last=channels_last)
-        classes = build_pipeline(copied, channels_last=channels_last)(images, torch.tensor(size))
+    for form in FORMS:
+        pipeline = build_pipeline(exportable(model, form), channels_last=form.channels_last)
+        classes = pipeline(images, torch.tensor(size))
         assert classes.dtype == torch.uint8
         assert classes.shape == (2, *size)
         assert (classes == expected).float().mean() > 0.9999
@@ -110,9 +112,9 @@ def spread_scores(model: nn.Module) -> None:
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('dilation', [1, 2])
-@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('form', FORMS)
 @torch.no_grad()
-def test_convolutions_at_the_maps_own_sizes(align_corners, dilation, channels_last):
+def test_convolutions_at_the_maps_own_sizes(align_corners, dilation, form):
     torch.manual_seed(0)
     module = FusedConvModule(12, 8, 3, padding=dilation, dilation=dilation,
                              norm_cfg=dict(type='BN')).eval()
@@ -122,7 +124,7 @@ def test_convolutions_at_the_maps_own_sizes(align_corners, dilation, channels_la
         (5, (13, 18)), (4, (7, 9)), (2, (2, 1)), (1, (13, 18)))]
     whole = torch.cat([nn.functional.interpolate(
         x, (13, 18), mode='bilinear', align_corners=align_corners) for x in maps], 1)
-    ours = PyramidConvolution(module, [5, 4, 2, 1], channels_last)
+    ours = PyramidConvolution(module, [5, 4, 2, 1], form)
     assert (ours.of_pyramid(maps, (13, 18), align_corners) - module(whole)).abs().max() < 1e-5
     assert (ours.of_pyramid(maps, (13, 18), align_corners, activate=False)
             - module(whole, activate=False)).abs().max() < 1e-5
