@@ -52,7 +52,7 @@ def test_rows_of_another_machine_are_not_mixed_in(measure, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('config', 'files'), [
-    (DEMO_SEGMENTATION, ['model.onnx', 'channels_last.onnx']),
+    (DEMO_SEGMENTATION, ['model.onnx', 'for_int8.onnx']),
     (DEMO_DETECTION, ['model.onnx'])])  # from which int8 is quantized as well
 def test_a_recipe_runs_in_every_runtime(config, files, monkeypatch):
     written = []
