@@ -55,11 +55,11 @@ def suits(x: Tensor, channels: int) -> bool:
     """Whether a convolution of an (N, C, H, W) map to ``channels`` channels is faster so."""
     n, c, h, w = x.shape
     count = n * _tiles(h) * _tiles(w)
-    has_amx, used = eager.has_amx(), n * h * w / (count * TILE**2)
+    has_amx, fills = eager.has_amx(), n * h * w >= MIN_USED * count * TILE**2
     if x.dtype == torch.float32:
-        pays = not has_amx or used >= MIN_USED
+        pays = fills or not has_amx
     else:  # AMX multiplies sixteen times as fast in bf16
-        pays = x.dtype == torch.bfloat16 and not has_amx and used >= MIN_USED
+        pays = x.dtype == torch.bfloat16 and fills and not has_amx
     return (pays and x.is_cpu and count >= MIN_TILES and eager.uses_onednn(x)
             and min(c, channels) >= (MIN_CHANNELS_AMX if has_amx else MIN_CHANNELS))
 

@@ -69,3 +69,4 @@ def test_only_convolutions_that_are_faster_so_are_chosen(amx, monkeypatch):
     boxes = torch.zeros(64, least, 7, 7)  # a quarter of the tiles is empty
     assert winograd.suits(boxes, least) == (known and not amx)
     assert not winograd.suits(boxes.bfloat16(), least)
+    assert not winograd.suits(boxes[:0], least), 'no boxes'
