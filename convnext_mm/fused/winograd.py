@@ -30,8 +30,8 @@ MIN_CHANNELS, MIN_TILES = 192, 128
 """The smallest convolution that is about as fast so, with one thread and with two."""
 
 MIN_CHANNELS_AMX = 256
-"""The same on processors with AMX, whose direct sum is faster in fp32 as well: 100 products a
-nanosecond, as measured."""
+"""The same on processors with AMX: it does not compute in fp32, but tells the processors on which
+the direct sum was measured to be faster in fp32 as well, 100 multiply-adds a nanosecond."""
 
 MIN_USED = 0.9
 """The share of the tiles' outputs that lie on the map, for which it is faster in bf16, and in fp32

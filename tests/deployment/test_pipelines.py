@@ -8,6 +8,7 @@ from torch import nn
 
 from convnext_mm import UserError
 from convnext_mm.backbone import ConvNeXt
+from convnext_mm.deployment import rewriting
 from convnext_mm.deployment.pipelines import build_pipeline
 from convnext_mm.deployment.rewriting import (
     AdaptivePool,
@@ -15,6 +16,7 @@ from convnext_mm.deployment.rewriting import (
     Form,
     PyramidConvolution,
     exportable,
+    form_of,
     interpolation,
 )
 from convnext_mm.deployment.runtimes import paste
@@ -138,6 +140,14 @@ def test_bottlenecks_of_upernet_are_at_the_maps_own_sizes():
     assert type(head.bottleneck) is type(head.fpn_bottleneck) is PyramidConvolution
     maps = model.extract_feat(torch.randn(2, 3, 96, 160))
     assert (head.forward(maps) - model.decode_head.forward(maps)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('amx', [False, True])
+def test_forms_suit_the_runtime(amx, monkeypatch):
+    monkeypatch.setattr(rewriting, 'processor_has', lambda *_: amx)
+    assert form_of('onnx', False) == form_of('openvino', False) == form_of('aoti', False) == Form()
+    assert form_of('onnx', True) == Form(channels_last=True)
+    assert form_of('openvino', True) == (Form(full_size=2) if amx else Form())
 
 
 def test_the_example_has_several_windows():
