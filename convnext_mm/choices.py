@@ -6,7 +6,7 @@ DTYPES = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
 SAVED = ('masks', 'coco', 'csv')
 """What can be written beside the drawn pictures."""
 FORMATS = {'onnx': '.onnx', 'openvino': '.xml', 'torch-export': '.pt2', 'aoti': '.aoti.pt2'}
-"""What a model can be exported to, and the ending of the file."""
+"""What a model can be exported to, and the ending of the file; the longest that fits comes last."""
 EXPORT_SCHEMES = ('official', 'mmpretrain', 'timm', 'transformers', 'torchvision')
 """The libraries whose names checkpoints can be converted to."""
 WEB_RUNTIME = 'onnxruntime-web@1.30.0'

@@ -224,9 +224,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
                         'alone, for runtimes that need constant shapes')
     parser.add_argument('--max-drop', type=float, default=0.5, metavar='PERCENT',
                         help='how much lower the metric may be with --int8 and --bf16 (0.5)')
-    parser.add_argument('--calibration', type=int, default=32, metavar='N',
+    parser.add_argument('--calibration', type=_parse_count, default=32, metavar='N',
                         help='training images to calibrate on (32)')
-    parser.add_argument('--images', type=int, default=100, metavar='N',
+    parser.add_argument('--images', type=_parse_count, default=100, metavar='N',
                         help='test images to compare the file on (100)')
     parser.add_argument('--pictures', metavar='DIR',
                         help='folder for a picture of the results on each of these images')
@@ -246,15 +246,15 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', help='file or URL of the weights')
     parser.add_argument('--flops', type=float, metavar='SHARE',
                         help="how much of the backbone's FLOPs remains, such as 0.6")
-    parser.add_argument('--head-channels', type=int, metavar='N',
+    parser.add_argument('--head-channels', type=_parse_count, metavar='N',
                         help="channels that remain in UPerNet's decode_head, or in the "
                         'convolutions of box and mask heads, such as 256')
     parser.add_argument('--latency-ms', type=_parse_limit, metavar='MS', help='instead, choose '
                         'both so that a test image takes no longer on this machine')
     parser.add_argument('--out', metavar='DIR', help='output folder (CONFIG_pruned)')
-    parser.add_argument('--images', type=int, default=100, metavar='N',
+    parser.add_argument('--images', type=_parse_count, default=100, metavar='N',
                         help='training images to solve for the weights on (100)')
-    parser.add_argument('--test-images', type=int, default=100, metavar='N',
+    parser.add_argument('--test-images', type=_parse_count, default=100, metavar='N',
                         help='test images to measure the metric on (100)')
     add_cfg_options(parser)
 
@@ -388,8 +388,12 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 def _parse_size(text: str) -> tuple[int, int]:
     """Parse WxH."""
-    width, height = map(int, text.split('x'))
-    return width, height
+    width, _, height = text.partition('x')
+    try:
+        return _parse_count(width), _parse_count(height)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f'expected width and height in pixels, such as 1280x800, not {text!r}') from None
 
 
 def _table(args: argparse.Namespace) -> None:
@@ -423,6 +427,13 @@ def _add_choose(parser: argparse.ArgumentParser) -> None:
                         'machine, and predict the latency of the others')
     parser.add_argument('--threads', type=int, choices=range(1, 257), default=1, metavar='N',
                         help='threads of a CPU with --measure-here (1)')
+
+
+def _parse_count(text: str) -> int:
+    """Parse a whole number from 1."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f'expected a whole number from 1, not {text!r}')
 
 
 def _parse_limit(text: str) -> float:

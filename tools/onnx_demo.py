@@ -22,34 +22,49 @@ def main():
     args = parser.parse_args()
     try:
         model = Model(args.model)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # onnxruntime's are of many types
         sys.exit(f'{args.model}: {error}')
     os.makedirs(args.out, exist_ok=True)
-    failed = 0
-    for path in find_images(args.images):
+    failed, paths = 0, list(find_images(args.images))
+    for path, name in zip(paths, names_of(paths), strict=True):
         image = cv2.imread(path)
         if image is None:
             print(f'{path}: not a readable image', file=sys.stderr)
             failed += 1
             continue
         result = model(image)
-        name = os.path.splitext(os.path.basename(path))[0]
-        cv2.imwrite(os.path.join(args.out, f'{name}.png'),
-                    model.draw(image, result, args.score_threshold))
+        target = os.path.join(args.out, name)
+        write(f'{target}.png', model.draw(image, result, args.score_threshold), paths)
         if 'classes' in result:
-            cv2.imwrite(os.path.join(args.out, f'{name}.classes.png'),
-                        (result['classes'] + model.meta['first_value']).astype(
-                            np.uint8 if len(model.meta['classes']) < 255 else np.uint16))
+            write(f'{target}.classes.png', (result['classes'] + model.meta['first_value']).astype(
+                np.uint8 if len(model.meta['classes']) < 255 else np.uint16), paths)
         else:
             rows = [dict(label=model.meta['classes'][label], score=round(float(score), 6),
                          box=[round(float(v), 3) for v in box])
                     for label, score, box in zip(result['labels'], result['scores'],
                                                  result['boxes'], strict=True)]
-            with open(os.path.join(args.out, f'{name}.json'), 'w', encoding='utf-8') as file:
+            with open(f'{target}.json', 'w', encoding='utf-8') as file:
                 json.dump(rows, file, indent=1, ensure_ascii=False)
         print(f'{path}: {describe(result, model.meta["classes"], args.score_threshold)}')
     print(f'Results written to {args.out}')
     sys.exit(2 if failed else 0)
+
+
+def names_of(paths):
+    """A name for the results of each image: its own, with a number if another one has it."""
+    counts = {}
+    for path in paths:
+        name = os.path.splitext(os.path.basename(path))[0]
+        counts[name] = counts.get(name, 0) + 1
+        yield name if counts[name] == 1 else f'{name}_{counts[name]}'
+
+
+def write(path, picture, inputs):
+    """Write a picture, but not in place of an input."""
+    if os.path.abspath(path) in map(os.path.abspath, inputs):
+        sys.exit(f'{path} is one of the images: name another folder with --out')
+    if not cv2.imwrite(path, picture):
+        sys.exit(f'{path} cannot be written')
 
 
 def find_images(paths):

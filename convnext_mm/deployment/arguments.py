@@ -25,9 +25,25 @@ def check_export(args: argparse.Namespace) -> None:
         raise UserError('--size is not available with --to openvino and --int8')
     if args.to == 'aoti' and not args.size:
         raise UserError('AOTInductor compiles for one size of the image: add --size WxH')
-    suffix = FORMATS[args.to]
-    if args.out and not args.out.endswith(suffix):
-        raise UserError(f'--out {args.out}: expected a name that ends in {suffix}')
+    known = [name for name, suffix in FORMATS.items() if (args.out or '').endswith(suffix)]
+    if args.out and known[-1:] != [args.to]:
+        other = f', which is of --to {known[-1]}' if known else ''
+        raise UserError(f'--out {args.out}{other}: expected a name that ends in '
+                        f'{FORMATS[args.to]}')
+    if not 0 <= args.max_drop <= 100:
+        raise UserError(f'--max-drop {args.max_drop}: expected percent, between 0 and 100')
+
+
+def packages_for(args: argparse.Namespace) -> list[str]:
+    """The optional packages that an export needs."""
+    if args.to not in ('onnx', 'openvino'):
+        return []
+    names = ['onnx', 'onnxscript']
+    if args.to == 'onnx' or args.int8:
+        names.append('onnxruntime')
+    if args.to == 'openvino':
+        names += ['openvino', *['nncf'] * args.int8]
+    return names
 
 
 def check_pruning(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from mmengine.logging import MMLogger
 from mmengine.structures import BaseDataElement
 from torch import nn
 
+from ..engine.evaluation import count_in_blocks
 from .images import Image, predict_in_pytorch
 from .runtimes import Exported, to_sample
 
@@ -88,7 +89,7 @@ class Difference:
             near = [(float(np.abs(b['boxes'][j] - box).max()), j) for j in free
                     if b['labels'][j] == label and abs(b['scores'][j] - score) <= SCORE]
             distance, j = min(near, default=(np.inf, -1))
-            if distance > BOX:
+            if not distance <= BOX:  # also NaN
                 self.unmatched += not self._may_be_lost(a, i, least, most)
                 continue
             free.remove(j)
@@ -119,6 +120,10 @@ def _detections(sample: BaseDataElement) -> dict[str, np.ndarray]:
     return {key: value.cpu().numpy() for key, value in arrays.items()}
 
 
+class RuntimeFailed(Exception):
+    """A runtime raised an error."""
+
+
 class Comparison:
     """A model beside an exported file of it.
 
@@ -140,9 +145,17 @@ class Comparison:
 
     def runtime(self, images: Sequence[Image], exported: Exported | None = None
                 ) -> list[BaseDataElement]:
-        """The runtime's data samples of images of one size, the first one's ``ori_shape``."""
+        """The runtime's data samples of images of one size, the first one's ``ori_shape``.
+
+        Raises:
+            RuntimeFailed: The runtime cannot compute them.
+        """
         batch = np.stack([one.pixels for one in images])
-        outputs = (exported or self.exported).run(batch, images[0].size)
+        file = exported or self.exported
+        try:
+            outputs = file.run(batch, images[0].size)
+        except Exception as error:  # of any type
+            raise RuntimeFailed(f'{file.name} fails: {str(error).strip()[:400]}') from error
         return [to_sample(outputs, i, copy.deepcopy(one.sample), self.mask_threshold)
                 for i, one in enumerate(images)]
 
@@ -224,6 +237,7 @@ class Metric:
         self.percent = 100.0 if cfg.default_scope == 'mmdet' else 1.0
         with _only_errors():
             self.evaluator = Evaluator(copy.deepcopy(cfg.test_evaluator))
+        count_in_blocks(self.evaluator)
         self.evaluator.dataset_meta = dataset.metainfo
         self.all_images, self.ids = all_images, list[Any]()
 
@@ -267,13 +281,20 @@ def primary(values: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in values.items() if key in PRIMARY} or values
 
 
-def metric_problem(ours: dict[str, float], theirs: dict[str, float], allowed: float) -> str:
-    """What is too different in the primary metrics, or ''; an increase is not, with ``allowed``
-    above :data:`METRIC`.
+def metric_problem(ours: dict[str, float], theirs: dict[str, float], max_drop: float | None
+                   ) -> str:
+    """What is too different in the primary metrics, or ''.
+
+    Args:
+        ours: The metrics of PyTorch, in percent.
+        theirs: Of the file.
+        max_drop: How much lower they may be; higher ones are no problem. None: they may differ by
+            :data:`METRIC`.
     """
     for key, value in primary(ours).items():
-        change = theirs.get(key, 0.0) - value
-        if -change > allowed or (allowed <= METRIC and change > allowed):
+        change = theirs.get(key, 0.0) - value  # without a detection, there is no AP
+        if -change > (METRIC if max_drop is None else max_drop) or (
+                max_drop is None and change > METRIC):
             return f'{key}: {value:.2f} in PyTorch, {theirs.get(key, 0.0):.2f} in the file'
     return ''
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,19 @@ from ..errors import UserError
 from ..inputs import find_recipe
 from ..prediction import Predictor
 from ..utils import processor_has, writable_folder
-from .checking import METRIC, Comparison, Difference, Metric, mask_threshold, metric_problem
+from .arguments import packages_for
+from .checking import (
+    Comparison,
+    Difference,
+    Metric,
+    RuntimeFailed,
+    mask_threshold,
+    metric_problem,
+)
 from .formats import write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
+from .optional import check_installed
 from .pipelines import Pipeline, build_pipeline
 from .quantizing import feeds_of, quantize
 from .report import Report, draw_pair
@@ -51,18 +62,24 @@ def main(args: argparse.Namespace) -> Path:
 
     Raises:
         UserError: The config, the weights or the data are unusable, packages are missing, or the
-            results of the file differ; then it is deleted.
+            results of the file differ. Then it is deleted, and an older file of this name stays.
     """
-    cfg = checks.read_config(find_recipe(args.config), args.cfg_options)
+    options = {**(args.cfg_options or {}), 'inference_dtype': 'fp32'}  # of what it is compared with
+    cfg = checks.read_config(find_recipe(args.config), options)
     if args.to == 'aoti' and cfg.default_scope == 'mmdet':
         raise UserError('AOTInductor does not compile detectors: use --to torch-export')
+    check_installed(*packages_for(args), extra='openvino' if args.to == 'openvino' else 'export')
+    numbers = '_int8' * args.int8 + '_bf16' * args.bf16
+    out = Path(args.out or f'{Path(args.config).stem}{numbers}{FORMATS[args.to]}')
+    for folder in out.parent, args.pictures:
+        if folder is not None:
+            writable_folder(folder)
+    check_not_overwritten(out, args.checkpoint)
     source = ImageSource(cfg, 'test', args.images)
     if not len(source):
         raise UserError('there are no test images to compare the file on')
+    training = ImageSource(cfg, 'train', args.calibration) if args.int8 else None
     predictor = Predictor(cfg, args.checkpoint, 'cpu')
-    numbers = '_int8' * args.int8 + '_bf16' * args.bf16
-    out = Path(args.out or f'{Path(args.config).stem}{numbers}{FORMATS[args.to]}')
-    writable_folder(out.parent)
     meta = metadata(cfg, predictor, args)
     fixed = args.size[::-1] if args.size else None
     meta['fixed'] = fixed
@@ -74,22 +91,47 @@ def main(args: argparse.Namespace) -> Path:
     example = pipeline.example(pixels)
     if args.bf16:
         meta['precision'] = 'bf16'
-    if not args.int8:
-        WRITERS[args.to](pipeline, example, out, meta)
-        return keep_if_equal(out, cfg, predictor, source, args,
-                             args.max_drop if args.bf16 else METRIC)
-    if processor_has('amx_bf16', 'avx512_bf16') and not args.bf16:
-        print('This processor has bf16, which needs no calibration and may be faster still: '
-              'compare --to openvino --bf16, alone and with --int8')
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, 'fp32.onnx')
+    with staged(out) as path:
+        if training is None:
+            WRITERS[args.to](pipeline, example, path, meta)
+            keep_if_equal(path, out, cfg, predictor, source, args,
+                          args.max_drop if args.bf16 else None)
+            return out
+        if processor_has('amx_bf16', 'avx512_bf16') and not args.bf16:
+            print('This processor has bf16, which needs no calibration and may be faster still: '
+                  'compare --to openvino --bf16, alone and with --int8')
+        plain = path.with_name('fp32.onnx')
         write_onnx(pipeline, example, plain, meta)
-        feeds = feeds_of(ImageSource(cfg, 'train', args.calibration))
-        in_fp32 = quantize(plain, out, meta, feeds,
-                           lambda path: evaluate(load_exported(path), cfg, source), args.max_drop)
-        return keep_if_equal(out, cfg, predictor, source, args, args.max_drop,
-                             load_exported(plain), [f'Layers in fp32: {", ".join(in_fp32)}.'
-                                                    ] if in_fp32 else [])
+        in_fp32 = quantize(plain, path, meta, feeds_of(training),
+                           lambda file: evaluate(load_exported(file), cfg, source), args.max_drop)
+        keep_if_equal(path, out, cfg, predictor, source, args, args.max_drop, load_exported(plain),
+                      [f'Layers in fp32: {", ".join(in_fp32)}.'] if in_fp32 else [])
+        return out
+
+
+def check_not_overwritten(out: Path, checkpoint: str) -> None:
+    """Check that the weights beside an .xml file replace no file of another kind.
+
+    Raises:
+        UserError: They do.
+    """
+    for file in files_of(out)[1:]:
+        if file.exists() and (not out.exists() or Path(checkpoint).absolute() == file.absolute()):
+            raise UserError(f'{file} would be overwritten: OpenVINO writes its weights there. Name '
+                            'another file with --out')
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A path to write to, in a folder beside ``out``.
+
+    Its files replace those of ``out`` at the end; after an error, or Ctrl-C, they are deleted.
+    """
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export_') as folder:
+        path = Path(folder, out.name)
+        yield path
+        for file in reversed(files_of(path)):  # the weights first
+            os.replace(file, out.with_name(file.name))
 
 
 def metadata(cfg: Config, predictor: Predictor, args: argparse.Namespace) -> dict[str, Any]:
@@ -118,11 +160,13 @@ def package_version() -> str:
 def resize_rule(steps: list[dict]) -> dict[str, Any] | None:
     """How a pipeline resizes images: ``scale`` (width, height) and ``keep_ratio``; {}: not at all.
 
-    None: it does something else as well.
+    None: it does something else as well, or does not read three colors of 8 bits.
     """
     known = {'LoadImageFromFile', 'Resize', 'PackSegInputs', 'PackDetInputs'}
     resize = [step for step in steps if step['type'] == 'Resize']
-    if not known.issuperset(step['type'] for step in steps) or len(resize) > 1:
+    read = next((step for step in steps if step['type'] == 'LoadImageFromFile'), {})
+    if (not known.issuperset(step['type'] for step in steps) or len(resize) > 1
+            or read.get('color_type', 'color') != 'color' or read.get('to_float32')):
         return None
     if not resize:
         return {}
@@ -134,20 +178,21 @@ def resize_rule(steps: list[dict]) -> dict[str, Any] | None:
                 keep_ratio=bool(settings.get('keep_ratio')))
 
 
-def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSource,
-                  args: argparse.Namespace, allowed: float, plain: Exported | None = None,
-                  notes: Sequence[str] = ()) -> Path:
-    """Compare a file with PyTorch, write the report beside it, and delete it if it differs.
+def keep_if_equal(path: Path, out: Path, cfg: Config, predictor: Predictor, source: ImageSource,
+                  args: argparse.Namespace, max_drop: float | None, plain: Exported | None = None,
+                  notes: Sequence[str] = ()) -> None:
+    """Compare a file with PyTorch, and write the report.
 
     Args:
         path: The file.
+        out: Where it will be. The report is written beside it, with .refused in its name if the
+            file is not kept and an older one stays.
         cfg: A completed config.
         predictor: Its model in PyTorch.
         source: The images.
         args: See :func:`main`.
-        allowed: Difference in percent that a metric may have. Above
-            :data:`convnext_mm.deployment.checking.METRIC`, as for a quantized model, nothing else
-            is compared.
+        max_drop: How much lower the metric may be, in percent, as for a quantized model, whose
+            other results differ. None: all results must be equal.
         plain: The fp32 file of a quantized one, to compare the latency with.
         notes: For the report.
 
@@ -156,29 +201,28 @@ def keep_if_equal(path: Path, cfg: Config, predictor: Predictor, source: ImageSo
     """
     exported = load_exported(path)
     comparison = Comparison(predictor.model, exported, cfg)
-    report = Report(path.name, exported.name, exported.meta,
+    report = Report(out.name, exported.name, exported.meta,
                     sum(file.stat().st_size for file in files_of(path)) / 1e6, notes=[*notes])
     whole = len(source) == len(source.dataset)
     metrics = {name: Metric(cfg, source.dataset, whole) for name in ('PyTorch', exported.name)}
     try:
         compare(comparison, source, metrics, report, args.pictures, plain)
-        report.problem = next((case.problem for case in report.cases if case.problem), '') \
-            if allowed <= METRIC else ''
+    except RuntimeFailed as error:
+        report.problem = str(error)
+    else:
+        if max_drop is None:
+            report.problem = next((case.problem for case in report.cases if case.problem), '')
         if report.metrics and not report.problem:
             report.problem = metric_problem(report.metrics['PyTorch'],
-                                            report.metrics[exported.name], allowed)
-    except UserError:
-        raise
-    except Exception as error:  # runtimes raise errors of any type
-        report.problem = f'{exported.name} fails: {str(error).strip()[:400]}'
-    report.write(path)
-    print(f'{report}\n\nReport: {path}.md, {path}.json')
+                                            report.metrics[exported.name], max_drop)
+    name = f'{out}.refused' if report.problem and out.exists() else f'{out}'
+    report.write(name)
+    print(f'{report}\n\nReport: {name}.md, {name}.json')
     if report.problem:
-        for file in files_of(path):
-            file.unlink(missing_ok=True)
-        raise UserError(f'{path.name} is not equal to PyTorch and was deleted: {report.problem}')
-    print(f'Written: {path}')
-    return path
+        older = f'; the older {out} stays' if out.exists() else ''
+        raise UserError(f'{out.name} is not equal to PyTorch and was deleted: {report.problem}'
+                        f'{older}')
+    print(f'Written: {out}')
 
 
 def files_of(path: Path) -> list[Path]:
@@ -198,7 +242,7 @@ def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metr
         pictures: Folder for an image of each result, or None.
         plain: See :func:`keep_if_equal`.
     """
-    folder = writable_folder(pictures) if pictures else None
+    folder = Path(pictures) if pictures else None
     images = Difference('test images')
     report.cases.append(images)
     fixed = report.meta.get('fixed')

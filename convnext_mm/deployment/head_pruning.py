@@ -29,6 +29,23 @@ PIXELS = 2048
 BN = 'weight', 'bias', 'running_mean', 'running_var'
 
 
+def check_upernet(model: Any, channels: int) -> Any:
+    """The head of a segmentor, which is a UPerHead that can be pruned to so many channels.
+
+    Raises:
+        UserError: It is another head, without batch norms, or does not have more channels.
+    """
+    head: Any = getattr(model, 'decode_head', None)
+    if not isinstance(head, UPerHead) or any(getattr(type(module.norm), 'forward', None)
+                                             not in FOLDABLE for module in modules(head).values()):
+        raise UserError('--head-channels: only a UPerHead with batch norms, or the box and mask '
+                        'heads of R-CNN, can be pruned. Give --flops alone, for the backbone')
+    if not 0 < channels < head.channels:
+        raise UserError(f'--head-channels {channels}: expected fewer than the head has, '
+                        f'{head.channels}, and at least 1')
+    return head
+
+
 @torch.no_grad()
 def prune_head(model: Any, settings: ConfigDict, channels: int, images: Sequence[Image],
                run: Callable[[Image], object]) -> None:
@@ -44,13 +61,7 @@ def prune_head(model: Any, settings: ConfigDict, channels: int, images: Sequence
     Raises:
         UserError: It is another head, without batch norms, or does not have more channels.
     """
-    old: Any = getattr(model, 'decode_head', None)
-    if not isinstance(old, UPerHead) or any(getattr(type(module.norm), 'forward', None)
-                                            not in FOLDABLE for module in modules(old).values()):
-        raise UserError('--head-channels: only a UPerHead with batch norms can be pruned')
-    if not 0 < channels < old.channels:
-        raise UserError(f'--head-channels {channels}: expected fewer than the head has, '
-                        f'{old.channels}, and at least 1')
+    old = check_upernet(model, channels)
     new: Any = MODELS.build({**copy.deepcopy(settings), 'channels': channels})
     new.to(old.conv_seg.weight.device).eval()
     names = [*(name for name in modules(old) if name.startswith(('bottleneck', 'fpn_'))),

@@ -12,8 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 
-from ..datasets import dataset_registry
+from ..datasets import dataset_registry, datasets_of_split
 from ..engine import checks
+from ..errors import UserError
 
 
 class Image(NamedTuple):
@@ -67,13 +68,17 @@ class ImageSource:
     """
 
     def __init__(self, cfg: Config, split: str, limit: int | None) -> None:
+        for name in {split, 'test'}:
+            if not datasets_of_split(cfg, name):
+                raise UserError(f'{name}_dataloader is None: expected a data set, whose images are '
+                                'needed')
         checks.check_data_exists(cfg, (split,))
         init_default_scope(cfg.default_scope)
         settings = copy.deepcopy(cfg[f'{split}_dataloader'].dataset)
         if split == 'train':
-            steps = [step for step in cfg.test_dataloader.dataset.pipeline
-                     if step['type'] != 'LoadAnnotations']
-            _replace_pipeline(settings, steps)
+            tested = datasets_of_split(cfg, 'test')[0]['pipeline']
+            _replace_pipeline(settings, [step for step in tested
+                                         if step['type'] != 'LoadAnnotations'])
         self.dataset: Any = dataset_registry(cfg.default_scope).build(settings)
         count = len(self.dataset)
         chosen = count if limit is None else min(limit, count)
@@ -94,13 +99,16 @@ class ImageSource:
         return Image(np.ascontiguousarray(pixels), packed['data_samples'])
 
 
-def _replace_pipeline(dataset: Any, steps: list[dict]) -> None:
-    """Set the pipeline of a data set and of those that it wraps, in place."""
-    if isinstance(dataset, dict):
-        if 'pipeline' in dataset:
-            dataset['pipeline'] = copy.deepcopy(steps)
-        for inner in (dataset.get('dataset'), *(dataset.get('datasets') or ())):
-            _replace_pipeline(inner, steps)
+def _replace_pipeline(dataset: dict, steps: list[dict]) -> None:
+    """Set the pipeline of the data sets that a data set consists of, in place.
+
+    That of a wrapper, which mixes images for training, becomes empty.
+    """
+    inner = [one for one in (dataset.get('dataset'), *(dataset.get('datasets') or ())) if one]
+    if 'pipeline' in dataset:
+        dataset['pipeline'] = [] if inner else copy.deepcopy(steps)
+    for one in inner:
+        _replace_pipeline(one, steps)
 
 
 @torch.no_grad()

@@ -212,8 +212,11 @@ class Detector(Pipeline):
         super().__init__(model, fixed)
         roi_head, rcnn = model.roi_head, model.test_cfg.rcnn
         kinds = [type(roi_head).__name__, type(model.rpn_head).__name__,
-                 *(type(head.bbox_coder).__name__ for _, head in self._stages('bbox'))]
-        expected = {'StandardRoIHead', 'CascadeRoIHead', 'RPNHead', 'DeltaXYWHBBoxCoder'}
+                 *(type(part).__name__ for extractor, head in self._stages('bbox')
+                   for part in (extractor, head.bbox_coder)),
+                 *['shared_head'] * bool(roi_head.with_shared_head)]
+        expected = {'StandardRoIHead', 'CascadeRoIHead', 'RPNHead', 'SingleRoIExtractor',
+                    'DeltaXYWHBBoxCoder'}
         for kind in kinds:
             if kind not in expected:
                 raise UserError(f'{type(model).__name__} with {kind} cannot be exported: expected '

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pprint import pformat
@@ -27,7 +27,7 @@ from ..layers import GRN, Block
 from ..prediction import Predictor
 from ..utils import atomic_path, writable_folder
 from .checking import Metric, primary
-from .head_pruning import MULTIPLE, prune_head
+from .head_pruning import MULTIPLE, check_upernet, prune_head
 from .images import Image, ImageSource, predict_in_pytorch
 from .least_squares import RIDGE, Statistics
 
@@ -59,13 +59,18 @@ def main(args: argparse.Namespace) -> Path:
     cfg = checks.read_config(config, args.cfg_options)
     source, test = ImageSource(cfg, 'train', args.images), ImageSource(
         cfg, 'test', args.test_images)
-    given = copy.deepcopy(cfg.model)  # before it is adapted to this machine
+    for split, some in ('training', source), ('test', test):
+        if not len(some):
+            raise UserError(f'{config}: there are no {split} images')
+    given = copy.deepcopy(cfg)  # before it is adapted to this machine
     model: Any = Predictor(cfg, args.checkpoint, 'cpu').model
     if not isinstance(model.backbone, ConvNeXt):
         raise UserError(f'{config}: only the backbone ConvNeXt can be pruned')
+    flops, channels = args.flops, args.head_channels
+    if channels is not None or args.latency_ms is not None:
+        check_head(model, cfg.model, channels or 1)
     out = writable_folder(args.out or f'{Path(config).stem}_pruned')
     images = list(track(source, 'Reading', total=len(source)))
-    flops, channels = args.flops, args.head_channels
     if args.latency_ms is not None:
         flops, channels = sizes_for_latency(model, cfg.model, images, test[0], args.latency_ms)
     before, took = metrics(model, cfg, test), latency(model, test[0])
@@ -73,17 +78,17 @@ def main(args: argparse.Namespace) -> Path:
     after = metrics(model, cfg, test)
     if 'roi_head' in changes:
         from .roi_head_pruning import in_config
-        changes['roi_head'] = in_config(given.roi_head, changes['roi_head'])
+        changes['roi_head'] = in_config(given.model.roi_head, changes['roi_head'])
     checkpoint = out / 'pruned.pth'
     with atomic_path(checkpoint) as part:
         torch.save(dict(state_dict=model.state_dict()), part)
     path = out / f'{Path(config).stem}_pruned.py'
+    settings = inherited(given, args.cfg_options or {})
+    settings.merge_from_dict(dict(load_from=str(checkpoint.absolute()), model=changes))
     with atomic_path(path) as part:
-        part.write_text(
-            f'_base_ = {str(Path(config).absolute())!r}\n'
-            '# Of --cfg-options, those of the data and the schedule are not repeated here.\n'
-            f'load_from = {str(checkpoint.absolute())!r}\n'
-            f'model = {pformat(changes, width=100, sort_dicts=False)}\n', encoding='utf-8')
+        part.write_text(f'_base_ = {str(Path(config).absolute())!r}\n' + ''.join(
+            f'{key} = {pformat(value, width=100, sort_dicts=False)}\n'
+            for key, value in settings.to_dict().items()), encoding='utf-8')
     for key, value in before.items():
         print(f'{key}: {value:.2f} → {after.get(key, float("nan")):.2f}')
     print(f'The first test image: {took:.1f} → {latency(model, test[0]):.1f} ms')
@@ -93,6 +98,41 @@ def main(args: argparse.Namespace) -> Path:
         print(f'Channels of the head: {channels}')
     print(f'Written: {path}, {checkpoint}')
     return path
+
+
+def inherited(cfg: Config, options: Mapping[str, Any]) -> Config:
+    """What a config must say that inherits another one, for it to be as with these options.
+
+    Args:
+        cfg: The other one, with the options.
+        options: ``--cfg-options``. Of a list, all items are repeated.
+    """
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        parts = key.split('.')
+        node: Any = cfg
+        for depth, part in enumerate(parts):
+            node = node.get(part) if isinstance(node, (dict, Config)) else None
+            if isinstance(node, (list, tuple)) and depth + 1 < len(parts):
+                key, value = '.'.join(parts[:depth + 1]), copy.deepcopy(node)
+                break
+        found[key] = value
+    settings = Config()
+    settings.merge_from_dict(found)
+    return settings
+
+
+def check_head(model: Any, settings: Any, channels: int) -> None:
+    """Check that the heads of a model can be pruned, before anything is computed.
+
+    Raises:
+        UserError: They cannot, or not to so many channels.
+    """
+    if 'roi_head' in settings:
+        from .roi_head_pruning import chains_of  # of mmdet, which may be missing
+        chains_of(model, settings.roi_head, channels)
+    else:
+        check_upernet(model, channels)
 
 
 def prune_model(model: Any, settings: Any, images: Sequence[Image], flops: float | None,
@@ -121,7 +161,7 @@ def prune_model(model: Any, settings: Any, images: Sequence[Image], flops: float
         changes['backbone']['hidden_dims'] = prune(model.backbone, images, run, flops)
     if channels is not None:
         if 'roi_head' in settings:
-            from .roi_head_pruning import prune_roi_heads  # of mmdet, which may be missing
+            from .roi_head_pruning import prune_roi_heads
             changes['roi_head'] = prune_roi_heads(model, settings.roi_head, channels, images, run)
         else:
             prune_head(model, settings.decode_head, channels, images, run)
@@ -131,7 +171,7 @@ def prune_model(model: Any, settings: Any, images: Sequence[Image], flops: float
 
 
 def sizes_for_latency(model: Any, settings: Any, images: Sequence[Image], image: Image,
-                      limit: float) -> tuple[float, int]:
+                      limit: float) -> tuple[float, int | None]:
     """The largest share of backbone and head with which an image takes no longer than a limit.
 
     Args:
@@ -142,7 +182,8 @@ def sizes_for_latency(model: Any, settings: Any, images: Sequence[Image], image:
         limit: Milliseconds.
 
     Returns:
-        The share of the backbone's FLOPs, and the channels of the head.
+        The share of the backbone's FLOPs, and the channels of the head; None: it has too few to
+        remove some.
 
     Raises:
         UserError: No pruning is needed, or even the smallest share takes longer.
@@ -151,12 +192,14 @@ def sizes_for_latency(model: Any, settings: Any, images: Sequence[Image], image:
     print(f'100 %: {took:.0f} ms')
     if took <= limit:
         raise UserError(f'--latency-ms {limit:g}: an image takes {took:.0f} ms already')
+    before = head_channels(model)
     for percent in SHARES:
         candidate = copy.deepcopy(model)
-        channels = max(head_channels(model) * percent // 100 // MULTIPLE, 1) * MULTIPLE
+        some = max(before * percent // 100 // MULTIPLE, 1) * MULTIPLE
+        channels = some if some < before else None
         prune_model(candidate, settings, images[:FEW], percent / 100, channels)
         took = latency(candidate, image)
-        print(f'{percent} %, {channels} channels: {took:.0f} ms')
+        print(f'{percent} %, {channels or before} channels: {took:.0f} ms')
         if took <= limit:
             return percent / 100, channels
     raise UserError(f'--latency-ms {limit:g}: with {SHARES[-1]} % an image takes {took:.0f} ms. '

@@ -69,7 +69,7 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
                 + (f'with {kept} layers left in fp32 the drop is still more than {max_drop}: '
                    'allow more with --max-drop, or more images with --calibration' if kept else
                    'weights were not quantized'))
-        problem = metric_problem(expected, measure(target), max(max_drop, 0.11))
+        problem = metric_problem(expected, measure(target), max_drop)
         print(f'int8 with {kept} layers in fp32: {problem or "within the limit"}', flush=True)
         if not problem:
             return chosen

@@ -52,8 +52,9 @@ class Report:
     notes: list[str] = field(default_factory=list)
     problem: str = ''
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write ``path`` with the suffixes .md and .json."""
+        path = Path(path)
         content = dict(vars(self), cases=as_dicts(self.cases), machine=machine(),
                        threads=torch.get_num_threads())
         for suffix, text in (('.json', json.dumps(content, indent=1, ensure_ascii=False)),
@@ -74,7 +75,7 @@ class Report:
         if self.metrics:
             (_, ours), (_, theirs) = self.metrics.items()
             lines += ['', f'| metric | {" | ".join(self.metrics)} |', '|---|---|---|']
-            lines += [f'| {key} | {value:.2f} | {theirs[key]:.2f} |'
+            lines += [f'| {key} | {value:.2f} | {theirs.get(key, float("nan")):.2f} |'
                       for key, value in primary(ours).items()]
         if self.latency:
             lines += ['', f'| {self.latency["input"]} | processor ms | clock ms |', '|---|---|---|']

@@ -112,6 +112,28 @@ def positions_of(head: Any) -> dict[str, int]:
     return {'shared_fcs.0': head.roi_feat_area} if isinstance(head, ConvFCBBoxHead) else {}
 
 
+def chains_of(model: Any, settings: Any, channels: int) -> dict[str, list[Chain]]:
+    """The box and mask heads of a detector, with smaller ones in their places.
+
+    Args:
+        model: See :func:`prune_roi_heads`.
+        settings: See there.
+        channels: See there.
+
+    Raises:
+        UserError: See :class:`Chain`.
+    """
+    chains: dict[str, list[Chain]] = {}
+    for key in 'bbox_head', 'mask_head':
+        heads = getattr(model.roi_head, key, None)
+        old = list(heads) if isinstance(heads, nn.ModuleList) else [heads] * (heads is not None)
+        given = settings.get(key)
+        configs = given if isinstance(given, (list, tuple)) else [given] * len(old)
+        chains[key] = [Chain(head, config, channels) for head, config in zip(
+            old, configs, strict=True)]
+    return chains
+
+
 @torch.no_grad()
 def prune_roi_heads(model: Any, settings: Any, channels: int, images: Sequence[Image],
                     run: Callable[[Image], object]) -> dict[str, list[dict[str, int]]]:
@@ -129,16 +151,9 @@ def prune_roi_heads(model: Any, settings: Any, channels: int, images: Sequence[I
         What changes in the config of each ``bbox_head`` and ``mask_head``.
 
     Raises:
-        UserError: See :class:`Chain`.
+        UserError: See :class:`Chain`; or nothing is detected on these images.
     """
-    chains: dict[str, list[Chain]] = {}
-    for key in 'bbox_head', 'mask_head':
-        heads = getattr(model.roi_head, key, None)
-        old = list(heads) if isinstance(heads, nn.ModuleList) else [heads] * (heads is not None)
-        given = settings.get(key)
-        configs = given if isinstance(given, (list, tuple)) else [given] * len(old)
-        chains[key] = [Chain(head, config, channels) for head, config in zip(
-            old, configs, strict=True)]
+    chains = chains_of(model, settings, channels)
     solve([chain for some in chains.values() for chain in some],
           lambda: [run(image) for image in images])
     for key, some in chains.items():
@@ -169,6 +184,11 @@ def solve(chains: Sequence[Chain], run: Callable[[], object]) -> None:
         seen = [stack.enter_context(observed([name for step in chain.steps[1:] for name in step],
                                              [chain.old], chain.positions)) for chain in chains]
         run()
+    for chain, statistics in zip(chains, seen, strict=True):
+        if not statistics:
+            raise UserError(f'--head-channels: {type(chain.old).__name__} was not used, since '
+                            'nothing is detected on the training images. Use more images, or a '
+                            'model that was trained longer')
     kept = [chain.choose(one) for chain, one in zip(chains, seen, strict=True)]
     for i, chain in enumerate(chains):
         chain.copy(0, kept[i], {})

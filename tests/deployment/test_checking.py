@@ -42,7 +42,8 @@ def test_equal_detections_in_another_order():
     detections([A, B], [0.9, 0.8], [0, 0]),
     detections([A, B], [0.9, 0.8003], [0, 1]),
     detections([A, [20.0, 20.0, 30.02, 40.0]], [0.9, 0.8], [0, 1]),
-    detections([], [], [])], ids=['lost', 'added', 'class', 'score', 'box', 'none'])
+    detections([A, [float('nan')] * 4], [0.9, 0.8], [0, 1]),
+    detections([], [], [])], ids=['lost', 'added', 'class', 'score', 'box', 'nan', 'none'])
 def test_other_detections(theirs):
     found = difference(detections([A, B], [0.9, 0.8], [0, 1]), theirs)
     assert found.unmatched
@@ -76,8 +77,11 @@ def test_pixels_of_masks_and_class_maps():
 
 def test_metrics():
     ours = {'mIoU': 80.0, 'aAcc': 90.0}
-    assert metric_problem(ours, {'mIoU': 79.95, 'aAcc': 80.0}, 0.1) == ''
-    assert metric_problem(ours, {'mIoU': 80.2, 'aAcc': 90.0}, 0.1)
-    assert metric_problem(ours, {'mIoU': 80.2, 'aAcc': 90.0}, 0.5) == ''
+    assert metric_problem(ours, {'mIoU': 79.95, 'aAcc': 80.0}, None) == ''
+    assert metric_problem(ours, {'mIoU': 79.85, 'aAcc': 80.0}, None)
+    assert metric_problem(ours, {'mIoU': 80.2, 'aAcc': 90.0}, None)
+    assert metric_problem(ours, {'mIoU': 80.2, 'aAcc': 90.0}, 0.0) == ''
+    assert metric_problem(ours, {'mIoU': 79.95, 'aAcc': 90.0}, 0.01)
     assert metric_problem(ours, {'mIoU': 79.4}, 0.5) == 'mIoU: 80.00 in PyTorch, 79.40 in the file'
-    assert metric_problem({'other': 5.0}, {'other': 5.3}, 0.1)
+    assert metric_problem({'other': 5.0}, {'other': 5.3}, None)
+    assert metric_problem({'coco/bbox_mAP': 30.0}, {}, 0.5)  # nothing was detected

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from convnext_mm.deployment import runtimes
+from convnext_mm.deployment import export, runtimes
 from convnext_mm.deployment.images import ImageSource
 from convnext_mm.deployment.quantizing import layers_by_noise, quantize_onnx
 from convnext_mm.errors import UserError
@@ -67,11 +67,86 @@ def test_a_file_that_differs_is_deleted(segmentation, monkeypatch):
             return dict(classes=classes)
         return exported._replace(run=run)
     monkeypatch.setitem(runtimes.LOADERS, '.onnx', load_and_change)
+    folder = segmentation.folder
     done = segmentation.export('wrong.onnx')
     assert done.returncode == 2
     assert 'not equal to PyTorch and was deleted: a batch of two' in done.stderr
-    assert not (segmentation.folder / 'wrong.onnx').exists()
-    assert 'Not kept' in (segmentation.folder / 'wrong.onnx.md').read_text()
+    assert not (folder / 'wrong.onnx').exists()
+    assert 'Not kept' in (folder / 'wrong.onnx.md').read_text()
+    (folder / 'wrong.onnx').write_bytes(b'an older export')
+    (folder / 'wrong.onnx.md').write_text('of the older one')
+    done = segmentation.export('wrong.onnx')
+    assert done.returncode == 2
+    assert 'the older' in done.stderr
+    assert (folder / 'wrong.onnx').read_bytes() == b'an older export'
+    assert (folder / 'wrong.onnx.md').read_text() == 'of the older one'
+    assert 'Not kept' in (folder / 'wrong.onnx.refused.md').read_text()
+    assert not list(folder.glob('.export_*'))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('export segmentation')
+@pytest.mark.parametrize('error', [UserError('an image is damaged'), KeyboardInterrupt()])
+def test_nothing_is_left_of_an_export_that_stops(segmentation, monkeypatch, error):
+    """While images are compared: an error that is not the runtime's, and Ctrl-C."""
+    def stop(*args):
+        raise error
+    monkeypatch.setattr(export, 'draw_pair', stop)
+    before = set(segmentation.folder.iterdir())
+    done = segmentation.export('stopped.onnx', '--pictures',
+                               str(segmentation.folder / 'pictures'))
+    assert done.returncode in (2, 130)
+    assert set(segmentation.folder.iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('export segmentation')
+def test_a_runtime_that_fails_is_named(segmentation, monkeypatch):
+    load = runtimes.LOADERS['.onnx']
+
+    def fail(image, size):
+        raise RuntimeError('no memory for a tensor')
+    monkeypatch.setitem(runtimes.LOADERS, '.onnx', lambda path: load(path)._replace(run=fail))
+    done = segmentation.export('failed.onnx')
+    assert done.returncode == 2
+    assert 'deleted: ONNX Runtime fails: no memory for a tensor' in done.stderr
+    assert not (segmentation.folder / 'failed.onnx').exists()
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    weights = tmp_path / 'model.bin'
+    weights.write_bytes(b'weights')
+    with pytest.raises(UserError, match='model.bin would be overwritten'):
+        export.check_not_overwritten(tmp_path / 'model.xml', 'other.pth')
+    (tmp_path / 'model.xml').write_text('an older export')
+    export.check_not_overwritten(tmp_path / 'model.xml', 'other.pth')
+    with pytest.raises(UserError, match='model.bin would be overwritten'):
+        export.check_not_overwritten(tmp_path / 'model.xml', str(weights))
+    export.check_not_overwritten(tmp_path / 'model.onnx', str(weights))
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (('--images', '0'), "expected a whole number from 1, not '0'"),
+    (('--calibration', '-1'), "expected a whole number from 1, not '-1'"),
+    (('--size', '512'), "expected width and height in pixels, such as 1280x800, not '512'"),
+    (('--size', '0x512'), "expected width and height in pixels, such as 1280x800, not '0x512'"),
+    (('--int8', '--max-drop', 'nan'), '--max-drop nan: expected percent'),
+    (('--int8', '--max-drop', '-1'), '--max-drop -1.0: expected percent'),
+    (('--to', 'torch-export', '--out', 'm.aoti.pt2'), 'm.aoti.pt2, which is of --to aoti: expected '
+                                                      'a name that ends in .pt2')])
+def test_numbers_and_names_are_checked_first(options, message):
+    done = call_tool('tools/export.py', DEMO_SEGMENTATION, 'none.pth', *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_how_images_are_read_is_in_the_metadata():
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(4, 2), keep_ratio=True),
+             dict(type='PackSegInputs')]
+    assert export.resize_rule(steps) == dict(scale=[4, 2], keep_ratio=True)
+    assert export.resize_rule([steps[0], steps[2]]) == {}
+    for other in dict(color_type='grayscale'), dict(to_float32=True):
+        assert export.resize_rule([{**steps[0], **other}, *steps[1:]]) is None
 
 
 @pytest.mark.slow

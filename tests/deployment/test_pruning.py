@@ -1,10 +1,12 @@
 """Fewer hidden channels with weights solved by least squares."""
 import argparse
 import copy
+import re
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 
 from convnext_mm import ConvNeXt, UserError
 from convnext_mm.deployment import (
@@ -260,13 +262,12 @@ def roi_outputs(model: torch.nn.Module, first: int = 0, last: int = 1000) -> lis
     return outputs + [head(rois(14, last)[first:][:32]) for head in model.roi_head.mask_head]
 
 
-def cut_roi_heads(model: torch.nn.Module, settings: dict, channels: int) -> dict:
-    def run(image):
-        roi_outputs(model)
+def cut_roi_heads(model: torch.nn.Module, settings: dict, channels: int, run=None) -> dict:
     settings = copy.deepcopy(settings)
     for head in settings.bbox_head:
         head.norm_cfg.type = 'BN'
-    return roi_head_pruning.prune_roi_heads(model, settings, channels, [None], run)
+    return roi_head_pruning.prune_roi_heads(model, settings, channels, [None], run or (
+        lambda image: roi_outputs(model)))
 
 
 def test_twins_in_roi_heads_are_removed_without_a_loss():
@@ -317,6 +318,8 @@ def test_roi_heads_that_cannot_be_pruned_are_refused():
     model, settings = detector(False)
     with pytest.raises(UserError, match='--head-channels 32: expected fewer than the heads have'):
         cut_roi_heads(model, settings, 32)
+    with pytest.raises(UserError, match='FCBBoxHead was not used, since nothing is detected'):
+        cut_roi_heads(model, settings, 16, lambda image: None)
     model.roi_head.mask_head[0].upsample_method = 'nearest'
     with pytest.raises(UserError, match='FCNMaskHead cannot be pruned'):
         cut_roi_heads(model, settings, 16)
@@ -360,13 +363,13 @@ def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
                'data_root': str(demo_data / 'ADEChallengeData2016')}
     model = build_model(DEMO_SEGMENTATION, options)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
-    (tmp_path / 'mine.py').write_text('\n'.join([
-        f'_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}',
-        *(f'{key} = {value!r}' for key, value in options.items())]))
+    (tmp_path / 'mine.py').write_text(f'_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}')
     done = call_tool('tools/prune.py', tmp_path / 'mine.py', tmp_path / 'model.pth', '--flops',
-                     '0.7', '--head-channels', '48', '--images', '4', '--out', tmp_path / 'small')
+                     '0.7', '--head-channels', '48', '--images', '4', '--out', tmp_path / 'small',
+                     '--cfg-options', *(f'{key}={value}'.replace(' ', '')
+                                        for key, value in options.items()))
     assert done.returncode == 0, done.stderr
-    assert 'mIoU: ' in done.stdout
+    metric = re.search(r'mIoU: .* → (.*)', done.stdout)[1]
     config = tmp_path / 'small' / 'mine_pruned.py'
     cfg = read_config(str(config))
     assert np.sum([sum(stage) for stage in cfg.model.backbone.hidden_dims]) < 4 * 120
@@ -374,3 +377,12 @@ def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
     done = call_tool('tools/test.py', config, tmp_path / 'small' / 'pruned.pth', '--work-dir',
                      tmp_path / 'work')
     assert done.returncode == 0, done.stderr
+    assert re.search(rf'mIoU\S* +{metric}', done.stdout), done.stdout
+
+
+def test_options_are_repeated_in_the_config():
+    cfg = Config(dict(model=dict(heads=[dict(a=1), dict(a=2)]), size=3))
+    options = {'model.heads.1.a': 2, 'size': 3, 'model.test_cfg.mode': 'whole'}
+    found = pruning.inherited(cfg, options)
+    assert found.to_dict() == dict(size=3, model=dict(
+        heads=[dict(a=1), dict(a=2)], test_cfg=dict(mode='whole')))
