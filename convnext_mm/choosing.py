@@ -88,10 +88,13 @@ def latency_of(row: Row, runtime: str = 'pytorch') -> float:
 def anchors(table: Table, runtime: str = 'pytorch') -> list[Row]:
     """The recipes to measure on another machine.
 
-    The fastest and the slowest with ConvNeXt V1, and the middle one with V2.
+    Those with ConvNeXt V1 whose backbone has the smallest and the largest share of the FLOPs, since
+    between them the others are interpolated, and the middle one with V2.
     """
     rows = sorted(table['recipes'], key=lambda row: latency_of(row, runtime))
-    first, second = ([row for row in rows if _is_v2(row) == v2] for v2 in (False, True))
+    second = [row for row in rows if _is_v2(row)]
+    first = sorted((row for row in rows if not _is_v2(row)),
+                   key=lambda row: row['backbone_flops'] / row['flops'])
     chosen = [*first[:1], *second[len(second) // 2:][:1], *first[1:][-1:]]
     return sorted(chosen, key=lambda row: latency_of(row, runtime))
 

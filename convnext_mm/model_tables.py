@@ -22,6 +22,7 @@ from rich.progress import track
 
 from . import complexity
 from .choosing import RUNTIMES, TASKS, Row, Table, anchors, latency_of, predict
+from .deployment.optional import check_installed
 from .engine import checks
 from .engine.memory import estimate_inference_memory, estimate_training_memory
 from .errors import UserError
@@ -58,8 +59,8 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
         repeats: How often a model runs after its first run.
 
     Raises:
-        UserError: A config is not listed, or cannot be read, or a table in the folder has other
-            recipes of another machine.
+        UserError: A config is not listed, or cannot be read, packages are missing, or a table in
+            the folder has other recipes of another machine.
     """
     published, paths = read_metafiles(), []
     tables: dict[str, list[str]] = {task: [] for task in TASKS}
@@ -68,6 +69,7 @@ def write_tables(folder: str | Path, configs: Iterable[str], repeats: int = 2) -
             raise UserError(f'{path}: expected a recipe that is listed in configs/metafile_*.yml')
         in_detection = checks.read_config(path).get('default_scope') == 'mmdet'
         tables['det' if in_detection else 'seg'].append(path)
+    check_installed('onnx', 'onnxscript', 'onnxruntime', extra='export')
     for task, name in TASKS.items():
         if not tables[task]:
             continue
@@ -105,7 +107,7 @@ def _kept_rows(path: Path, head: Table, names: set[str]) -> list[Row]:
     return rows
 
 
-def measure_here(table: Table, repeats: int = 2, threads: int = 1, runtime: str = 'pytorch'
+def measure_here(table: Table, repeats: int = 4, threads: int = 1, runtime: str = 'pytorch'
                  ) -> Table:
     """Measure three recipes on this machine, and predict the others.
 
