@@ -3,6 +3,7 @@
     python benchmarks/whole_model.py                        # test_step and training of UPerNet tiny
     python benchmarks/whole_model.py --config configs/upernet_convnext_base_640_160k_ade20k.py \
         --size 1280x960 --steps test
+    python benchmarks/whole_model.py --steps test --changed model.decode_head.channels=256
 
 Both run in the same process with the same weights, one after the other in every round; the table
 has the least processor time of the rounds (on a GPU: the least time). ``test`` is ``test_step`` on
@@ -23,6 +24,7 @@ import peers
 import torch
 import torch.nn.functional as F
 import train_step
+from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
@@ -34,12 +36,16 @@ from convnext_mm.precision import keep_outputs_in_fp32, set_inference_dtype
 DEVICE = train_step.DEVICE
 STOCK, OURS, REFERENCE = 'stock recipe', 'ours', "stock's products alone (reference)"
 TRITON = 'ours, Triton'
+CHANGED = 'ours, changed'
 LABELS = STOCK, OURS, *([TRITON] if DEVICE == 'cuda' else [])
 
 
 def build(args: argparse.Namespace, label: str, options: dict | None = None
           ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Build the recipe's model with random weights and statistics, and its optimizer."""
+    """Build the recipe's model with random weights and statistics, and its optimizer.
+
+    ``options`` are entries of the config.
+    """
     cfg = read_config(str(args.config), {'model.backbone.init_cfg': None,
                                          'model.backbone.drop_path_rate': args.drop_path,
                                          'model.backbone.triton': label == TRITON,
@@ -127,6 +133,8 @@ def compare(args: argparse.Namespace, name: str, dtype: str) -> list[str]:
     """Measure one kind of step in one dtype; return the lines of a table."""
     kind = measuring.DTYPES[dtype]
     models = {label: build(args, label) for label in LABELS}
+    if args.changed:
+        models[CHANGED] = build(args, CHANGED, args.changed)
     fp32_only = DEVICE == 'cpu' and not hasattr(models[OURS][0], 'decode_head')
     stock_kind = torch.float32 if fp32_only else kind
     if name == 'test':
@@ -138,7 +146,9 @@ def compare(args: argparse.Namespace, name: str, dtype: str) -> list[str]:
                                        args.size) for label, (model, _) in models.items()}
         found = {label: step() for label, step in steps.items()}
         note = '; '.join(f'{label}: {difference(found[STOCK], found[label])}'
-                         for label in found if label != STOCK)
+                         for label in found if label not in (STOCK, CHANGED))
+        if args.changed:
+            note += f'. {CHANGED}: ' + ', '.join(f'{k}={v}' for k, v in args.changed.items())
     else:
         for label, (model, _) in models.items():
             if label != STOCK:
@@ -199,6 +209,9 @@ if __name__ == '__main__':
     parser.add_argument('--drop-path', type=float, default=0.0,
                         help='drop path rate of training (0); on a CPU, ours does not compute '
                         'dropped branches')
+    parser.add_argument('--changed', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='also run ours with these entries of the config, such as the widths '
+                        'of a pruned model')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--threads', type=int, default=1, help='threads on a CPU (1)')
     parser.add_argument('--name', help='name of the result file in benchmarks/results')
