@@ -235,7 +235,8 @@ def build_ops(requirement: str, progress: Progress) -> None:
     cuda = works(PYTHON, 'import torch; assert torch.cuda.is_available()')
     if cuda and not shutil.which('nvcc'):
         print("Found a GPU but no nvcc: mmcv's ops are built for the CPU only. To train detection "
-              'on the GPU, install the CUDA toolkit, then: python3 tools/install.py --rebuild')
+              'on the GPU, install the CUDA toolkit, then: python3 tools/install.py --ops compiled '
+              '--rebuild')
         env['CUDA_VISIBLE_DEVICES'] = ''
         cuda = False
     with tempfile.TemporaryDirectory() as folder:

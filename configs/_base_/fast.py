@@ -3,8 +3,8 @@
 fast = dict(
     channels_last=True,  # for neck and heads; the backbone always uses it
     fused_optimizer=True,  # AdamW in one kernel
-    bf16=True,  # without a loss scaler; needs an Ampere GPU or newer
+    bf16=True,  # without a loss scaler; on a CPU, or on an Ampere GPU or newer
     compile=[],  # e.g. ['backbone', 'decode_head', 'auxiliary_head']
     dynamic=False,  # compile for images of any size
     cuda_graphs=False,  # replay the compiled parts; needs images of one size
-    triton=False)  # our Triton kernels; tested in the interpreter, not on a GPU
+    triton=False)  # our Triton kernels; see docs/speed.md

@@ -123,7 +123,7 @@ def check_toolbox(cfg: Config) -> None:
     if toolbox == 'mmdet' and not find_spec('mmcv._ext'):
         raise UserError("This config needs mmcv's operators, which the installed mmcv was built "
                         'without, and CONVNEXT_MM_PATCHES switches off ours (operators). '
-                        'Unset it, or compile them: make OPS=compiled')
+                        'Unset it, or compile them: python3 tools/install.py --ops compiled')
 
 
 def check_input(cfg: Config, splits: tuple[str, ...]) -> None:

@@ -175,7 +175,7 @@ def memory_advice(cfg: Config) -> str:
         pass
     if batch > 1:
         lines.append(f'train_dataloader.batch_size={batch // 2} and '
-                     'optim_wrapper.accumulative_counts=2, which updates as often as before')
+                     'optim_wrapper.accumulative_counts=2')
     lines += ['--amp: activations in half precision',
               'smaller images: crop_size, or the scale of a detector',
               'model.backbone.with_cp=True: activation checkpointing of every block']

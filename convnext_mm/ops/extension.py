@@ -19,7 +19,8 @@ from ..utils import is_first_process
 from . import boxes, losses, roi, sampling, torchvision
 
 NAME = 'mmcv._ext'
-COMPILE = "make OPS=compiled, or see 'Compiled operators' in docs/install.md"
+COMPILE = ("python3 tools/install.py --ops compiled in a clone, or see 'Operators' in "
+           'docs/install.md')
 
 
 def build() -> types.ModuleType:
