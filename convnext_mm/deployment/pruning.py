@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> Path:
             time are impossible.
     """
     config = find_recipe(args.config)
-    cfg = checks.read_config(config, args.cfg_options)
+    # Weights are solved for in fp32, also for a model that will predict in bf16.
+    cfg = checks.read_config(config, {**(args.cfg_options or {}), 'inference_dtype': 'fp32'})
     source, test = ImageSource(cfg, 'train', args.images), ImageSource(
         cfg, 'test', args.test_images)
     for split, some in ('training', source), ('test', test):

@@ -364,11 +364,19 @@ def test_a_pruned_model_is_tested_as_its_config_says(demo_data, tmp_path):
     model = build_model(DEMO_SEGMENTATION, options)
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     (tmp_path / 'mine.py').write_text(f'_base_ = {str(ROOT / DEMO_SEGMENTATION)!r}')
-    done = call_tool('tools/prune.py', tmp_path / 'mine.py', tmp_path / 'model.pth', '--flops',
-                     '0.7', '--head-channels', '48', '--images', '4', '--out', tmp_path / 'small',
-                     '--cfg-options', *(f'{key}={value}'.replace(' ', '')
-                                        for key, value in options.items()))
+
+    def prune_to(folder, *more):
+        return call_tool('tools/prune.py', tmp_path / 'mine.py', tmp_path / 'model.pth', '--flops',
+                         '0.7', '--head-channels', '48', '--images', '4', '--out',
+                         tmp_path / folder, '--cfg-options', *(
+                             f'{key}={value}'.replace(' ', '') for key, value in options.items()),
+                         *more)
+    done = prune_to('small')
     assert done.returncode == 0, done.stderr
+    assert prune_to('bf16', 'inference_dtype=bf16').returncode == 0
+    weights, same = (torch.load(tmp_path / folder / 'pruned.pth', weights_only=True)['state_dict']
+                     for folder in ('small', 'bf16'))
+    assert all(weights[key].equal(same[key]) for key in weights)
     metric = re.search(r'mIoU: .* → (.*)', done.stdout)[1]
     config = tmp_path / 'small' / 'mine_pruned.py'
     cfg = read_config(str(config))
