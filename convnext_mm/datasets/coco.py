@@ -190,11 +190,14 @@ class _Reader:
                     'the objects of all', ambiguous, 'error')
 
     def _read_boxes(self) -> None:
-        """Boxes of four finite numbers, and areas."""
-        malformed, without_area = [], []
+        """Boxes of four finite numbers, areas, and whether an object is a crowd."""
+        malformed, without_area, without_crowd = [], [], []
         names = {one['id']: one['file_name'] for one in self.content['images']}
         for one in self.content['annotations']:
             box = one['bbox']
+            if one.get('iscrowd') is None:
+                one['iscrowd'] = 0
+                without_crowd.append(f'id {one["id"]}')
             if not (isinstance(box, list) and len(box) == 4 and all(
                     _is_number(value) and math.isfinite(value) for value in box)):
                 malformed.append(f'id {one["id"]} in {names.get(one["image_id"])}: {box}')
@@ -205,6 +208,8 @@ class _Reader:
                     'error')
         self.report('annotation without area, which is taken from the box', REPAIRED,
                     without_area)
+        self.report('annotation without iscrowd, which pycocotools requires, read as 0', REPAIRED,
+                    without_crowd)
 
     def _read_masks(self) -> None:
         """Polygons as lists of lists x, y, x, y, …, and run-length encodings of the image's size.

@@ -16,7 +16,7 @@ def content(**annotation) -> dict:
         images=[dict(id=1, file_name='a.jpg', width=60, height=40)],
         categories=[dict(id=1, name='ball')],
         annotations=[dict(dict(id=1, image_id=1, category_id=1, bbox=[10, 10, 20, 20], area=400,
-                               segmentation=[SQUARE]), **annotation)])
+                               iscrowd=0, segmentation=[SQUARE]), **annotation)])
 
 
 def write(path: Path, content: object) -> str:
@@ -93,6 +93,17 @@ def test_annotation_0_is_renumbered(tmp_path):
     found, (problem,) = load_coco(write(tmp_path / 'a.json', text))
     assert [one['id'] for one in found['annotations']] == [1, 2]
     assert 'numbered from 1' in problem.message
+
+
+@pytest.mark.parametrize('missing', [True, False])
+def test_an_object_without_iscrowd_is_no_crowd(tmp_path, missing):
+    text = content(iscrowd=None)
+    if missing:
+        del text['annotations'][0]['iscrowd']
+    found, (problem,) = load_coco(write(tmp_path / 'a.json', text))
+    assert found['annotations'][0]['iscrowd'] == 0
+    assert (problem.level, problem.where) == ('note', ['id 1'])
+    assert 'without iscrowd' in problem.message
 
 
 def test_categories_of_one_name(tmp_path):
