@@ -18,6 +18,7 @@ from .completion import dataset_registry, find_transforms, metrics_of_split
 from .findings import (
     CHECK_COMMAND,
     Findings,
+    ImageFacts,
     failure_reason,
     map_in_threads,
     read_image_facts,
@@ -50,8 +51,7 @@ class ImageFile(NamedTuple):
         path: The image.
         error: Why it cannot be read.
         size_difference: Its size beside the annotated one, if they differ.
-        digest: Hash of the file.
-        bands: Number of the image's bands.
+        facts: What was read from the image; None: it cannot be read.
         annotation_error: Why the pipeline cannot load its annotations.
         far_masks: Objects whose masks are elsewhere than their boxes.
         objects: Number of objects that training sees.
@@ -60,8 +60,7 @@ class ImageFile(NamedTuple):
     path: str
     error: str = ''
     size_difference: str = ''
-    digest: str = ''
-    bands: int = 3
+    facts: ImageFacts | None = None
     annotation_error: str = ''
     far_masks: list[str] = []  # noqa: RUF012
     objects: int = 0
@@ -115,10 +114,9 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     files = list(map_in_threads(read, [infos[i] for i in sample_indices(len(infos), sample)],
                                 f'Checking {findings.split}', show_progress=sample is None))
     findings.checked = len(files)
-    findings.digests = {file.path: file.digest for file in files if file.digest}
     _report_files(files, config, findings)
-    findings.add_wrong_bands({file.path: file.bands for file in files if not file.error},
-                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
+    findings.add_images({file.path: file.facts for file in files if file.facts},
+                        config.get('pipeline'), cfg)
 
 
 def _is_labelled(cfg: Config, split: str) -> bool:
@@ -145,10 +143,10 @@ def _read_image(info: dict, load: ImageLoader, annotate: Callable[[dict], dict] 
                 ) -> ImageFile:
     file = ImageFile(info['img_path'])
     try:
-        size, bands, digest = read_image_facts(file.path, load)
+        facts = read_image_facts(file.path, load)
     except Exception as error:  # decoders raise errors of any type
         return file._replace(error=failure_reason(error))
-    file = file._replace(digest=digest, bands=bands)
+    file, size = file._replace(facts=facts), facts.size
     annotated = info.get('width', size[0]), info.get('height', size[1])
     if annotated != size:
         file = file._replace(size_difference='{}×{}, annotated as {}×{}'.format(*size, *annotated))

@@ -9,18 +9,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from PIL import Image
+import numpy as np
+from mmengine.config import Config
+from PIL import Image, TiffImagePlugin
 from rich.progress import track
 
-from .loading import ImageLoader
+from .loading import ImageLoader, keeps_units
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 
 LEVEL_MARKS = dict(error='✗', warning='!', note='·')
 CHECK_COMMAND = 'python tools/check_dataset.py'
+FAR_MEAN, NO_SPREAD = 10, 0.1
+"""Normalized images have a mean of about 0 and a spread (std) of about 1. Beyond these bounds, mean
+and std of the config are those of other units."""
 
 
 @dataclass
@@ -85,7 +90,61 @@ class Findings:
         if where is None or places:
             self.problems.append(Problem(message, fix, level, places))
 
-    def add_wrong_bands(self, bands: dict[str, int], in_chans: int) -> None:
+    def add_images(self, images: dict[str, ImageFacts], pipeline: Any, cfg: Config) -> None:
+        """Keep the hashes of images (by path); add errors about bands and values that do not fit.
+
+        Args:
+            images: Those that could be read.
+            pipeline: Of the data set.
+            cfg: The config with the model.
+        """
+        self.digests = {path: one.digest for path, one in images.items()}
+        model = cfg.get('model') or {}
+        in_chans = model.get('backbone', {}).get('in_chans', 3)
+        self._add_wrong_bands({path: one.bands for path, one in images.items()}, in_chans)
+        fitting = {path: one for path, one in images.items() if one.bands == in_chans}
+        preprocessor = model.get('data_preprocessor') or {}
+        if fitting and keeps_units(pipeline, preprocessor, cfg.default_scope):
+            self._add_wrong_values(fitting, preprocessor)
+
+    def _add_wrong_values(self, images: dict[str, ImageFacts], preprocessor: dict) -> None:
+        """Compare the images' values with the ``mean`` and ``std`` that normalize them."""
+        facts = list(images.values())
+        mean, std = (np.array(preprocessor.get(key) or (), float) for key in ('mean', 'std'))
+        if not {mean.size, std.size} <= {1, facts[0].bands}:
+            return
+        seen = np.mean([one.mean for one in facts], axis=0)
+        spread = np.sqrt(np.maximum(np.mean([one.square for one in facts], axis=0) - seen**2, 0))
+        if len(seen) == 3 and (preprocessor.get('bgr_to_rgb') or preprocessor.get('rgb_to_bgr')):
+            seen, spread = seen[::-1], spread[::-1]
+        with np.errstate(divide='ignore', invalid='ignore'):
+            normalized, width = (seen - mean) / std, spread / std
+        in_8_bits = all(one.in_8_bits for one in facts)
+        fractions = in_8_bits and max(*mean, *std) < 1
+        far = np.abs(normalized).max() > FAR_MEAN
+        flat = width.max() < NO_SPREAD
+        reduced = [path for path, one in images.items() if one.reduced]
+        if not fractions:
+            self.add('image of more than 8 bits that the pipeline reads as 8 bits',
+                     'Write mean and std of model.data_preprocessor in the units of the files: '
+                     "above 255, the recipe's pipelines read all bits. In pipelines of your own, "
+                     "set color_type='unchanged' and to_float32=True in LoadImageFromFile, and "
+                     'remove PhotoMetricDistortion',
+                     'error' if far or flat else 'warning', where=reduced)
+        if not (fractions or ((far or flat) and not reduced)):
+            return
+        unnormalized = not mean.any() and (std == 1).all()
+        self.add(f'the values of the images do not fit model.data_preprocessor: with mean='
+                 f'{_listed(mean)} and std={_listed(std)}, the model sees a mean of '
+                 f'{_listed(normalized)} and a spread of {_listed(width)}, not about 0 and 1',
+                 f'They are in units of images from 0 to 255: write mean={_listed(255 * mean)} and '
+                 f'std={_listed(255 * std)}' if fractions else
+                 f'Write mean and std of your images; those checked here have mean={_listed(seen)} '
+                 f'and std={_listed(spread)}',
+                 'warning' if unnormalized or (in_8_bits and not far and not fractions)
+                 else 'error')
+
+    def _add_wrong_bands(self, bands: dict[str, int], in_chans: int) -> None:
         """Add an error about images whose number of bands (by path) is not the model's."""
         self.add(f'image whose number of bands is not model.backbone.in_chans={in_chans}',
                  'Set in_chans to the bands that the first step of the pipeline reads, which '
@@ -136,11 +195,25 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item], de
 
 
 class ImageFacts(NamedTuple):
-    """(width, height), number of bands, and a hash of the file of an image."""
+    """What was read from an image.
+
+    Args:
+        size: (width, height).
+        bands: Number of bands.
+        digest: Hash of the file.
+        mean: Mean of each band's values, of some rows and columns in a large image.
+        square: Mean of their squares.
+        in_8_bits: Whether the pipeline reads values from 0 to 255.
+        reduced: Whether the file has more bits, which are lost.
+    """
 
     size: tuple[int, int]
     bands: int
     digest: str
+    mean: np.ndarray
+    square: np.ndarray
+    in_8_bits: bool
+    reduced: bool
 
 
 def read_image_facts(path: str, load: ImageLoader) -> ImageFacts:
@@ -157,8 +230,31 @@ def read_image_facts(path: str, load: ImageLoader) -> ImageFacts:
             image.load()
         raise
     check_complete(data)
-    return ImageFacts((values.shape[1], values.shape[0]), values.shape[2] if values.ndim > 2 else 1,
-                      file_digest(data))
+    values = values.reshape(*values.shape[:2], -1)
+    height, width, bands = values.shape
+    step = max(1, max(height, width) // 512)
+    some = values[::step, ::step].reshape(-1, bands).astype(np.float64)
+    in_8_bits = values.dtype == np.uint8
+    return ImageFacts((width, height), bands, file_digest(data), some.mean(axis=0),
+                      (some**2).mean(axis=0), in_8_bits, in_8_bits and _has_more_bits(data))
+
+
+def _has_more_bits(data: bytes) -> bool:
+    """Whether the header of a PNG or TIFF file says that its values have more than 8 bits."""
+    if data[:4] == b'\x89PNG':
+        return data[24] > 8
+    if data[:4] not in (b'II*\0', b'MM\0*'):
+        return False
+    tags = TiffImagePlugin.ImageFileDirectory_v2(data[:8])
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    return max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8
+
+
+def _listed(values: np.ndarray) -> str:
+    """Numbers as a config writes them, of four digits: [123.7, 32770]."""
+    return '[' + ', '.join(f'{float(f"{value:.4g}"):g}' for value in values) + ']'
 
 
 def check_complete(data: bytes) -> None:

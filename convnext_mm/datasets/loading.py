@@ -34,3 +34,21 @@ def loader_of(steps: Sequence[Callable[[dict], dict | None]]) -> ImageLoader:
             raise OSError('the pipeline reads nothing')
         return loaded['img']
     return load
+
+
+PACKAGES = ('mmengine', 'mmcv', 'mmseg', 'mmdet', 'convnext_mm')
+OTHER_UNITS = ('Normalize', 'Albu')
+"""Transforms of these packages that may change the units of an image's values."""
+
+
+def keeps_units(pipeline: Sequence[dict[str, Any]] | None, preprocessor: dict[str, Any],
+                scope: str) -> bool:
+    """Whether all steps between the loader and ``mean`` are known to keep the units of values."""
+    registry = import_module(f'{scope}.registry')
+    steps = [(step, registry.TRANSFORMS) for step in (pipeline or ())[1:]]
+    for step, kinds in [*steps, (preprocessor, registry.MODELS)]:
+        kind = step.get('type')
+        known = kinds.get(kind) if isinstance(kind, str) else kind
+        if kind in OTHER_UNITS or getattr(known, '__module__', '').split('.')[0] not in PACKAGES:
+            return False
+    return True

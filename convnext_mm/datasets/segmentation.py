@@ -16,6 +16,7 @@ from PIL import Image
 from .completion import dataset_registry, find_transforms
 from .findings import (
     Findings,
+    ImageFacts,
     failure_reason,
     map_in_threads,
     read_image_facts,
@@ -40,8 +41,7 @@ class ImageMaskPair(NamedTuple):
         mode: PIL's mode of the mask.
         pixel_counts: (mask value, label that training sees) → number of pixels; empty without a
             mask of one channel.
-        digest: Hash of the image file.
-        bands: Number of the image's bands.
+        facts: What was read from the image; None: it cannot be read.
     """
 
     image: str
@@ -52,8 +52,7 @@ class ImageMaskPair(NamedTuple):
     colors: list[tuple[int, ...]] = []  # noqa: RUF012
     mode: str = ''
     pixel_counts: dict[tuple[int, int], int] = {}  # noqa: RUF012
-    digest: str = ''
-    bands: int = 3
+    facts: ImageFacts | None = None
 
     @property
     def values(self) -> set[int]:
@@ -82,10 +81,9 @@ def inspect_dataset(config: dict, findings: Findings, sample: int | None, cfg: C
     pairs = list(map_in_threads(read, infos, f'Checking {findings.split}',
                                 show_progress=sample is None))
     findings.checked = len(pairs)
-    findings.digests = {pair.image: pair.digest for pair in pairs if pair.digest}
     _report_files(pairs, findings, list(cfg.get('palette') or ()))
-    findings.add_wrong_bands({pair.image: pair.bands for pair in pairs if not pair.image_error},
-                             cfg.get('model', {}).get('backbone', {}).get('in_chans', 3))
+    findings.add_images({pair.image: pair.facts for pair in pairs if pair.facts},
+                        config.get('pipeline'), cfg)
     _report_unused_files(prefix, dataset, findings, sample)
     backend = next((transform.get('imdecode_backend') for transform in find_transforms(
         config.get('pipeline'), 'LoadAnnotations')), None)
@@ -118,10 +116,8 @@ def _mask_loader(config: dict) -> Callable[[dict], np.ndarray] | None:
 def _read_pair(info: dict, load: ImageLoader, label: Callable[[dict], np.ndarray] | None
                ) -> ImageMaskPair:
     pair = ImageMaskPair(info['img_path'], info.get('seg_map_path') or '' if label else '')
-    size = None
     try:
-        size, bands, digest = read_image_facts(pair.image, load)
-        pair = pair._replace(digest=digest, bands=bands)
+        pair = pair._replace(facts=read_image_facts(pair.image, load))
     except Exception as error:  # decoders raise errors of any type
         pair = pair._replace(image_error=failure_reason(error))
     if label is None or not pair.mask:
@@ -133,8 +129,8 @@ def _read_pair(info: dict, load: ImageLoader, label: Callable[[dict], np.ndarray
         return pair._replace(mask_error=failure_reason(error))
     pair = pair._replace(mode=mode)
     mask_size = (labels.shape[1], labels.shape[0])
-    if size is not None and size != mask_size:
-        pair = pair._replace(sizes=(size, mask_size))
+    if pair.facts is not None and pair.facts.size != mask_size:
+        pair = pair._replace(sizes=(pair.facts.size, mask_size))
     if labels.ndim == 3:
         colors, counts = np.unique(labels.reshape(-1, labels.shape[2])[:, ::-1], axis=0,
                                    return_counts=True)

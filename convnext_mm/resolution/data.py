@@ -386,11 +386,13 @@ def _drop_loaders(steps: list) -> bool:
 
 
 NEED_COLORS = ('PhotoMetricDistortion', 'YOLOXHSVRandomAug', 'RGB2Gray', 'CLAHE')
-"""Transforms that work on three bands only."""
+"""Transforms that work on three bands of 8 bits only."""
 
 
 def in_chans_and_pipelines(edits: Edits) -> None:
     """Pipelines read and keep the bands of ``model.backbone.in_chans``.
+
+    All bits of them, if ``mean`` or ``std`` is beyond 8 bits: OpenCV keeps the highest 8 otherwise.
 
     Raises:
         UserError: The user's pipeline reads another number of bands, or changes colors.
@@ -398,29 +400,39 @@ def in_chans_and_pipelines(edits: Edits) -> None:
     bands = edits.get('model.backbone.in_chans', 3)
     if edits.get('model.backbone.type') != 'ConvNeXt' or not isinstance(bands, int):
         return
+    deep = any(isinstance(value, (int, float)) and value > 255 for key in ('mean', 'std')
+               for value in edits.get(f'model.data_preprocessor.{key}') or ())
     for path in PIPELINES:
         steps = edits.get(path)
         if not steps or steps[0].get('type') != 'LoadImageFromFile':
             continue
-        reads = dict(color=3, grayscale=1).get(steps[0].get('color_type', 'color'), bands)
-        if reads != bands:
-            if edits.was_set(f'{path}.0'):
+        in_8_bits = dict(color=3, grayscale=1)
+        color_type = steps[0].get('color_type', 'color')
+        reads, own = in_8_bits.get(color_type, bands), edits.was_set(f'{path}.0')
+        if reads != bands or (deep and color_type in in_8_bits and not own):
+            if own:
                 raise UserError(
                     f'{path}.0: LoadImageFromFile reads {reads} bands (color_type), but '
                     f'model.backbone.in_chans={bands}: set ' + (
                         "color_type='grayscale'" if bands == 1 else "color_type='color'"
                         if bands == 3 else "color_type='unchanged', imdecode_backend='tifffile'"))
-            steps[0].update(dict(color_type='grayscale') if bands == 1 else dict(
-                color_type='unchanged', imdecode_backend='tifffile', to_float32=True))
+            if bands == 1 and not deep:
+                steps[0].update(color_type='grayscale')
+            else:
+                steps[0].update(color_type='unchanged', to_float32=True)
+            if bands not in (1, 3):
+                steps[0]['imdecode_backend'] = 'tifffile'
             edits.note(f' read {bands} bands: ' + ', '.join(
                 f'{key}={value!r}' for key, value in steps[0].items() if key != 'type'), path)
         for i, step in reversed(list(enumerate(steps))):
-            if bands != 3 and step.get('type') in NEED_COLORS:
+            if (bands != 3 or deep) and step.get('type') in NEED_COLORS:
+                needs, has = ('3 bands', f'model.backbone.in_chans={bands}') if bands != 3 else (
+                    'values of 8 bits', 'mean and std of model.data_preprocessor exceed them')
                 if edits.was_set(path):
-                    raise UserError(f'{path}.{i}: {step["type"]} needs 3 bands, but model.backbone.'
-                                    f'in_chans={bands}: remove it')
+                    raise UserError(f'{path}.{i}: {step["type"]} needs {needs}, but {has}: remove '
+                                    'it')
                 steps.pop(i)
-                edits.note(f': without {step["type"]}, which needs 3 bands', path)
+                edits.note(f': without {step["type"]}, which needs {needs}', path)
 
 
 def imdecode_backend_and_packages(edits: Edits) -> None:

@@ -467,13 +467,81 @@ def test_images_of_16_bits_and_six_bands_are_read_by_the_pipeline(tmp_path):
     data = SegmentationData(tmp_path, extra="""reduce_zero_label = False
 img_suffix = '.tif'
 in_chans = 6
-model = dict(backbone=dict(init_cfg=None), data_preprocessor=dict(mean=[0.0], std=[1.0]))
+model = dict(backbone=dict(init_cfg=None), data_preprocessor=dict(mean=[3e4], std=[2e4]))
 """)
     for image in (tmp_path / 'images').glob('*/*.jpg'):
         tifffile.imwrite(image.with_suffix('.tif'),
                          RNG.integers(0, 60000, (30, 40, 6), dtype=np.uint16))
         image.unlink()
     assert data.problems() == []
+
+
+NORMALIZE = 'model = dict(data_preprocessor=dict(mean={}, std={}))\n'
+OTHER_UNITS = NORMALIZE.format([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+GRAY = 'in_chans = 1\n'
+DO_NOT_FIT = 'the values of the images do not fit'
+
+
+@pytest.mark.parametrize(('bits', 'extra', 'level', 'message', 'fix'), [
+    (8, '', '', '', ''), (8, GRAY, '', '', ''),
+    (8, OTHER_UNITS, 'error', rf'{DO_NOT_FIT}.*with mean=\[0.485, 0.456, 0.406\]',
+     r'0 to 255: write mean=\[123.7, 116.3, 103.5\] and std=\[58.4, 57.12, 57.38\]'),
+    (3, OTHER_UNITS, 'error', DO_NOT_FIT, '0 to 255'),
+    (3, '', 'warning', rf'{DO_NOT_FIT}.*a spread of \[0.0', r'have mean=\[3.\d+, 3'),
+    (8, NORMALIZE.format([0.0], [1.0]), 'warning', DO_NOT_FIT, r'have mean=\[1[23]\d'),
+    (8, NORMALIZE.format([1000.0] * 3, [50.0] * 3), 'error', DO_NOT_FIT, r'have mean=\[1[23]\d'),
+    (16, '', 'warning', 'more than 8 bits that the pipeline reads as 8', 'mean and std'),
+    (12, '', 'error', 'more than 8 bits that the pipeline reads as 8', "to_float32=True"),
+    (12, GRAY, 'error', 'more than 8 bits that the pipeline reads as 8', 'mean and std'),
+    (12, GRAY + NORMALIZE.format([2000.0], [1200.0]), '', '', ''),
+    (12, NORMALIZE.format([2000.0] * 3, [1200.0] * 3), '', '', ''),
+    (16, GRAY + NORMALIZE.format([300.0], [200.0]), 'error', DO_NOT_FIT, r'have mean=\[3\d{4}\]'),
+])
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+def test_values_that_do_not_fit_mean_and_std(tmp_path, task, bits, extra, level, message, fix):
+    if task == 'detection':
+        data, endings = DetectionData(tmp_path), '*/*.jpg'
+        for split in ('train', 'val'):
+            file = tmp_path / f'{split}.json'
+            file.write_text(file.read_text().replace('.jpg', '.png'))
+        with open(data.config, 'a') as config:
+            config.write(extra)
+    else:
+        data, endings = SegmentationData(tmp_path, extra=(
+            f"reduce_zero_label = False\nimg_suffix = '.png'\n{extra}")), 'images/*/*.jpg'
+    for image in tmp_path.glob(endings):
+        shape = mmcv.imread(image).shape[:2 if GRAY in extra else 3]
+        values = RNG.integers(0, 2**bits, shape, np.uint16 if bits > 8 else np.uint8)
+        mmcv.imwrite(values, str(image.with_suffix('.png')))
+        image.unlink()
+    problems = data.problems()
+    assert [problem.level for problem in problems] == [level] * 2 * bool(level)
+    for problem in problems:
+        assert re.search(message, problem.message)
+        assert re.search(fix, problem.fix)
+
+
+@pytest.mark.parametrize(('suffix', 'dtype', 'deep'), [
+    ('.png', np.uint8, False), ('.png', np.uint16, True), ('.tif', np.uint8, False),
+    ('.tif', np.uint16, True), ('.jpg', np.uint8, False)])
+@pytest.mark.parametrize('shape', [(8, 9), (8, 9, 3)])
+def test_files_whose_bits_are_lost(tmp_path, suffix, dtype, deep, shape):
+    path = str(tmp_path / f'a{suffix}')
+    mmcv.imwrite(np.full(shape, 200, dtype), path)
+    facts = findings.read_image_facts(path, mmcv.imread)
+    assert (facts.in_8_bits, facts.reduced) == (True, deep)
+    facts = findings.read_image_facts(path, lambda path: mmcv.imread(path, 'unchanged'))
+    assert (facts.in_8_bits, facts.reduced) == (not deep, False)
+    assert facts.mean.tolist() == [200] * (shape[2] if len(shape) > 2 else 1)
+
+
+def test_steps_of_ones_own_may_change_the_units(tmp_path):
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+             dict(type='Normalize', mean=[0.0] * 3, std=[255.0] * 3, to_rgb=False),
+             dict(type='PackSegInputs')]
+    extra = f'reduce_zero_label = False\n{OTHER_UNITS}'
+    pipelines = f'train_pipeline = {steps}\ntest_pipeline = {steps}\n'
+    assert SegmentationData(tmp_path, extra=extra + pipelines).problems() == []
 
 
 def test_invalid_json_and_an_evaluator_with_another_file(tmp_path):

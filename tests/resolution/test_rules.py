@@ -459,6 +459,22 @@ def test_gray_images_have_the_mean_of_the_recipe(resolved):
     assert cfg.train_dataloader.dataset.pipeline[0].color_type == 'grayscale'
 
 
+@pytest.mark.parametrize('bands', [1, 3])
+def test_mean_beyond_8_bits_reads_all_bits(bands, resolved):
+    cfg = resolved(f'in_chans = {bands}\n'
+                   'model = dict(data_preprocessor=dict(mean=[1200.0], std=[600.0]))')
+    for split in ('train', 'val', 'test'):
+        pipeline = cfg[f'{split}_dataloader'].dataset.pipeline
+        assert pipeline[0].to_dict() == dict(type='LoadImageFromFile', color_type='unchanged',
+                                             to_float32=True)
+        assert 'PhotoMetricDistortion' not in [step.type for step in pipeline]
+    with pytest.raises(UserError, match='pipeline.1: PhotoMetricDistortion needs '):
+        resolved(f'in_chans = {bands}\n'
+                 'model = dict(data_preprocessor=dict(mean=[1200.0], std=[600.0]))\n'
+                 "train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile', "
+                 "color_type='unchanged'), dict(type='PhotoMetricDistortion')]))")
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ("train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImageFromFile', "
      "color_type='grayscale')]))", r'pipeline.0: LoadImageFromFile reads 1 bands .*in_chans=3'),
