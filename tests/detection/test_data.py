@@ -81,6 +81,17 @@ def test_an_annotation_0_counts(tmp_path):
     assert evaluate(path, 'CocoMetric')['coco/bbox_mAP'] < 1
 
 
+@pytest.mark.parametrize('missing', [True, False])
+def test_objects_without_iscrowd_are_evaluated(tmp_path, missing):
+    content = annotations((0, 1, 2))
+    for one in content['annotations']:
+        one['iscrowd'] = None
+        if missing:
+            del one['iscrowd']
+    found = evaluate(write(tmp_path / 'a.json', content), 'convnext_mm.CocoMetric')
+    assert found['coco/bbox_mAP'] == 1
+
+
 def test_objects_without_a_polygon_are_ignored_as_in_training(tmp_path):
     content = annotations((0, 1, 2))
     content['annotations'][0]['segmentation'] = [[10, 10, 12, 12]]
