@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 
 from .. import checkpoints
 from ..checkpoints.hook import FitCheckpointHook
-from ..datasets import datasets_of_split, inspection
+from ..datasets import datasets_of_split, inspection, metrics_of_split
 from ..datasets.contact_sheet import draw_contact_sheet
 from ..datasets.findings import Findings, Problem
 from ..errors import UserError
@@ -256,7 +256,9 @@ def _use_tta(cfg: Config) -> None:
     if roi_head.get('mask_head'):
         print('--tta: evaluating boxes only, because mmdet cannot merge masks.')
         roi_head.update(mask_head=None, mask_roi_extractor=None)
-        cfg.test_evaluator.metric = ['bbox']
+        for metric in metrics_of_split(cfg, 'test'):
+            if 'segm' in metric.get('metric', ()):
+                metric.metric = ['bbox']
         # A test validates nothing; what was set for masks there would contradict the model.
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
@@ -273,9 +275,12 @@ def _dump_predictions(cfg: Config, out: str) -> Callable | None:
         UserError: The file name does not end in .pkl (mmdet).
     """
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.output_dir = str(out)
-        if cfg.test_evaluator.type == 'CityscapesMetric':  # it deletes them otherwise
-            cfg.test_evaluator.keep_results = True
+        metrics = metrics_of_split(cfg, 'test')
+        writer = next((one for one in metrics if one.type in ('IoUMetric', 'CityscapesMetric')),
+                      metrics[0])
+        writer.output_dir = str(out)
+        if writer.type == 'CityscapesMetric':  # it deletes them otherwise
+            writer.keep_results = True
         return None
     if not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: detections are written to one file, whose name must end '

@@ -403,7 +403,7 @@ def mask_head_and_metric(edits: Edits) -> None:
     """
     if edits.get('default_scope') != 'mmdet' or makes_masks(edits.get('model')):
         return
-    for path in ('val_evaluator', 'test_evaluator'):
+    for path in _metrics(edits):
         metric = edits.get(f'{path}.metric')
         kinds = [metric] if isinstance(metric, str) else list(metric or ())
         if 'segm' not in kinds:
@@ -490,6 +490,16 @@ def _heads(edits: Edits) -> Iterator[str]:
             if isinstance(head, dict) and head:
                 inner = '.kernel_generate_head' * ('kernel_generate_head' in head)
                 yield f'model.{key}' + f'.{i}' * listed + inner
+
+
+def _metrics(edits: Edits) -> Iterator[str]:
+    """Paths of the metrics of both evaluators, which may be lists."""
+    for path in ('val_evaluator', 'test_evaluator'):
+        evaluator = edits.get(path)
+        if isinstance(evaluator, (list, tuple)):
+            yield from (f'{path}.{i}' for i in range(len(evaluator)))
+        else:
+            yield path
 
 
 def _at(channels: list[int], indices: Any, path: str) -> list[int]:

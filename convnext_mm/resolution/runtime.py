@@ -166,9 +166,12 @@ def evaluator_and_save_best(edits: Edits) -> None:
     path = 'default_hooks.checkpoint.save_best'
     key = edits.get(path)
     names = metric_names(edits)
-    if not key or key == 'auto' or not names or key in names:
+    unknown = [one for one in ([key] if isinstance(key, str) else key or ())
+               if one != 'auto' and one not in (names or ())]
+    if not names or not unknown:
         return
-    if edits.is_set(path) and not ('segm' in key and edits.get('masks') is False):
+    if edits.is_set(path) and not (edits.get('masks') is False and all(
+            'segm' in one for one in unknown)):
         raise UserError(f'{path}={key!r}, but val_evaluator computes {", ".join(names)}: set one '
                         'of these')
     edits.put(path, names[0])

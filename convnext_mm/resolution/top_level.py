@@ -9,6 +9,7 @@ from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..utils import plain, suggest
 from .edits import PIPELINES, Edits, lookup, same
+from .runtime import metric_names
 
 RUNNER_KEYS = (
     'model', 'work_dir', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'train_cfg',
@@ -215,8 +216,10 @@ def _scale_of(state: dict[str, Any]) -> Any:
 def early_stopping_and_hooks(edits: Edits) -> None:
     """``early_stopping=N``: stop after N validations without a better metric.
 
+    The metric is that of ``save_best``; if this names none, the main one of ``val_evaluator``.
+
     Raises:
-        UserError: It is no whole number from 1 up.
+        UserError: It is no whole number from 1 up, or the metric is unknown.
     """
     patience = edits.get('early_stopping')
     if patience is None:
@@ -226,7 +229,13 @@ def early_stopping_and_hooks(edits: Edits) -> None:
                         'validations to wait for a better metric')
     hooks = list(edits.get('custom_hooks') or [])
     if not any(hook.get('type') == 'EarlyStoppingHook' for hook in hooks):
-        metric = edits.get('default_hooks.checkpoint.save_best')
+        best = edits.get('default_hooks.checkpoint.save_best')
+        metric = best if isinstance(best, str) else next(iter(best or ()), None)
+        if metric in (None, 'auto'):
+            metric = next(iter(metric_names(edits) or ()), None)
+        if metric is None:
+            raise UserError(f'early_stopping={patience} needs a metric of the validation: name it '
+                            "in default_hooks=dict(checkpoint=dict(save_best='…'))")
         edits.cfg.custom_hooks = [*hooks, dict(
             type='EarlyStoppingHook', monitor=metric, rule='greater', patience=patience)]
         edits.note(f'EarlyStoppingHook: stops after {patience} validations without a better '

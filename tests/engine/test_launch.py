@@ -351,3 +351,21 @@ def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path
         'train_dataloader.dataset.pipeline loads no masks: the model has no mask head']
     assert cfg.test_evaluator.metric == ['bbox']
     assert cfg.model.module.roi_head.mask_head is None
+
+
+def test_augmentation_reaches_every_evaluator_of_a_list(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\ntest_evaluator = [dict(type='CocoMetric', "
+                    "metric=['bbox', 'segm']), dict(type='DumpDetResults', out_file_path='a.pkl')]")
+    cfg = checks.read_config(str(path), {}, [])
+    launch._use_tta(cfg)
+    assert [one.get('metric') for one in cfg.test_evaluator] == [['bbox'], None]
+
+
+@pytest.mark.parametrize('kind', ['IoUMetric', 'CityscapesMetric'])
+def test_class_maps_are_written_by_one_evaluator_of_a_list(tmp_path, kind):
+    cfg = Config(dict(default_scope='mmseg', test_evaluator=[
+        dict(type='Mine'), dict(type=kind), dict(type='IoUMetric')]))
+    assert launch._dump_predictions(cfg, tmp_path) is None
+    assert [one.get('output_dir') for one in cfg.test_evaluator] == [None, str(tmp_path), None]
+    assert cfg.test_evaluator[1].get('keep_results', False) == (kind == 'CityscapesMetric')

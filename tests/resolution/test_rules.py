@@ -383,6 +383,28 @@ def test_the_best_checkpoint_is_chosen_by_what_is_computed(resolved):
     assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
 
 
+def test_the_best_by_several_metrics(resolved):
+    cfg = resolved("default_hooks = dict(checkpoint=dict(save_best=['mIoU', 'mAcc']))\n"
+                   'early_stopping = 2')
+    assert cfg.default_hooks.checkpoint.save_best == ['mIoU', 'mAcc']
+    assert cfg.custom_hooks[-1].monitor == 'mIoU'
+    with pytest.raises(UserError, match=r"save_best=\['mIoU', 'mDice'\], but .* computes mIoU"):
+        resolved("default_hooks = dict(checkpoint=dict(save_best=['mIoU', 'mDice']))")
+    cfg = resolved("masks = False\ndefault_hooks = dict(checkpoint=dict(save_best=["
+                   "'coco/bbox_mAP', 'coco/segm_mAP']))", DETECTION)
+    assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
+
+
+@pytest.mark.parametrize('best', ["'auto'", 'None'])
+@pytest.mark.parametrize(('recipe', 'monitor'), [
+    (SEGMENTATION, 'mIoU'), (DETECTION, 'coco/bbox_mAP')])
+def test_early_stopping_monitors_what_is_computed(best, recipe, monitor, resolved):
+    best = f'default_hooks = dict(checkpoint=dict(save_best={best}))\nearly_stopping = 2\n'
+    assert resolved(best, recipe).custom_hooks[-1].monitor == monitor
+    with pytest.raises(UserError, match="early_stopping=2 needs a metric .*save_best='…'"):
+        resolved(best + "val_evaluator = dict(_delete_=True, type='Mine')", recipe)
+
+
 def test_no_workers_are_not_kept(resolved):
     cfg = resolved('num_workers = 0')
     for split in ('train', 'val', 'test'):
@@ -547,6 +569,17 @@ def test_without_a_mask_head_there_are_no_masks(resolved):
     with pytest.raises(UserError, match='test_evaluator.metric=.*no mask head: set .*bbox'):
         resolved("model = dict(roi_head=dict(mask_head=None))\n"
                  "test_evaluator = dict(metric=['segm'])", DETECTION)
+
+
+def test_without_a_mask_head_no_evaluator_of_a_list_has_masks(resolved):
+    listed = ("val_evaluator = [dict(type='CocoMetric', metric=['bbox', 'segm']), "
+              "dict(type='CocoMetric', prefix='boxes', metric='bbox')]\n"
+              'test_evaluator = val_evaluator\n')
+    cfg = resolved(f'masks = False\n{listed}', DETECTION)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert [one.metric for one in evaluator] == [['bbox'], 'bbox']
+    with pytest.raises(UserError, match=r'val_evaluator\.0\.metric=.*no mask head: set .*bbox'):
+        resolved(f'model = dict(roi_head=dict(mask_head=None))\n{listed}', DETECTION)
 
 
 def test_a_metric_of_another_kind(resolved):
