@@ -59,12 +59,17 @@ def complete_config(cfg: Config) -> None:
     _set_num_classes(cfg, inherited)
 
 
-def follow_data_root(cfg: Config) -> None:
-    """Replace the recipe's ``data_root`` in every dataset and evaluator by the user's, in place."""
+def follow_data_root(cfg: Config, changed: Config | None = None) -> None:
+    """Replace the recipe's ``data_root`` in every dataset and evaluator by the user's, in place.
+
+    Args:
+        cfg: The user's config.
+        changed: The config to change; None: ``cfg``.
+    """
     if cfg.get('data_root') is not None:
         roots = {base.get('data_root') for base in inherited_configs(cfg.filename)}
         for root in roots - {None, cfg.data_root}:
-            replace_data_root(cfg, root, cfg.data_root)
+            replace_data_root(cfg if changed is None else changed, root, cfg.data_root)
 
 
 def replace_data_root(node: Any, old: str, new: str) -> None:
@@ -140,32 +145,54 @@ def _follow_validation(cfg: Config, inherited: Sequence[Config]) -> None:
 
     Only where the recipe tests on its validation data and evaluates with the dataset's file. The
     recipe is the farthest config with both: what lies between is the user's as well.
+
+    Raises:
+        UserError: Detections on several datasets would be compared with the file of one of them.
     """
     recipe = next((base for base in reversed(inherited)
                    if 'val_dataloader' in base and 'test_dataloader' in base), None)
     if recipe is None:
         return
-    (val, test), (old_val, old_test) = (
-        [next(iter(datasets_of_split(c, split)), {}) for split in ('val', 'test')]
-        for c in (cfg, recipe))
-    for key in val:
-        if (val[key] != old_val.get(key) and test
-                and test.get(key) == old_test.get(key) == old_val.get(key)):
-            test[key] = val[key]
+    recipe = deepcopy(recipe)
+    follow_data_root(cfg, recipe)
+    (vals, tests), (old_vals, old_tests) = (
+        [datasets_of_split(c, split) for split in ('val', 'test')] for c in (cfg, recipe))
+    if len(tests) == len(old_vals) == len(old_tests) == 1:
+        test, old_val, old_test = tests[0], old_vals[0], old_tests[0]
+
+        def follows(key: str) -> bool:
+            return test.get(key) == old_test.get(key) == old_val.get(key)
+        if len(vals) == 1:
+            for key, value in vals[0].items():
+                if value != old_val.get(key) and follows(key):
+                    test[key] = value
+        elif vals and all(map(follows, ('data_root', 'ann_file', 'data_prefix', 'indices'))):
+            cfg.test_dataloader.dataset = deepcopy(cfg.val_dataloader.dataset)
+            if not follows('pipeline'):
+                for dataset in datasets_of_split(cfg, 'test'):
+                    dataset['pipeline'] = deepcopy(test['pipeline'])
     val_evaluator, old_evaluator = cfg.get('val_evaluator'), recipe.get('val_evaluator')
     if (val_evaluator and val_evaluator != old_evaluator
             and cfg.get('test_evaluator') == recipe.get('test_evaluator') == old_evaluator):
         cfg.test_evaluator = deepcopy(val_evaluator)
     for split in ('val', 'test'):
-        dataset = next(iter(datasets_of_split(cfg, split)), {})
+        found = datasets_of_split(cfg, split)
+        files = list(dict.fromkeys(os.path.join(one.get('data_root') or '', one['ann_file'])
+                                   for one in found if one.get('ann_file')))
         old_file = next(iter(datasets_of_split(recipe, split)), {}).get('ann_file')
+        roots = {one.get('data_root') or '' for one in (cfg, *found, *inherited)}
+        old_files = {os.path.normpath(os.path.join(root, old_file)) for root in roots
+                     } if old_file else set()
         for metric in metrics_of_split(cfg, split):
-            path, root = metric.get('ann_file'), dataset.get('data_root') or ''
-            roots = {root, *(base.get('data_root') or '' for base in inherited)}
-            if path and old_file and dataset.get('ann_file') and any(
-                    os.path.normpath(path) == os.path.normpath(os.path.join(r, old_file))
-                    for r in roots):
-                metric['ann_file'] = os.path.join(root, dataset['ann_file'])
+            path = os.path.normpath(metric.get('ann_file') or '')
+            if len(files) > 1 and path in old_files | set(map(os.path.normpath, files)):
+                raise UserError(
+                    f'{split}_dataloader has {len(files)} annotation files, {", ".join(files)}, '
+                    f'but {split}_evaluator compares with one, in which the images of the others '
+                    'are missing or have the same ids. Join them to one file with unique ids, or '
+                    f'name one dataset in {split}_dataloader')
+            if files and path in old_files:
+                metric['ann_file'] = files[0]
 
 
 def _set_classes(cfg: Config, inherited: Sequence[Config]) -> None:

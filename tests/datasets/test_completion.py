@@ -213,6 +213,50 @@ train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=
     assert inner.metainfo.classes == ('road', 'car', 'sky')
 
 
+def test_settings_of_the_validation_hold_for_the_test(load):
+    cfg = load(DET + 'val_evaluator = dict(classwise=True)\n')
+    assert cfg.test_evaluator.to_dict() == cfg.val_evaluator.to_dict()
+    assert cfg.test_evaluator.classwise
+    assert cfg.test_evaluator.ann_file == 'data/mine/val.json'
+
+
+SEVERAL = """
+def named(name):
+    return dict(type='{}', {}, pipeline=_base_.val_dataloader.dataset.pipeline)
+val_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset',
+                                   datasets=[named('one'), named('two')]))
+del named
+"""
+SEVERAL_MASKS = SEVERAL.format(
+    'BaseSegDataset', "data_prefix=dict(img_path=f'{name}/i', seg_map_path=f'{name}/m')")
+SEVERAL_FILES = SEVERAL.format('CocoDataset', "ann_file=f'{name}.json', data_prefix=dict(img='b')")
+
+
+def test_several_sets_that_validate_are_tested(load):
+    cfg = load(SEG + SEVERAL_MASKS)
+    prefixes = [one.data_prefix.img_path for one in cfg.val_dataloader.dataset.datasets]
+    assert prefixes == ['one/i', 'two/i']
+    assert cfg.test_dataloader.dataset.to_dict() == cfg.val_dataloader.dataset.to_dict()
+    assert [one.metainfo.classes for one in cfg.test_dataloader.dataset.datasets] == [
+        ('road', 'car', 'sky')] * 2
+    steps = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    cfg = load(f"{SEG}{SEVERAL_MASKS}test_dataloader = dict(dataset=dict(pipeline={steps}))\n")
+    assert [one.pipeline for one in cfg.test_dataloader.dataset.datasets] == [steps] * 2
+    cfg = load(SEG + SEVERAL_MASKS
+               + "test_dataloader = dict(dataset=dict(data_prefix=dict(img_path='e')))\n")
+    assert cfg.test_dataloader.dataset.data_prefix.img_path == 'e', 'as set'
+
+
+def test_detections_on_several_sets_need_a_file_of_all(load):
+    for evaluator in ('', "val_evaluator = dict(ann_file='two.json')\n"):
+        with pytest.raises(UserError, match='val_dataloader has 2 annotation files, one.json, two'
+                                            '.json, but val_evaluator compares with one'):
+            load(DET + SEVERAL_FILES + evaluator)
+    cfg = load(DET + SEVERAL_FILES + "val_evaluator = dict(ann_file='all.json')\n")
+    assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == 'all.json'
+    assert cfg.test_dataloader.dataset.to_dict() == cfg.val_dataloader.dataset.to_dict()
+
+
 def test_paths_that_only_begin_like_the_root_stay(load):
     cfg = load(DET + "val_evaluator = dict(ann_file='data/coco_small/v.json')\n")
     assert cfg.val_evaluator.ann_file == 'data/coco_small/v.json'
