@@ -258,7 +258,7 @@ def _use_tta(cfg: Config) -> None:
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         for metric in metrics_of_split(cfg, 'test'):
             if 'segm' in metric.get('metric', ()):
-                metric.metric = ['bbox']
+                metric['metric'] = ['bbox']
         # A test validates nothing; what was set for masks there would contradict the model.
         cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
     cfg.model = ConfigDict(**deepcopy(cfg.tta_model), module=cfg.model)
@@ -276,11 +276,11 @@ def _dump_predictions(cfg: Config, out: str) -> Callable | None:
     """
     if cfg.default_scope == 'mmseg':
         metrics = metrics_of_split(cfg, 'test')
-        writer = next((one for one in metrics if one.type in ('IoUMetric', 'CityscapesMetric')),
-                      metrics[0])
-        writer.output_dir = str(out)
-        if writer.type == 'CityscapesMetric':  # it deletes them otherwise
-            writer.keep_results = True
+        writer = next((one for one in metrics
+                       if one['type'] in ('IoUMetric', 'CityscapesMetric')), metrics[0])
+        writer['output_dir'] = str(out)
+        if writer['type'] == 'CityscapesMetric':  # it deletes them otherwise
+            writer['keep_results'] = True
         return None
     if not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out {out}: detections are written to one file, whose name must end '
