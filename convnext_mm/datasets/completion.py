@@ -86,21 +86,34 @@ def replace_data_root(node: Any, old: str, new: str) -> None:
                 node[key] = os.path.join(new, value[len(old):].lstrip('/'))
 
 
-def unwrap_datasets(dataset: Any) -> Iterator[dict]:
-    """The dataset configs inside wrappers such as RepeatDataset and ConcatDataset."""
+def wrapped_datasets(dataset: Any, path: str) -> Iterator[dict[str, dict]]:
+    """Each dataset config, and those of wrappers such as RepeatDataset around it.
+
+    Yields:
+        {path: config}, the innermost first, in the order in which an image passes their pipelines.
+    """
     if not isinstance(dataset, dict):
         return
-    inner = dataset.get('dataset') or dataset.get('datasets')
+    key = 'dataset' if dataset.get('dataset') else 'datasets'
+    inner: Any = dataset.get(key)
     if inner is None:
-        yield dataset
-    for one in inner if isinstance(inner, (list, tuple)) else [inner]:
-        yield from unwrap_datasets(one)
+        yield {path: dataset}
+    listed = isinstance(inner, (list, tuple))
+    for i, one in enumerate(inner if listed else [inner]):
+        for chain in wrapped_datasets(one, f'{path}.{key}' + f'.{i}' * listed):
+            yield {**chain, path: dataset}
+
+
+def wrapped_datasets_of_split(cfg: Config | dict, split: str) -> list[dict[str, dict]]:
+    """The :func:`wrapped_datasets` of 'train', 'val' or 'test'."""
+    loader = cfg.get(f'{split}_dataloader')
+    return list(wrapped_datasets(loader.get('dataset') if loader else None,
+                                 f'{split}_dataloader.dataset'))
 
 
 def datasets_of_split(cfg: Config, split: str) -> list[dict]:
     """The dataset configs of 'train', 'val' or 'test', without wrappers."""
-    loader = cfg.get(f'{split}_dataloader')
-    return list(unwrap_datasets(loader.get('dataset') if loader else None))
+    return [next(iter(chain.values())) for chain in wrapped_datasets_of_split(cfg, split)]
 
 
 def metrics_of_split(cfg: Config, split: str) -> list[dict]:

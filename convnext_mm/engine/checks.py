@@ -20,8 +20,9 @@ from ..datasets.findings import CHECK_COMMAND
 from ..errors import UserError
 from ..inputs import find_config, unreadable_config
 from ..migration.parsing import old_keys
-from ..resolution import resolve
+from ..resolution import batches, resolve
 from ..resolution.mmpretrain import needed_imports
+from ..resolution.model import norms_of_one_value, processes
 from ..resolution.schedule import run_length
 from ..runs import resuming
 from ..utils import describe, is_first_process, suggest
@@ -204,28 +205,63 @@ def check_data_sample(cfg: Config, splits: tuple[str, ...], sample: int = 16) ->
 
 
 def check_batches(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check that images which share a batch in validation or testing have one size (mmseg).
+    """Check that images which share a batch have one size, and that no batch is too small (mmseg).
+
+    Images of training are padded, to one size only if they are not larger.
 
     Raises:
-        UserError: They do not; names two of them.
+        UserError: They do not, and names two of them; see also :func:`check_last_batch`.
     """
-    for split in splits:
+    for split in splits if cfg.get('default_scope') == 'mmseg' else ():
         batch = (cfg.get(f'{split}_dataloader') or {}).get('batch_size', 1)
-        if cfg.get('default_scope') != 'mmseg' or split == 'train' or batch == 1:
+        least: Any = (0, 0)
+        if split == 'train':
+            check_last_batch(cfg)
+            least = (cfg.model.get('data_preprocessor') or {}).get('size')
+        if batch == 1 or least is None:
             continue
         sizes: dict[tuple[int, int], str] = {}
-        for dataset in datasets.datasets_of_split(cfg, split):
-            resize = next(find_transforms(dataset.get('pipeline'), 'Resize'), {})
-            scale = resize.get('scale')
-            if scale and not resize.get('keep_ratio'):
-                continue
+        for dataset, steps in batches.steps_of_split(cfg, split):
+            changes = list(batches.resizing(steps))
+            scale = changes[0].get('scale') if changes else None
+            if changes and (len(changes) > 1 or changes[0]['type'] != 'Resize' or not (
+                    scale and changes[0].get('keep_ratio'))):
+                continue  # to one size, or a random one
             for path, size in inspection.image_sizes(dataset):
-                resized = rescale_size(size, tuple(scale)) if scale else size
-                sizes.setdefault(resized, path)
+                width, height = rescale_size(size, tuple(scale)) if scale else size
+                sizes.setdefault((max(width, least[1]), max(height, least[0])), path)
         if len(sizes) > 1:
             named = ', '.join(f'{path} ({w}×{h})' for (w, h), path in list(sizes.items())[:2])
-            raise UserError(f'{split}_dataloader.batch_size={batch}, but images have different '
-                            f'sizes: {named}. Set {split}_dataloader.batch_size=1')
+            raise UserError(
+                f'{split}_dataloader.batch_size={batch}, but images have different sizes: {named}. '
+                + (f'Set {split}_dataloader.batch_size=1' if split != 'train' else
+                   'Set model.data_preprocessor.size_divisor=32 instead of size, which pads them '
+                   'to the largest of a batch, or crop them (RandomCrop)'))
+
+
+def check_last_batch(cfg: Config) -> None:
+    """Leave out the last batch of an epoch if it is one image, on which a head cannot train.
+
+    Raises:
+        UserError: ``drop_last=False`` keeps it, or there is no other batch.
+    """
+    loader = cfg.get('train_dataloader') or {}
+    batch = loader.get('batch_size', 1)
+    reason = next((reason for reason, _ in norms_of_one_value(cfg)), None)
+    if reason is None or batch == 1 or loader.get('drop_last') or loader.get('batch_sampler') or (
+            (loader.get('sampler') or {}).get('type') == 'InfiniteSampler'):
+        return
+    count = len(datasets.dataset_registry('mmseg').build(dict(loader['dataset'], _scope_='mmseg')))
+    own = -(-count // processes())
+    if own % batch != 1:
+        return
+    message = (f'train_dataloader has {count} images, {batch} in a batch: the last batch of an '
+               f'epoch is one image, but {reason}')
+    if 'drop_last' in loader or own == 1:
+        raise UserError(f'{message}. Set train_dataloader.drop_last=True, or another batch_size')
+    loader['drop_last'] = True
+    if is_first_process():
+        print(f'{message}. It is left out (train_dataloader.drop_last=True)')
 
 
 def check_weights(cfg: Config, training: bool) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mmengine.config import Config
 
-from . import data, mmpretrain, model, runtime, schedule, signatures, top_level
+from . import batches, data, mmpretrain, model, runtime, schedule, signatures, top_level
 from .edits import Edits, history_of
 
 RULES: tuple[Callable[[Edits], None], ...] = (
@@ -22,6 +22,9 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     runtime.pretrained_and_init_cfg,
     top_level.scale_and_pipelines,
     top_level.crop_size_and_pipeline,
+    batches.size_and_size_divisor,
+    batches.images_and_padding,
+    batches.window_and_stride,
     runtime.test_pipeline_and_tta_pipeline,
     data.in_chans_and_pipelines,
     data.imdecode_backend_and_packages,

@@ -26,7 +26,7 @@ from ..datasets.segmentation import describe_first_masks
 from ..datasets.splitting import split_coco, split_names
 from ..errors import UserError
 from ..utils import require_package
-from .edits import PIPELINES, Edits, is_path_variable, lookup, same
+from .edits import Edits, is_path_variable, lookup, same
 
 SPLITS = ('train', 'val', 'test')
 
@@ -402,13 +402,14 @@ def in_chans_and_pipelines(edits: Edits) -> None:
         return
     deep = any(isinstance(value, (int, float)) and value > 255 for key in ('mean', 'std')
                for value in edits.get(f'model.data_preprocessor.{key}') or ())
-    for path in PIPELINES:
-        steps = edits.get(path)
+    for path in (*edits.pipelines(*SPLITS), 'tta_pipeline'):
+        steps, before = edits.get(path), edits.recipes_pipeline(path)
         if not steps or steps[0].get('type') != 'LoadImageFromFile':
             continue
         in_8_bits = dict(color=3, grayscale=1)
         color_type = steps[0].get('color_type', 'color')
-        reads, own = in_8_bits.get(color_type, bands), edits.was_set(f'{path}.0')
+        reads = in_8_bits.get(color_type, bands)
+        own = not same(steps[0], lookup(before, '0'))
         if reads != bands or (deep and color_type in in_8_bits and not own):
             if own:
                 raise UserError(
@@ -428,7 +429,7 @@ def in_chans_and_pipelines(edits: Edits) -> None:
             if (bands != 3 or deep) and step.get('type') in NEED_COLORS:
                 needs, has = ('3 bands', f'model.backbone.in_chans={bands}') if bands != 3 else (
                     'values of 8 bits', 'mean and std of model.data_preprocessor exceed them')
-                if edits.was_set(path):
+                if not same(lookup(edits.history[0], path), before):
                     raise UserError(f'{path}.{i}: {step["type"]} needs {needs}, but {has}: remove '
                                     'it')
                 steps.pop(i)
@@ -442,7 +443,7 @@ def imdecode_backend_and_packages(edits: Edits) -> None:
         UserError: It is not, and how to install it.
     """
     packages = dict(tifffile='tifffile', turbojpeg='PyTurboJPEG')
-    for path in PIPELINES:
+    for path in (*edits.pipelines(*SPLITS), 'tta_pipeline'):
         for step in find_transforms(edits.get(path), 'LoadImageFromFile'):
             backend = step.get('imdecode_backend')
             if backend in packages:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from mmengine.config import Config
 
 from ..bases import PACKAGES, inherited_configs, without_completion
+from ..datasets.completion import wrapped_datasets_of_split
 from ..errors import UserError
 from ..inputs import config_folder
 from ..utils import plain
@@ -22,9 +23,6 @@ HERE = Path(__file__).resolve().parent.parent
 RECIPE_FOLDERS = [
     folder.resolve() for folder in (HERE.parent / 'configs', HERE / '.mim' / 'configs')
     if folder.is_dir()]
-
-PIPELINES = (*(f'{split}_dataloader.dataset.pipeline' for split in ('train', 'val', 'test')),
-             'tta_pipeline')
 
 
 class State(NamedTuple):
@@ -87,6 +85,19 @@ class Edits:
                 break
             state += 1
         return state
+
+    def pipelines(self, *splits: str) -> list[str]:
+        """Paths of the pipelines of 'train', 'val' and 'test', also inside wrapped datasets."""
+        return list(dict.fromkeys(
+            f'{path}.pipeline' for split in splits
+            for chain in wrapped_datasets_of_split(self.cfg, split)
+            for path, dataset in chain.items() if dataset.get('pipeline')))
+
+    def recipes_pipeline(self, path: str) -> list[dict[str, Any]]:
+        """The recipe's pipeline at a path, also where the user has wrapped its dataset since."""
+        split = path.partition('.')[0]
+        return self.inherited(path) or (
+            self.inherited(f'{split}.dataset.pipeline') if '.' in path else None) or []
 
     def put(self, path: str, value: Any) -> None:
         """Set a value that follows from another."""

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from mmengine.config import Config
 
 from ..archs import Arch
 from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import PIPELINES, Edits, is_path_variable, nodes
+from .edits import Edits, is_path_variable, lookup, nodes
 from .signatures import find_class
+from .top_level import pair
 
 
 class Maps(NamedTuple):
@@ -63,7 +65,7 @@ def arch_and_layer_scale(edits: Edits) -> None:
 
 def head_type_and_in_channels(edits: Edits) -> None:
     """A head of one map that replaces a head of several reads the last of them."""
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         head, before = edits.get(path), edits.inherited(path) or {}
         if head.get('type') == before.get('type') or head.get('input_transform') or edits.was_set(
                 f'{path}.in_channels') or edits.was_set(f'{path}.in_index'):
@@ -91,7 +93,7 @@ def out_indices_and_in_index(edits: Edits) -> None:
     if maps is None or edits.get('model.neck') or not edits.was_set('model.backbone.out_indices'):
         return
     before = backbone_maps(edits.inherited('model.backbone'))
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         index = edits.get(f'{path}.in_index')
         if edits.was_set(f'{path}.in_index') or edits.was_set(f'{path}.in_channels'):
             continue
@@ -147,7 +149,7 @@ def backbone_and_in_channels(edits: Edits) -> None:
         if edits.get(f'{path}.in_channels') is not None:
             edits.follow(f'{path}.in_channels', maps.channels, 'model.backbone', 'channels')
         return
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         head = edits.get(path)
         index, own = head.get('in_index', -1), head.get('in_channels')
         if isinstance(own, (list, tuple)):
@@ -200,7 +202,7 @@ def backbone_maps_and_heads(edits: Edits) -> None:
         return
     count = len(maps.stages)
     used: set[int] = set()
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         index, own = edits.get(f'{path}.in_index', -1), edits.get(f'{path}.in_channels')
         if isinstance(index, (list, tuple)):
             used |= {i % count for i in index}
@@ -219,7 +221,7 @@ def backbone_maps_and_heads(edits: Edits) -> None:
     given = list(backbone.get('out_indices') or range(count))
     kept = sorted(used)
     edits.put('model.backbone.out_indices', [given[i] for i in kept])
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         index = edits.get(f'{path}.in_index', -1)
         if isinstance(index, (list, tuple)):
             edits.put(f'{path}.in_index', [kept.index(i % count) for i in index])
@@ -284,7 +286,7 @@ def num_classes_and_out_channels(edits: Edits) -> None:
     Raises:
         UserError: One channel with a softmax, which has nothing to learn.
     """
-    for path in _heads(edits):
+    for path in _heads(edits.cfg):
         head = edits.get(path)
         if head.get('out_channels') != 1:
             continue
@@ -389,7 +391,7 @@ def masks_and_mask_head(edits: Edits) -> None:
             roi_head[key] = None
     if edits.get('model.data_preprocessor.pad_mask'):
         edits.put('model.data_preprocessor.pad_mask', False)
-    for path in PIPELINES:
+    for path in (*edits.pipelines('train', 'val', 'test'), 'tta_pipeline'):
         for loader in find_transforms(edits.get(path), 'LoadAnnotations'):
             if loader.get('with_mask'):
                 loader['with_mask'] = False
@@ -444,27 +446,37 @@ def batch_size_and_norm(edits: Edits) -> None:
     """
     if edits.get('default_scope') != 'mmseg' or edits.get('train_dataloader.batch_size') != 1:
         return
-    processes = max(int(os.environ.get(name, 1)) for name in (
+    for reason, norm in norms_of_one_value(edits.cfg):
+        raise UserError(
+            f'train_dataloader.batch_size=1, but {reason}: set batch_size=2 or more, or '
+            "norm_cfg=dict(type='GN', num_groups=32)" + (
+                ', or train with several GPUs' if 'Sync' in norm else ''))
+
+
+def processes() -> int:
+    """How many processes train, as their launcher says."""
+    return max(int(os.environ.get(name, 1)) for name in (
         'WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE'))
-    for path in _heads(edits):
-        head = edits.get(path)
+
+
+def norms_of_one_value(cfg: Config) -> Iterator[tuple[str, str]]:
+    """Heads whose batch norm cannot train on one image: what they do, and the norm."""
+    for path in _heads(cfg):
+        head = lookup(cfg, path)
         norm = (head.get('norm_cfg') or {}).get('type', '')
         pools = 1 in (head.get('pool_scales') or (1,)) and (
             'pool_scales' in head or any(name in head['type'] for name in ('PSP', 'UPer', 'ASPP')))
         if pools and norm in ('BN', 'BN2d', 'SyncBN', 'MMSyncBN') and not (
-                'Sync' in norm and processes > 1 and torch.cuda.is_available()):
-            raise UserError(
-                f'train_dataloader.batch_size=1, but {path} ({head["type"]}) pools an image to one '
-                f'pixel, of which {norm} has nothing to normalize: set batch_size=2 or more, or '
-                "norm_cfg=dict(type='GN', num_groups=32)" + (
-                    ', or train with several GPUs' if 'Sync' in norm else ''))
+                'Sync' in norm and processes() > 1 and torch.cuda.is_available()):
+            yield (f'{path} ({head["type"]}) pools an image to one pixel, of which {norm} has '
+                   'nothing to normalize', norm)
 
 
 def test_cfg_and_mode(edits: Edits) -> None:
-    """A segmentor is tested on whole images or in windows of a size.
+    """A segmentor is tested on whole images, or in windows of a size that cover them.
 
     Raises:
-        UserError: Another mode, or windows without size and stride.
+        UserError: Another mode, or windows without size and stride, or with a gap between them.
     """
     test_cfg = edits.get('model.test_cfg')
     if edits.get('default_scope') != 'mmseg' or not isinstance(test_cfg, dict):
@@ -476,15 +488,20 @@ def test_cfg_and_mode(edits: Edits) -> None:
     if mode == 'slide' and missing:
         raise UserError(f"model.test_cfg.mode='slide' needs {' and '.join(missing)} of its "
                         'windows, such as crop_size=(512, 512), stride=(341, 341)')
+    size, stride = (pair(f'model.test_cfg.{key}', test_cfg[key])
+                    for key in ('crop_size', 'stride')) if mode == 'slide' else ((1, 1), (1, 1))
+    if any(step > side for step, side in zip(stride, size, strict=True)):
+        raise UserError(f'model.test_cfg.stride={stride}, but windows have crop_size={size}: no '
+                        'window covers the pixels between them. Set a stride of at most crop_size')
 
 
-def _heads(edits: Edits) -> Iterator[str]:
+def _heads(cfg: Config) -> Iterator[str]:
     """Paths of the segmentation heads that read the backbone's maps.
 
     In a head of K-Net, the one that makes its first kernels does (Zhang et al., arXiv:2106.14855).
     """
     for key in ('decode_head', 'auxiliary_head'):
-        heads = edits.get(f'model.{key}')
+        heads = lookup(cfg, f'model.{key}')
         listed = isinstance(heads, (list, tuple))
         for i, head in enumerate(heads if listed else [heads]):
             if isinstance(head, dict) and head:

@@ -1,14 +1,15 @@
 """Names at the top of a config: short ways to set what stands deep inside, and misspelt keys."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 from ..datasets import DATA_KEYS
-from ..datasets.completion import find_transforms
+from ..datasets.completion import find_transforms, wrapped_datasets_of_split
 from ..errors import UserError
 from ..utils import plain, suggest
-from .edits import PIPELINES, Edits, lookup, same
+from .edits import Edits, lookup, same
 from .runtime import metric_names
 
 RUNNER_KEYS = (
@@ -83,7 +84,7 @@ def short_names_and_settings(edits: Edits) -> None:
         value = edits.get(name)
         if value is None or not edits.is_set(name):
             continue
-        for path in paths:
+        for path in _inside_datasets(edits, paths):
             parent = path.rpartition('.')[0]
             if not isinstance(edits.get(parent), dict):
                 if name == 'seed' and edits.get(parent) is None:
@@ -108,55 +109,38 @@ def short_names_and_settings(edits: Edits) -> None:
                 edits.note(f'={_short(value)} follows {name}', path)
 
 
-def crop_size_and_pipeline(edits: Edits) -> None:
-    """Crop, preprocessor and sliding window have one size: ``crop_size``, (height, width).
+def _inside_datasets(edits: Edits, paths: tuple[str, ...]) -> Iterator[str]:
+    """The paths; those of a dataset that is a wrapper are in each dataset inside."""
+    for path in paths:
+        split, dataset, key = path.partition('_dataloader.dataset.')
+        if not dataset:
+            yield path
+        for chain in wrapped_datasets_of_split(edits.cfg, split) if dataset else ():
+            yield f'{next(iter(chain))}.{key}'
 
-    Without ``crop_size``, that of the training pipeline. The stride of the window keeps its share.
+
+def crop_size_and_pipeline(edits: Edits) -> None:
+    """``crop_size``, (height, width), reaches every crop of the training's images.
 
     Raises:
-        UserError: The user has set other sizes.
+        UserError: The user has set another crop.
     """
-    if edits.get('default_scope') != 'mmseg' or not edits.recipe:
+    if edits.get('default_scope') != 'mmseg' or not edits.recipe or not edits.is_set('crop_size'):
         return
-    steps = [(f'train_dataloader.dataset.pipeline.{i}', step) for i, step in enumerate(
-        edits.get('train_dataloader.dataset.pipeline') or ()) if step['type'] == 'RandomCrop']
-    chosen = edits.get('crop_size') if edits.is_set('crop_size') else None
-    if chosen is not None:
-        chosen = _pair('crop_size', chosen)
-        for path, step in steps:
-            if not same(step.get('crop_size'), chosen):
-                before = [one.get('crop_size') for one in
-                          edits.inherited('train_dataloader.dataset.pipeline') or ()
-                          if one['type'] == 'RandomCrop']
-                newer = edits.set_in('crop_size') < edits.set_in(
-                    'train_dataloader.dataset.pipeline')
-                if not newer and not any(same(step.get('crop_size'), one) for one in before):
-                    raise UserError(f'crop_size={chosen} contradicts {path}.crop_size='
-                                    f'{step.get("crop_size")}: remove one of them')
-                step['crop_size'] = chosen
-                edits.note(f'={chosen} follows crop_size', f'{path}.crop_size')
-    size = chosen or (tuple(steps[-1][1]['crop_size']) if steps and isinstance(
-        steps[-1][1].get('crop_size'), (list, tuple)) else None)
-    if size is None:
-        return
-    for path in ('model.data_preprocessor.size', 'model.test_cfg.crop_size'):
-        value = edits.get(path)
-        if value is None or same(value, size) or (
-                path.startswith('model.test_cfg') and edits.get('model.test_cfg.mode') != 'slide'):
-            continue
-        if edits.is_set(path) and not (chosen and edits.set_in('crop_size') < edits.set_in(path)):
-            if path.endswith('.size'):
-                raise UserError(f'{path}={tuple(value)}, but images are cropped to {size} '
-                                f'(RandomCrop): set {path}={size}, or crop to {tuple(value)}')
-            continue
-        if path.startswith('model.test_cfg') and not edits.is_set('model.test_cfg.stride'):
-            stride = edits.get('model.test_cfg.stride')
-            if stride:
-                edits.put('model.test_cfg.stride', tuple(
-                    max(1, one * new // old) for one, new, old in zip(
-                        stride, size, value, strict=True)))
-        edits.put(path, size)
-        edits.note(f'={size} follows the crop of training', path)
+    chosen = pair('crop_size', edits.get('crop_size'))
+    for path in edits.pipelines('train'):
+        before = [one.get('crop_size') for one in edits.recipes_pipeline(path)
+                  if one['type'] == 'RandomCrop']
+        for i, step in enumerate(edits.get(path)):
+            if step['type'] != 'RandomCrop' or pair(
+                    f'{path}.{i}.crop_size', step.get('crop_size')) == chosen:
+                continue
+            newer = edits.set_in('crop_size') < edits.set_in(path)
+            if not newer and not any(same(step.get('crop_size'), one) for one in before):
+                raise UserError(f'crop_size={chosen} contradicts {path}.{i}.crop_size='
+                                f'{step.get("crop_size")}: remove one of them')
+            step['crop_size'] = chosen
+            edits.note(f'={chosen} follows crop_size', f'{path}.{i}.crop_size')
 
 
 def scale_and_pipelines(edits: Edits) -> None:
@@ -174,7 +158,7 @@ def scale_and_pipelines(edits: Edits) -> None:
                         'detector sees whole images, whose size is scale=(width, height)')
     if edits.get('scale') is None or not edits.is_set('scale') or not edits.recipe:
         return
-    scale = _pair('scale', edits.get('scale'))
+    scale = pair('scale', edits.get('scale'))
     # The recipe, and the config that this scale was set on, which may have pipelines of its own.
     written = [(state, old) for state in (
         edits.recipe, edits.history[min(edits.set_in('scale') + 1, len(edits.history) - 1)])
@@ -184,13 +168,13 @@ def scale_and_pipelines(edits: Edits) -> None:
         return tuple(max(1, round(one * end(scale) / end(old))) for one, end in zip(
             pair, (min, max) if pair[0] <= pair[1] else (max, min), strict=True))
     # A segmentor's tta_pipeline is derived from its test pipeline.
-    for path in PIPELINES if detector else PIPELINES[:-1]:
+    for path in (*edits.pipelines('train', 'val', 'test'), *['tta_pipeline'] * detector):
         for kind in ('Resize', 'RandomResize'):
             for step in find_transforms(edits.get(path), kind):
                 if any(same(step.get('scale'), old) for _, old in written):
                     step['scale'] = scale
                     edits.note(f' scale images to {scale}', path)
-        if not detector or edits.was_set(path):
+        if not detector or not same(lookup(edits.history[0], path), edits.recipes_pipeline(path)):
             continue
         for kind, key in (('RandomChoiceResize', 'scales'), ('RandomCrop', 'crop_size')):
             before = [(list(find_transforms(lookup(state, place), kind)), old)
@@ -269,9 +253,14 @@ def log_to_and_vis_backends(edits: Edits) -> None:
     edits.cfg.visualizer.vis_backends = backends
 
 
-def _pair(name: str, value: Any) -> tuple[int, int]:
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """Two sizes; a number is both.
+
+    Raises:
+        UserError: It is neither.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
-        return value, value
+        value = value, value
     if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(
             isinstance(one, int) and one > 0 for one in value):
         raise UserError(f'{name}={value!r} must be two whole numbers, such as {name}=(512, 512)')

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 
 from convnext_mm import UserError
 from convnext_mm.engine import cfg_options, checks
@@ -178,3 +179,53 @@ def test_only_unknown_structures_are_not_checked(monkeypatch, capsys):
     error = UserError('a mistake')
     with pytest.raises(UserError, match='a mistake'):
         checks.check_data_sample(cfg, ('train',))
+
+
+def training(folder, sizes: list[tuple[int, int]], text: str) -> Config:
+    """The config of a segmentor that trains on images of these sizes, by epochs."""
+    for name in ('images', 'masks'):
+        (folder / name).mkdir()
+        for i, (width, height) in enumerate(sizes):
+            Image.new('L', (width, height)).save(folder / name / f'{i}.png')
+    (folder / 'mine.py').write_text(f"""_base_ = '{ROOT / SEGMENTATION}'
+data_root, classes, reduce_zero_label = '{folder}', ('a', 'b'), False
+train_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+                  dict(type='PackSegInputs')]
+train_dataloader = dict(dataset=dict(img_suffix='.png', data_prefix=dict(
+    img_path='images', seg_map_path='masks')))
+{text}""")
+    return checks.read_config(str(folder / 'mine.py'), notes=[])
+
+
+def test_images_of_training_have_one_size(tmp_path):
+    """Where they are padded to one."""
+    cfg = training(tmp_path, [(500, 100), (40, 512), (600, 300), (300, 700)],
+                   'model = dict(data_preprocessor=dict(size=(512, 500)))')
+    with pytest.raises(UserError, match=(
+            r'(?s)train_dataloader.batch_size=2, but images have different sizes: .*0.png \(500×512'
+            r'\), .*2.png \(600×512\). Set model.data_preprocessor.size_divisor=32 instead')):
+        checks.check_batches(cfg, ('train',))
+    cfg.model.data_preprocessor.size = (700, 600)
+    checks.check_batches(cfg, ('train',))
+
+
+EPOCHS = """train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=5)
+param_scheduler = []
+"""
+
+
+@pytest.mark.parametrize(('count', 'loader', 'left_out'), [
+    (5, '', True), (4, '', None), (5, ', batch_size=3', None), (5, ', drop_last=False', 'refused'),
+    (1, '', 'refused')])
+def test_a_last_batch_of_one_image(count, loader, left_out, tmp_path, capsys):
+    cfg = training(tmp_path, [(64, 64)] * count, EPOCHS + (
+        f"train_dataloader['sampler'] = dict(type='DefaultSampler')\n"
+        f'train_dataloader.update(dict({loader[2:]}))'))
+    if left_out == 'refused':
+        with pytest.raises(UserError, match=f'has {count} images, 2 in a batch: the last.* one'):
+            checks.check_batches(cfg, ('train',))
+        return
+    checks.check_batches(cfg, ('train',))
+    assert cfg.train_dataloader.get('drop_last') is left_out
+    assert ('It is left out (train_dataloader.drop_last=True)' in capsys.readouterr().out) == bool(
+        left_out)

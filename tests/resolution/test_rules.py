@@ -606,10 +606,100 @@ def test_batch_norm_of_one_value(norm, resolved):
     resolved("batch_size = 1\nnorm_cfg = dict(type='GN', num_groups=32)")
 
 
+OWN = """[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True),
+    {}, dict(type='PackSegInputs')]
+"""
+WRAPPED = """train_dataloader = dict(dataset=dict(
+    _delete_=True, type='RepeatDataset', times=2, dataset=dict(
+        type='ADE20KDataset', data_root='data/ade/ADEChallengeData2016', data_prefix=dict(
+            img_path='images/training', seg_map_path='annotations/training'){})))
+"""
+
+
+@pytest.mark.parametrize(('step', 'size', 'stride'), [
+    ("dict(type='RandomCrop', crop_size=256)", (256, 256), (170, 170)),
+    ("dict(type='Resize', scale=(512, 256))", (256, 512), (170, 341)),
+    ("dict(type='Resize', scale=128, keep_ratio=True)", (128, 128), (85, 85)),
+    ("dict(type='RandomCrop', crop_size=(64, 64)), dict(type='Resize', scale=(256, 256))",
+     (256, 256), (170, 170))])
+def test_padding_and_window_have_the_size_of_the_images(step, size, stride, resolved):
+    for text in ('train_pipeline = ' + OWN.format(step),
+                 WRAPPED.format(', pipeline=' + OWN.format(step))):
+        cfg = resolved(text)
+        assert cfg.model.data_preprocessor.size == cfg.model.test_cfg.crop_size == size
+        assert cfg.model.test_cfg.stride == stride
+
+
+@pytest.mark.parametrize('step', [
+    "dict(type='RandomFlip', prob=0.5)", "dict(type='Resize', scale=(2048, 512), keep_ratio=True)",
+    "dict(type='RandomChoice', transforms=[[dict(type='RandomCrop', crop_size=(64, 64))]])"])
+def test_images_of_no_one_size_are_padded_to_the_largest_of_a_batch(step, resolved):
+    cfg = resolved('train_pipeline = ' + OWN.format(step))
+    assert 'size' not in cfg.model.data_preprocessor
+    assert cfg.model.data_preprocessor.size_divisor == 32
+    assert cfg.model.test_cfg.crop_size == (512, 512)
+    assert resolved.notes[-1] == ('model.data_preprocessor.size_divisor=32 instead of size: the '
+                                  'images of training have no one size')
+
+
+def test_what_is_set_at_the_top_reaches_wrapped_datasets(resolved, tmp_path):
+    wrapped = WRAPPED.format(', pipeline=_base_.train_pipeline')
+    cfg = resolved(f'crop_size = (256, 256)\nscale = (1024, 256)\nin_chans = 1\n{wrapped}')
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.dataset.pipeline}
+    assert steps['RandomCrop'].crop_size == cfg.model.data_preprocessor.size == (256, 256)
+    assert steps['RandomResize'].scale == (1024, 256)
+    assert steps['LoadImageFromFile'].color_type == 'grayscale'
+    assert 'PhotoMetricDistortion' not in steps
+    crop = OWN.format("dict(type='RandomCrop', crop_size=(64, 64))")
+    cfg = resolved(f'train_pipeline = {crop}' + WRAPPED.format(''))
+    assert cfg.train_dataloader.dataset.dataset.pipeline[2].crop_size == (64, 64)
+    resolved(wrapped, name='parent.py')
+    cfg = resolved(f"dataset_type = 'CityscapesDataset'\ntrain_pipeline = {crop}",
+                   str(tmp_path / 'parent.py'))
+    dataset = cfg.train_dataloader.dataset
+    assert (dataset.type, dataset.dataset.type) == ('RepeatDataset', 'CityscapesDataset')
+    assert cfg.model.data_preprocessor.size == dataset.dataset.pipeline[2].crop_size == (64, 64)
+
+
+def test_a_detectors_scale_reaches_wrapped_datasets(resolved):
+    cfg = resolved("""scale = (667, 400)
+train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[dict(
+    type='CocoDataset', data_root='data/coco/', ann_file='annotations/instances_train2017.json',
+    data_prefix=dict(img='train2017/'), pipeline=_base_.train_pipeline)]))""", DETECTION)
+    first, _ = cfg.train_dataloader.dataset.datasets[0].pipeline[3].transforms
+    assert first[0].scales[-1] == (400, 667)
+
+
+def test_images_are_padded_to_a_size_or_to_a_multiple(resolved, tmp_path):
+    cfg = resolved('model = dict(data_preprocessor=dict(size_divisor=64))')
+    assert 'size' not in cfg.model.data_preprocessor
+    assert cfg.model.data_preprocessor.size_divisor == 64
+    resolved('model = dict(data_preprocessor=dict(test_cfg=dict(size=(64, 64))))', name='first.py')
+    cfg = resolved('model = dict(data_preprocessor=dict(test_cfg=dict(size_divisor=64)))',
+                   str(tmp_path / 'first.py'))
+    assert cfg.model.data_preprocessor.test_cfg.to_dict() == dict(size_divisor=64)
+    assert cfg.model.data_preprocessor.size == (512, 512)
+
+
+def test_the_stride_keeps_its_share_of_the_window(resolved):
+    test_cfg = resolved('model = dict(test_cfg=dict(crop_size=(256, 384)))').model.test_cfg
+    assert (test_cfg.crop_size, test_cfg.stride) == ((256, 384), (170, 255))
+    test_cfg = resolved('model = dict(test_cfg=dict(crop_size=(256, 384), stride=(256, 9)))'
+                        ).model.test_cfg
+    assert test_cfg.stride == (256, 9)
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ("model = dict(test_cfg=dict(mode='all'))", "mode='all' must be 'whole' or 'slide'"),
     ("model = dict(test_cfg=dict(_delete_=True, mode='slide', stride=(9, 9)))",
      "mode='slide' needs crop_size"),
+    ('model = dict(test_cfg=dict(crop_size=(256, 600), stride=(200, 601)))',
+     r'stride=\(200, 601\), but windows have crop_size=\(256, 600\): no window covers'),
+    ('model = dict(test_cfg=dict(stride=341.5))', r'test_cfg\.stride=341\.5 must be two whole'),
+    ('model = dict(data_preprocessor=dict(size=(64, 64), size_divisor=32))',
+     r'data_preprocessor has size=\(64, 64\) and size_divisor=32, but .* one of them'),
+    ('train_pipeline = ' + OWN.format("dict(type='RandomCrop', crop_size=0)"),
+     r'crop_size=.* must be two whole numbers'),
     ("val_evaluator = dict(iou_metrics=['mIou'])", "IoUMetric has no 'mIou'. Did you mean mIoU"),
     ('train_dataloader = dict(batch_sise=4)', "no argument 'batch_sise'. Did you mean batch_size"),
     ("custom_hooks = [dict(type='EMAHok')]", "type='EMAHok' is no registered class. Did.*EMAHook"),
