@@ -5,7 +5,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..utils import plain
+from .data import default_argument
 from .edits import Edits, lookup, same
+from .signatures import find_class
 
 LENGTHS = ('begin', 'end', 'milestones', 'step_size', 'T_max', 'total_iters', 'total_steps')
 """Settings of mmengine's schedulers that count iterations or epochs."""
@@ -13,8 +15,11 @@ LENGTHS = ('begin', 'end', 'milestones', 'step_size', 'T_max', 'total_iters', 't
 
 def run_length(train_cfg: dict[str, Any] | None) -> tuple[int, bool] | None:
     """How long a run is, and whether that counts epochs; None: it does not say."""
-    for key, by_epoch in (('max_iters', False), ('max_epochs', True)):
-        value = (train_cfg or {}).get(key)
+    train_cfg = train_cfg or {}
+    # A file's own type stands beside the length of the recipe's until that is dropped.
+    first = 'Epoch' in str(train_cfg.get('type'))
+    for by_epoch in (first, not first):
+        value = train_cfg.get('max_epochs' if by_epoch else 'max_iters')
         if isinstance(value, int):
             return value, by_epoch
     return None
@@ -32,7 +37,7 @@ def train_cfg_and_param_scheduler(edits: Edits) -> None:
     new = run_length(edits.get('train_cfg'))
     if new is None:
         return
-    unit = 'epochs' if new[1] else 'iterations'
+    unit = _unit(new)
     followed: list[str] = []
     before = ''
     for path in ('param_scheduler', 'train_cfg.val_interval', 'default_hooks.checkpoint.interval'):
@@ -42,14 +47,13 @@ def train_cfg_and_param_scheduler(edits: Edits) -> None:
         old = _length_in(edits, edits.history[state])
         if not value or old is None or old == new:
             continue
-        if old[1] != new[1]:
-            if path != 'param_scheduler':
-                continue
+        if old[1] != new[1] and path == 'param_scheduler':
             raise UserError(
                 f'train_cfg trains for {new[0]} {unit}, but param_scheduler was made for {old[0]} '
-                f'{"epochs" if old[1] else "iterations"}: set train_cfg.'
+                f'{_unit(old)}: set train_cfg.'
                 f'{"max_epochs" if old[1] else "max_iters"}, or your own param_scheduler')
-        share, before = new[0] / old[0], f'{old[0]}'
+        share = new[0] / old[0]
+        before = f'{old[0]}' if old[1] == new[1] else f'{old[0]} {_unit(old)}'
         if path == 'param_scheduler':
             schedule = plain(value if isinstance(value, (list, tuple)) else [value])
             edits.cfg.param_scheduler = [scaled(one, share, new) for one in schedule]
@@ -59,6 +63,10 @@ def train_cfg_and_param_scheduler(edits: Edits) -> None:
             followed.append(f'{path}={edits.get(path)}')
     if followed:
         edits.note(f'{new[0]} {unit} instead of {before}, scaled with it: {", ".join(followed)}')
+
+
+def _unit(length: tuple[int, bool]) -> str:
+    return 'epochs' if length[1] else 'iterations'
 
 
 def _length_in(edits: Edits, state: dict[str, Any]) -> tuple[int, bool] | None:
@@ -102,10 +110,10 @@ def train_cfg_and_warm_up(edits: Edits) -> None:
             is made for a run of another length.
     """
     length = run_length(edits.get('train_cfg'))
-    schedule = edits.get('param_scheduler')
-    if length is None or not schedule:
+    schedule = _schedulers(edits)
+    if length is None:
         return
-    for one in schedule if isinstance(schedule, (list, tuple)) else [schedule]:
+    for one in schedule:
         by_epoch = one.get('by_epoch', True)
         end = one.get('end')
         if by_epoch != length[1] or not isinstance(end, int):
@@ -125,6 +133,78 @@ def train_cfg_and_warm_up(edits: Edits) -> None:
             raise UserError(
                 f'param_scheduler: {one["type"]} has milestones={list(one["milestones"])}, but the '
                 f'run ends at {length[0]} (train_cfg) before the first: set milestones below it')
+
+
+def train_loop_and_hooks(edits: Edits) -> None:
+    """Hooks count what the loop counts: in another unit, a checkpoint would come at the end only.
+    """
+    new, old = (run_length(one) for one in (edits.get('train_cfg'), edits.inherited('train_cfg')))
+    if new is None or old is None or new[1] == old[1]:
+        return
+    for place, key in (('default_hooks.checkpoint', 'by_epoch'), ('log_processor', 'by_epoch'),
+                       ('default_hooks.logger', 'log_metric_by_epoch')):
+        path = f'{place}.{key}'
+        if edits.get(place) and edits.get(path, True) != new[1] and (
+                edits.set_in(path) == len(edits.history) - 1):
+            edits.put(path, new[1])
+            edits.note(f'={new[1]}: train_cfg counts {_unit(new)}', path)
+
+
+def train_loop_and_by_epoch(edits: Edits) -> None:
+    """A schedule in a run of iterations counts iterations: no epoch ends before the run does.
+
+    Raises:
+        UserError: It counts epochs, as mmengine's do by default.
+    """
+    length = run_length(edits.get('train_cfg'))
+    if length is None or length[1]:
+        return
+    for one in _schedulers(edits):
+        kind = find_class(edits.get('default_scope'), 'PARAM_SCHEDULERS', one['type'])
+        if one.get('by_epoch', default_argument(kind, 'by_epoch')) is not True or one.get(
+                'convert_to_iter_based') or 'Plateau' in str(one['type']) or (
+                one['type'] == 'ConstantLR' and one.get('factor') == 1):
+            continue
+        raise UserError(
+            f'param_scheduler: {one["type"]} counts epochs, but train_cfg trains for {length[0]} '
+            'iterations, in which none ends: the learning rate would stay as it is. Write '
+            f'by_epoch=False, and its {", ".join(key for key in LENGTHS if key in one) or "end"} '
+            'in iterations')
+
+
+def train_cfg_and_end_of_schedule(edits: Edits) -> None:
+    """A schedule that ends at a rate of nearly 0 ends when the run does.
+
+    Raises:
+        UserError: It ends before 95% of the run.
+    """
+    length = run_length(edits.get('train_cfg'))
+    if length is None:
+        return
+    last = max((one for one in _schedulers(edits) if str(one['type']).endswith('LR')
+                and one.get('by_epoch', True) == length[1]), key=_end, default=None)
+    if last is None or _end(last) >= 0.95 * length[0]:
+        return
+    rate = edits.get('optim_wrapper.optimizer.lr') or 1.0
+    left = dict(OneCycleLR=0.0, LinearLR=last.get('end_factor', 1.0), **dict.fromkeys(
+        ('PolyLR', 'CosineAnnealingLR'),
+        last.get('eta_min_ratio') or (last.get('eta_min') or 0.0) / rate)).get(last['type'], 1.0)
+    if left < 0.01:
+        raise UserError(
+            f'param_scheduler: {last["type"]} ends at {_end(last)}, but the run at {length[0]} '
+            f'{_unit(length)} (train_cfg), and between them the learning rate would stay at '
+            f'{left * rate:g}: set end={length[0]}, or train for {_end(last)} {_unit(length)}')
+
+
+def _schedulers(edits: Edits) -> list[dict[str, Any]]:
+    schedule = edits.get('param_scheduler') or ()
+    listed = schedule if isinstance(schedule, (list, tuple)) else [schedule]
+    return [one for one in listed if one.get('type')]  # not the lists of several optimizers
+
+
+def _end(scheduler: dict[str, Any]) -> int:
+    """Where a scheduler ends, in its own unit."""
+    return scheduler.get('total_steps') or scheduler.get('end') or 10**9
 
 
 def train_loop_and_sampler(edits: Edits) -> None:
@@ -151,11 +231,10 @@ def param_scheduler_and_layer_decay(edits: Edits) -> None:
     Raises:
         UserError: It gives all groups one absolute rate, which undoes layer-wise decay.
     """
-    schedule = edits.get('param_scheduler') or ()
     constructor = edits.get('optim_wrapper.constructor')
     if constructor != 'LearningRateDecayOptimizerConstructor':
         return
-    for one in schedule if isinstance(schedule, (list, tuple)) else [schedule]:
+    for one in _schedulers(edits):
         for key, instead in (('eta_max', 'total_steps and a LinearLR warm-up with PolyLR'),
                              ('eta_min', 'eta_min_ratio')):
             value = one.get(key)

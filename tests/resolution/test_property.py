@@ -53,7 +53,7 @@ BOTH: dict[str, list[Any]] = {
     'optim_wrapper.paramwise_cfg.decay_rate': [0.7, 1.0, 0.0, 2.0],
     'optim_wrapper.paramwise_cfg.num_layers': [12, 'auto', 5],
     'optim_wrapper.paramwise_cfg.decay_type': ['layer_wise', 'stage_wise', 'all'],
-    'param_scheduler': [[], [{'type': 'PolyLR', 'by_epoch': False, 'end': 9}],
+    'param_scheduler': [[], [{'type': 'PolyLR', 'by_epoch': False, 'end': 20}],
                         [{'type': 'OneCycleLR', 'eta_max': 1e-3, 'total_steps': 9}],
                         [{'type': 'CosineAnnealingLR', 'by_epoch': False, 'T_max': 90,
                           'eta_min': 1e-5}]],

@@ -144,13 +144,60 @@ def test_the_demo_is_shortened_from_the_command_line(options):
     ("train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=50)\n"
      "train_dataloader = dict(sampler=dict(type='DefaultSampler'))", SEGMENTATION,
      'trains for 50 epochs, but param_scheduler was made for 160000 iterations'),
-    ("param_scheduler = [dict(type='OneCycleLR', eta_max=1e-4, total_steps=9, by_epoch=False)]",
+    ("param_scheduler = [dict(type='PolyLR', power=0.9, begin=0, end=160000)]", SEGMENTATION,
+     'PolyLR counts epochs, but train_cfg trains for 160000 iterations.*Write by_epoch=False'),
+    ("param_scheduler = [dict(type='MultiStepLR', milestones=[9])]", SEGMENTATION,
+     'MultiStepLR counts epochs.*its milestones in iterations'),
+    ("param_scheduler = [dict(type='PolyLR', by_epoch=False, begin=0, end=40000)]", SEGMENTATION,
+     'PolyLR ends at 40000, but the run at 160000 iterations .* stay at 0: set end=160000, or'),
+    ("param_scheduler = [dict(type='LinearLR', by_epoch=False, start_factor=0.1, end=500),\n"
+     "    dict(type='CosineAnnealingLR', begin=0, end=10, eta_min_ratio=0.001)]", DETECTION,
+     'CosineAnnealingLR ends at 10, but the run at 36 epochs'),
+    ("param_scheduler = [dict(type='OneCycleLR', eta_max=1e-4, total_steps=160000, "
+     'by_epoch=False)]',
      SEGMENTATION, 'OneCycleLR has eta_max=0.0001, one rate for all parameter groups'),
     ("param_scheduler = [dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=False, end=160000)]",
      SEGMENTATION, 'eta_min=1e-06, .* use eta_min_ratio')])
 def test_schedules_that_do_not_fit(text, recipe, message, resolved):
     with pytest.raises(UserError, match=message):
         resolved(text, recipe)
+
+
+@pytest.mark.parametrize('schedule', [
+    "dict(type='MultiStepLR', by_epoch=False, end=100, milestones=[50])",
+    "dict(type='PolyLR', by_epoch=False, end=90), dict(type='ConstantLR', factor=1, end=100, "
+    'by_epoch=False)',
+    "dict(type='PolyLR', by_epoch=False, end=152000)", "dict(type='ConstantLR', factor=1.0)",
+    "dict(type='PolyLR', end=9, convert_to_iter_based=True)",
+    "dict(type='ReduceOnPlateauLR', monitor='mIoU')"])
+def test_schedules_that_are_meant(schedule, resolved):
+    assert len(resolved(f'param_scheduler = [{schedule}]').param_scheduler) == len(
+        schedule.split('type')) - 1
+
+
+ITERATIONS = """train_cfg = dict(
+    _delete_=True, type='IterBasedTrainLoop', max_iters=90000, val_interval=5000)
+param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[60000, 80000])]
+"""
+
+
+def test_hooks_count_what_the_loop_counts(resolved):
+    cfg = resolved(ITERATIONS, DETECTION)
+    checkpoint = cfg.default_hooks.checkpoint
+    assert (checkpoint.by_epoch, checkpoint.interval) == (False, 90000 // 36)
+    assert (cfg.log_processor.by_epoch, cfg.default_hooks.logger.log_metric_by_epoch) == (
+        False, False)
+    assert resolved.notes[0] == ('90000 iterations instead of 36 epochs, scaled with it: '
+                                 'default_hooks.checkpoint.interval=2500')
+    cfg = resolved("""train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=50)
+train_dataloader = dict(sampler=dict(type='DefaultSampler'))
+param_scheduler = [dict(type='PolyLR', end=50)]""")
+    checkpoint = cfg.default_hooks.checkpoint
+    assert (checkpoint.by_epoch, checkpoint.interval, cfg.train_cfg.val_interval) == (True, 5, 5)
+    assert cfg.log_processor.by_epoch is cfg.default_hooks.logger.log_metric_by_epoch is True
+    own = 'default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))'
+    checkpoint = resolved(ITERATIONS + own, DETECTION).default_hooks.checkpoint
+    assert (checkpoint.by_epoch, checkpoint.interval) == (True, 1)
 
 
 # ---- the model
