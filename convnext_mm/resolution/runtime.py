@@ -7,7 +7,9 @@ from typing import Any
 from ..errors import UserError
 from ..precision import check_dtype
 from ..utils import plain, require_package, suggest
+from .batches import resizing
 from .edits import Edits
+from .top_level import pair
 
 
 def model_in_dtype_and_base(edits: Edits) -> None:
@@ -85,37 +87,50 @@ def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
     """Test-time augmentation loads and resizes images as the test pipeline does.
 
     The recipe's augmentations are put around the user's steps, and its scales are relative to the
-    user's scale.
+    user's: to its scale, or to the size of the images. Sizes of another transform stay as they are.
     """
-    if edits.get('default_scope') != 'mmseg' or edits.is_set('tta_pipeline'):
-        return
     pipeline, tta = edits.get('test_dataloader.dataset.pipeline'), edits.get('tta_pipeline')
     before = edits.inherited('test_dataloader.dataset.pipeline')
-    if not pipeline or not tta or not before or plain(pipeline) == plain(before):
+    if edits.is_set('tta_pipeline') or not pipeline or not tta or not before or (
+            plain(pipeline) == plain(before)):
         return
-    split = next((i for i, step in enumerate(pipeline) if step['type'] == 'Resize'), None)
-    pack = next((i for i, step in enumerate(pipeline) if step['type'] == 'PackSegInputs'), None)
     augment = next((step for step in tta if step['type'] == 'TestTimeAug'), None)
-    if split is None or pack is None or augment is None or 'scale' not in pipeline[split]:
+    old = next((step.get('scale') for step in before if step['type'] == 'Resize'), None)
+    if augment is None or old is None:
         return
-    old_scale = next((step['scale'] for step in before if step['type'] == 'Resize'), None)
-    if old_scale is None:
-        return
-    scale, resize = pipeline[split]['scale'], pipeline[split]
+    pack = next((i for i, step in enumerate(pipeline) if str(step['type']).startswith('Pack')),
+                len(pipeline))
+    resizes = list(resizing(pipeline[:pack]))
+    own = resizes[0] if [step['type'] for step in resizes] == ['Resize'] else None
+    split = pipeline.index(own) if own else 1
+    packs = [deepcopy(pipeline[pack:pack + 1])]
     groups: list[list[dict[str, Any]]] = []
     for group in augment['transforms']:
         kinds = {step['type'] for step in group}
         if kinds == {'Resize'}:
-            groups.append([dict(resize, scale=tuple(
-                max(1, round(size * step['scale'][0] / old_scale[0])) for size in scale))
-                for step in group])
+            if own or not resizes:
+                groups.append([_resize(own, step, old) for step in group])
+        elif kinds == {'PackDetInputs'}:
+            packs = [deepcopy(group)]  # with what the merge needs to know of a flip
         elif kinds not in ({'LoadAnnotations'}, {'PackSegInputs'}):
             groups.append(deepcopy(group))
-    after = [deepcopy(step) for step in pipeline[split + 1:pack]]
-    groups += [[step] for step in after] + [[deepcopy(pipeline[pack])]]
-    edits.cfg.tta_pipeline = [*deepcopy(pipeline[:split]),
-                              dict(type='TestTimeAug', transforms=groups)]
+    groups += [[deepcopy(step)] for step in pipeline[split + bool(own):pack]]
+    edits.cfg.tta_pipeline = [*deepcopy(pipeline[:split]), dict(
+        type='TestTimeAug', transforms=[*groups, *(one for one in packs if one)])]
     edits.note('tta_pipeline follows the test pipeline')
+
+
+def _resize(own: dict[str, Any] | None, recipes: dict[str, Any], old: Any) -> dict[str, Any]:
+    """The user's Resize, or one of the image's own size, in the ratio of the recipe's to its test.
+    """
+    ratio = recipes['scale'][0] / old[0] if 'scale' in recipes else recipes['scale_factor']
+    if own and 'scale' in own:
+        return dict(own, scale=tuple(max(1, round(size * ratio)) for size in pair(
+            'Resize: scale', own['scale'])))
+    own = own or {key: value for key, value in recipes.items() if key != 'scale'}
+    factor = own.get('scale_factor') or 1.0
+    return dict(own, scale_factor=tuple(one * ratio for one in factor) if isinstance(
+        factor, (list, tuple)) else factor * ratio)
 
 
 def dataloader_and_evaluator(edits: Edits) -> None:

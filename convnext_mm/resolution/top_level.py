@@ -167,8 +167,7 @@ def scale_and_pipelines(edits: Edits) -> None:
     def scaled(pair: Any, old: Any) -> tuple[int, int]:
         return tuple(max(1, round(one * end(scale) / end(old))) for one, end in zip(
             pair, (min, max) if pair[0] <= pair[1] else (max, min), strict=True))
-    # A segmentor's tta_pipeline is derived from its test pipeline.
-    for path in (*edits.pipelines('train', 'val', 'test'), *['tta_pipeline'] * detector):
+    for path in edits.pipelines('train', 'val', 'test'):  # tta_pipeline follows that of the test
         for kind in ('Resize', 'RandomResize'):
             for step in find_transforms(edits.get(path), kind):
                 if any(same(step.get('scale'), old) for _, old in written):

@@ -817,6 +817,39 @@ def test_a_scale_reaches_the_pipelines_of_the_config_that_it_is_set_on(resolved)
     assert cfg.train_dataloader.dataset.pipeline[0].scale == (99, 99), "the user's own"
 
 
+@pytest.mark.parametrize(('step', 'resizes'), [
+    ('', [dict(scale_factor=0.5), dict(scale_factor=0.75)]),
+    ("dict(type='Resize', scale_factor=(0.5, 1.0), keep_ratio=True), ",
+     [dict(scale_factor=(0.25, 0.5)), dict(scale_factor=(0.375, 0.75))]),
+    ("dict(type='ResizeShortestEdge', scale=64, max_size=99), ", None)])
+def test_augmentations_of_a_test_are_relative_to_its_size(step, resizes, resolved):
+    cfg = resolved(f"test_pipeline = [dict(type='LoadImageFromFile'), {step}"
+                   "dict(type='LoadAnnotations', reduce_zero_label=True), "
+                   "dict(type='PackSegInputs')]")
+    groups = cfg.tta_pipeline[1].transforms
+    if resizes is None:
+        assert [group[0].type for group in groups] == [
+            'RandomFlip', 'ResizeShortestEdge', 'LoadAnnotations', 'PackSegInputs']
+        return
+    assert [one.to_dict() for one in groups[0][:2]] == [
+        dict(one, type='Resize', keep_ratio=True) for one in resizes]
+    assert [group[0].type for group in groups[1:]] == [
+        'RandomFlip', 'LoadAnnotations', 'PackSegInputs']
+
+
+def test_augmentations_of_a_detectors_test(resolved):
+    cfg = resolved("""test_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='Resize', scale=(640, 640), keep_ratio=True),
+    dict(type='Pad', size_divisor=32), dict(type='PackDetInputs', meta_keys=('img_id',))]""",
+                   DETECTION)
+    groups = cfg.tta_pipeline[1].transforms
+    assert groups[0][0].scale == (640, 640)
+    assert [group[0].type for group in groups] == ['Resize', 'RandomFlip', 'Pad', 'PackDetInputs']
+    assert 'flip' in groups[-1][0].meta_keys
+    assert resolved('scale = (667, 400)', DETECTION).tta_pipeline[1].transforms[0][0].scale == (
+        667, 400)
+
+
 # ---- parts that follow each other
 
 
