@@ -8,8 +8,7 @@ from mmengine.config import Config
 
 from ..datasets.completion import wrapped_datasets_of_split
 from ..errors import UserError
-from .edits import Edits, nodes, same
-from .top_level import pair
+from .edits import Edits, nodes, pair, same
 
 DIVISOR = 32
 """What sides are padded to a multiple of, where images have no one size: a coarsest map's pixel."""

@@ -266,3 +266,17 @@ def recipe_names(folder: Path) -> frozenset[str]:
 
 def plain_copy(cfg: Config) -> dict[str, Any]:
     return deepcopy(cfg._cfg_dict.to_dict())
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """Two sizes; a number is both.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = value, value
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(
+            isinstance(one, int) and one > 0 for one in value):
+        raise UserError(f'{name}={value!r} must be two whole numbers, such as {name}=(512, 512)')
+    return tuple(value)

@@ -15,9 +15,8 @@ from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import Edits, is_path_variable, lookup, nodes
+from .edits import Edits, is_path_variable, lookup, nodes, pair
 from .signatures import find_class
-from .top_level import pair
 
 
 class Maps(NamedTuple):

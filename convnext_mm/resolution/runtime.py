@@ -8,8 +8,7 @@ from ..errors import UserError
 from ..precision import check_dtype
 from ..utils import plain, require_package, suggest
 from .batches import resizing
-from .edits import Edits
-from .top_level import pair
+from .edits import Edits, pair
 
 
 def model_in_dtype_and_base(edits: Edits) -> None:

@@ -9,7 +9,7 @@ from ..datasets import DATA_KEYS
 from ..datasets.completion import find_transforms, wrapped_datasets_of_split
 from ..errors import UserError
 from ..utils import plain, suggest
-from .edits import Edits, lookup, same
+from .edits import Edits, lookup, pair, same
 from .runtime import metric_names
 
 RUNNER_KEYS = (
@@ -250,20 +250,6 @@ def log_to_and_vis_backends(edits: Edits) -> None:
             backends.append(dict(type=LOG_TO[name]))
             edits.note(f'{LOG_TO[name]}: scalars also go to {name}')
     edits.cfg.visualizer.vis_backends = backends
-
-
-def pair(name: str, value: Any) -> tuple[int, int]:
-    """Two sizes; a number is both.
-
-    Raises:
-        UserError: It is neither.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = value, value
-    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(
-            isinstance(one, int) and one > 0 for one in value):
-        raise UserError(f'{name}={value!r} must be two whole numbers, such as {name}=(512, 512)')
-    return tuple(value)
 
 
 def _is_used(edits: Edits, name: str, value: Any) -> bool:
