@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -135,28 +136,78 @@ def _build_schedulers(cfg: Config, optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def _run_once(cfg: Config, model: Any) -> nn.Module:
     """Run the parts of a model that need no data samples, so that their sizes must agree."""
-    model.eval()
-    device = next(model.parameters()).device
-    size = cfg.model.get('data_preprocessor', {}).get('size') or (64, 64)
-    backbone: Any = getattr(model, 'backbone', None)
-    if not isinstance(backbone, ConvNeXt) or not hasattr(model, 'extract_feat'):
-        return model.train()
-    bands = cfg.model.backbone.get('in_chans', 3)
-    features = model.extract_feat(torch.zeros(2, bands, *size, device=device))
-    for name in ('decode_head', 'auxiliary_head', 'rpn_head'):
-        for head in _as_list(getattr(model, name, None)):
-            head(features)
-    for kind in ('bbox', 'mask'):
-        run_roi_heads(model, kind, 2, device)
+    with suppress(NotImplementedError):  # an operator that this device does not have
+        _run_parts(cfg, model.eval(), next(model.parameters()).device)
     return model.train()
 
 
+def _run_parts(cfg: Config, model: Any, device: torch.device) -> None:
+    """Run backbone, neck and heads.
+
+    Raises:
+        ValueError: Neck or head does not fit the maps that it gets.
+        NotImplementedError: The device has no such operator.
+    """
+    backbone, bands = getattr(model, 'backbone', None), cfg.model.get('backbone') or {}
+    if backbone is None or not _takes_one_argument(getattr(model, 'extract_feat', None)):
+        return
+    size = (cfg.model.get('data_preprocessor') or {}).get('size') or (
+        (64, 64) if device.type == 'cpu' else (512, 512))
+    images = torch.zeros(2, bands.get('in_chans', bands.get('in_channels', 3)), *size,
+                         device=device)
+    try:
+        maps = backbone(images)
+    except Exception:  # such as another's of a fixed size, or with operators of CUDA
+        if isinstance(backbone, ConvNeXt):
+            raise
+        return
+    with _naming('neck', maps):
+        features = model.extract_feat(images)
+    for name in ('decode_head', 'auxiliary_head', 'rpn_head'):
+        for head in _as_list(getattr(model, name, None)):
+            if _takes_one_argument(head.forward):
+                with _naming(name, features):
+                    head(features)
+    for kind in ('bbox', 'mask'):
+        run_roi_heads(model, kind, 2, device)
+
+
+@contextmanager
+def _naming(part: str, maps: Any) -> Iterator[None]:
+    """Let an error name the part of the model, and the maps that it gets."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        if 'implementation for device' in str(error):  # of mmcv's operators
+            raise NotImplementedError(str(error)) from error
+        channels = [one.shape[1] for one in maps
+                    if isinstance(one, torch.Tensor) and one.dim() > 1]
+        raise ValueError(f'model.{part} does not fit maps of {channels} channels, see its '
+                         f'in_channels and in_index ({describe(error)})') from error
+
+
+def _takes_one_argument(method: Any) -> bool:
+    """Whether a method can be called with maps or images alone."""
+    return callable(method) and sum(
+        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        for one in inspect.signature(method).parameters.values()) == 1
+
+
 def run_roi_heads(model: Any, kind: str, rois: int, device: torch.device) -> None:
-    """Run each 'bbox' or 'mask' head of a detector on maps of ``rois`` RoIs, without RoIAlign."""
+    """Run each 'bbox' or 'mask' head of a detector on maps of ``rois`` RoIs, without RoIAlign.
+
+    Heads that read something else as well are left out.
+    """
     roi_head = getattr(model, 'roi_head', None)
     heads, extractors = (_as_list(getattr(roi_head, f'{kind}_{part}', None))
                          for part in ('head', 'roi_extractor'))
+    if getattr(roi_head, 'with_shared_head', False):  # a part of the backbone, before the heads
+        return
     for one, extractor in zip(heads, extractors, strict=False):
+        if not _takes_one_argument(one.forward):
+            continue
         one(torch.zeros(rois, extractor.out_channels, *extractor.roi_layers[0].output_size,
                         device=device))
 

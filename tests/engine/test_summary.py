@@ -1,5 +1,6 @@
 """The lines that every run begins with, and what a config builds before it."""
 import re
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -7,7 +8,7 @@ from mmengine.config import Config
 from convnext_mm import UserError
 from convnext_mm.engine import building, checks
 from convnext_mm.engine.summary import summarize
-from tests.helpers import DETECTION, SEGMENTATION, call_tool
+from tests.helpers import DETECTION, ROOT, SEGMENTATION, call_tool
 
 
 def lines_of(config: str, options: dict | None = None, training: bool = True) -> dict[str, str]:
@@ -99,3 +100,31 @@ def test_a_config_in_the_work_dir_is_not_replaced(demo_data, tmp_path):
     done = call_tool('tools/train.py', config, '--dry-run', '--work-dir', tmp_path)
     assert done.returncode == 0, done.stderr
     assert config.read_text() == text
+
+
+def build(tmp_path: Path, text: str, recipe: str = f'{ROOT}/{SEGMENTATION}') -> None:
+    """Build the model of a recipe with some lines of a user's, as every run does first."""
+    (tmp_path / 'mine.py').write_text(f"_base_ = '{recipe}'\n{text}")
+    building.build_parts(checks.read_config(str(tmp_path / 'mine.py'), notes=[]))
+
+
+RESNET = """model = dict(backbone=dict(type='ResNet', depth=50){})
+optim_wrapper = dict(constructor='DefaultOptimWrapperConstructor', paramwise_cfg=None)"""
+
+
+def test_heads_fit_the_maps_of_any_backbone(tmp_path):
+    with pytest.raises(UserError, match=r'model.decode_head does not fit maps of \[256, 512, 1024, '
+                                        r'2048\] channels, see its in_channels'):
+        build(tmp_path, RESNET.format(''))
+    build(tmp_path, RESNET.format(', decode_head=dict(in_channels=[256, 512, 1024, 2048]), '
+                                  'auxiliary_head=dict(in_channels=1024)'))
+
+
+@pytest.mark.parametrize('recipe', [
+    'mmdet::double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',  # boxes of two inputs
+    'mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+    'mmdet::pascal_voc/faster-rcnn_r50-caffe-c4_ms-18k_voc0712.py',  # a stage before the heads
+    'mmdet::carafe/faster-rcnn_r50_fpn-carafe_1x_coco.py',  # an operator without shapes alone
+    'mmseg::ocrnet/ocrnet_hr18_4xb4-80k_ade20k-512x512.py'])  # a head that reads another's
+def test_parts_that_need_more_than_maps_are_not_run(recipe, tmp_path):
+    build(tmp_path, '', recipe)
