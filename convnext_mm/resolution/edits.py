@@ -75,6 +75,10 @@ class Edits:
         value = lookup(self.history[0], path, MISSING)
         return value is not MISSING and not same(value, self.inherited(path, MISSING))
 
+    def states(self, path: str) -> bool:
+        """Whether the user has set a value, even to the recipe's."""
+        return self.was_set(path) or any(path in stated for stated in self._stated[:-1])
+
     def set_in(self, path: str) -> int:
         """The state in which the value of a path was set: 0 is the newest."""
         state = 0
@@ -234,6 +238,9 @@ def stated_paths(path: str) -> frozenset[str]:
             for keyword in node.keywords:
                 if keyword.arg:
                     state(keyword.value, f'{at}.{keyword.arg}')
+        elif isinstance(node, (ast.List, ast.Tuple)):
+            for i, item in enumerate(node.elts):
+                state(item, f'{at}.{i}')
     if path.endswith('.py'):
         for line in ast.parse(Path(path).read_text(encoding='utf-8')).body:
             if isinstance(line, ast.Assign):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -236,17 +237,43 @@ def type_and_inherited_keys(edits: Edits) -> None:
     """
     for one in registered(edits):
         before = edits.inherited(one.path, {})
-        if one.accepted is None or not isinstance(before, dict) or same(
-                before.get('type'), one.node.get('type')):
+        if not isinstance(before, dict) or same(before.get('type'), one.node.get('type')):
             continue
-        dropped = []
-        for key in [k for k in one.node if k not in one.accepted | ALWAYS | beside(one.path)]:
-            if key in before and same(before[key], one.node[key]):
-                del one.node[key]
-                dropped.append(key)
+        inherited = [key for key in one.node if key in before and same(before[key], one.node[key])
+                     and key not in ALWAYS | beside(one.path)]
+        dropped = [key for key in inherited
+                   if one.accepted is not None and key not in one.accepted]
+        for key in dropped:
+            del one.node[key]
+        for key in inherited:
+            if key in one.node and _refuses(one, key) and not edits.states(f'{one.path}.{key}'):
+                dropped.append(f'{key}={one.node.pop(key)}')
         if dropped:
             edits.note(f'{one.path}: {one.kind.__name__} takes no {", ".join(dropped)}, dropped '
                        f'(of {before.get("type")} in the recipe)')
+        # mmengine loads a checkpoint of another network without an error, and none of its weights.
+        names = {str(node.get('type')).rpartition('.')[2] for node in (before, one.node)}
+        if one.path == 'model.backbone' and len(names) > 1 and one.node.get('init_cfg') and (
+                'init_cfg' in inherited) and not edits.states('model.backbone.init_cfg'):
+            del one.node['init_cfg']
+            edits.note(f'model.backbone.init_cfg: the recipe\'s weights are of '
+                       f'{before.get("type")}, {one.kind.__name__} starts from random ones')
+
+
+def _refuses(one: Registered, key: str) -> bool:
+    """Whether a loss can be built without an argument, but not with it."""
+    if not re.search(r'loss\w*(\.\d+)?$', one.path):
+        return False
+
+    def fails(left_out: set[str]) -> bool:
+        try:
+            one.kind(**{k: v for k, v in one.node.items() if k not in left_out})
+        except Exception:  # mostly an assertion
+            return True
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return fails(ALWAYS) and not fails(ALWAYS | {key})
 
 
 def keys_and_signatures(edits: Edits) -> None:

@@ -383,6 +383,34 @@ def test_arguments_of_another_type_are_dropped(text, path, gone, resolved):
     assert any(line.startswith(f'{path}: ') and gone in line for line in resolved.notes)
 
 
+def test_an_argument_that_another_loss_refuses_is_dropped(resolved):
+    cfg = resolved("model = dict(decode_head=dict(loss_decode=dict(type='FocalLoss')))")
+    assert cfg.model.decode_head.loss_decode == dict(type='FocalLoss', loss_weight=1.0)
+    assert resolved.notes == ['model.decode_head.loss_decode: FocalLoss takes no use_sigmoid=False,'
+                              ' dropped (of CrossEntropyLoss in the recipe)']
+    loss = 'model = dict(decode_head=dict(loss_decode=dict({})))'
+    cfg = resolved(loss.format("type='DiceLoss'"))
+    assert cfg.model.decode_head.loss_decode.use_sigmoid is False, 'taken, so that it stays'
+    cfg = resolved(loss.format("type='FocalLoss', use_sigmoid=False"))
+    assert cfg.model.decode_head.loss_decode.use_sigmoid is False, "the user's own"
+
+
+WEIGHTS = "init_cfg=dict(type='Pretrained', checkpoint='{}')"
+
+
+def test_weights_of_another_backbone_are_not_loaded(resolved, tmp_path):
+    cfg = resolved("model = dict(backbone=dict(type='ResNet', depth=50))")
+    assert 'init_cfg' not in cfg.model.backbone
+    assert ("model.backbone.init_cfg: the recipe's weights are of ConvNeXt, ResNet starts from "
+            'random ones') in resolved.notes
+    cfg = resolved(f"model = dict(backbone=dict(type='ResNet', {WEIGHTS.format('mine.pth')}))")
+    assert cfg.model.backbone.init_cfg.checkpoint == 'mine.pth'
+    resolved(f'model = dict(backbone=dict({WEIGHTS.format("mine.pth")}))', name='first.py')
+    both = f"model = dict(backbone=dict(type='ResNet', {WEIGHTS.format('mine.pth')}))"
+    cfg = resolved(both, f'{tmp_path}/first.py', 'second.py')
+    assert cfg.model.backbone.init_cfg.checkpoint == 'mine.pth'
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ('default_hooks = dict(checkpoint=dict(intervall=5))',
      "checkpoint.intervall: CheckpointHook has no argument 'intervall'. Did you mean interval"),
