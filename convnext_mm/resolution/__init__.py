@@ -36,6 +36,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     data.classes_and_reduce_zero_label,
     data.data_and_heads,
     data.ignore_and_datasets,
+    data.ignore_index_and_masks,
     data.dataset_type_and_labels,
     data.test_data_and_annotations,
     data.datasets_and_tta_pipeline,

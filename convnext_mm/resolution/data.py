@@ -22,11 +22,11 @@ from ..datasets.completion import (
     metainfo_of_type,
 )
 from ..datasets.formats import recognise
-from ..datasets.segmentation import describe_first_masks
+from ..datasets.segmentation import IGNORED, describe_first_masks
 from ..datasets.splitting import split_coco, split_names
 from ..errors import UserError
 from ..utils import require_package
-from .edits import Edits, is_path_variable, lookup, same
+from .edits import Edits, is_path_variable, lookup, nodes, same
 
 SPLITS = ('train', 'val', 'test')
 
@@ -307,6 +307,31 @@ def ignore_and_datasets(edits: Edits) -> None:
             dataset['type'] = 'convnext_mm.SegmentationDataset'
             if ignore is not None:
                 dataset['ignore'] = tuple(ignore)
+
+
+def ignore_index_and_masks(edits: Edits) -> None:
+    """Pixels of no class have one label in masks, padding, losses and metrics.
+
+    Raises:
+        UserError: The user has set another for some of them.
+    """
+    if edits.get('default_scope') != 'mmseg' or not edits.recipe:
+        return  # a whole config, such as mmengine writes into a work dir, may agree on another
+    for place in ('model', *(f'{split}_{part}' for split in SPLITS
+                             for part in ('dataloader', 'evaluator'))):
+        for path, node in nodes(edits.get(place), place):
+            for key in ('ignore_index', 'ignore_label'):
+                value, own = node.get(key, IGNORED), f'{path}.{key}'
+                if value == IGNORED or not edits.was_set(own):
+                    continue
+                dataset = next(iter(datasets_of_split(edits.cfg, 'train')), {})
+                shifted = dataset.get('reduce_zero_label') is True
+                raise UserError(
+                    f'{own}={value}, but pixels of no class have the label {IGNORED} in masks, '
+                    f'padding, losses and metrics: remove {key}' + (
+                        f'. To leave out label {value}, write `ignore = {value + shifted}` at the '
+                        'top of the config, its value in the masks'
+                        if isinstance(value, int) else ''))
 
 
 def dataset_type_and_labels(edits: Edits) -> None:

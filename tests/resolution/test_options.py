@@ -33,7 +33,7 @@ def test_elements_of_lists_and_tuples():
     ({'scale': (1024, 256)}, 'val_dataloader.dataset.pipeline.1.scale', (1024, 256)),
     ({'batch_size': 3}, 'train_dataloader.batch_size', 3),
     ({'default_hooks.checkpoint.save_last': False}, 'default_hooks.checkpoint.save_last', False),
-    ({'model.decode_head.ignore_index': 0}, 'model.decode_head.ignore_index', 0),
+    ({'model.decode_head.align_corners': True}, 'model.decode_head.align_corners', True),
     ({'model.backbone.arch': 'small'}, 'model.backbone.arch', 'small')])
 def test_options_reach_what_they_name(options, path, value):
     from convnext_mm.resolution.edits import lookup

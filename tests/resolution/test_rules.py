@@ -291,6 +291,24 @@ def test_a_config_of_a_config_follows_to_any_depth(resolved, tmp_path):
         assert dataset.reduce_zero_label is False
 
 
+@pytest.mark.parametrize(('text', 'message'), [
+    ('model = dict(decode_head=dict(ignore_index=0))',
+     'model.decode_head.ignore_index=0, but .*label 255 .*: remove ignore_index.*`ignore = 1`'),
+    ('model = dict(auxiliary_head=dict(ignore_index=None))', 'ignore_index=None, .*: remove .*x$'),
+    ('val_evaluator = dict(ignore_index=0)\nreduce_zero_label = False',
+     'val_evaluator.ignore_index=0, but .*`ignore = 0`')])
+def test_pixels_of_no_class_have_one_label(text, message, resolved):
+    with pytest.raises(UserError, match=message):
+        resolved(text)
+
+
+def test_a_recipe_may_have_another_label_of_no_class(resolved):
+    cfg = resolved('', 'mmseg::unet/unet-s5-d16_fcn_4xb4-160k_hsidrive-192x384.py')
+    assert cfg.model.decode_head.ignore_index == cfg.val_evaluator.ignore_index == 0
+    cfg = resolved('model = dict(decode_head=dict(ignore_index=255))')
+    assert cfg.model.decode_head.ignore_index == 255
+
+
 def test_what_is_set_on_val_reaches_test(resolved):
     cfg = resolved(MINE + '''val_dataloader = dict(dataset=dict(seg_map_suffix='_m.png', pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]))
