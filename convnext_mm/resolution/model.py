@@ -66,8 +66,8 @@ def head_type_and_in_channels(edits: Edits) -> None:
     """A head of one map that replaces a head of several reads the last of them."""
     for path in _heads(edits.cfg):
         head, before = edits.get(path), edits.inherited(path) or {}
-        if head.get('type') == before.get('type') or head.get('input_transform') or edits.was_set(
-                f'{path}.in_channels') or edits.was_set(f'{path}.in_index'):
+        if head.get('type') == before.get('type') or head.get('input_transform') or edits.states(
+                f'{path}.in_channels') or edits.states(f'{path}.in_index'):
             continue
         kind = find_class('mmseg', 'MODELS', head.get('type'))
         if kind is None or not isinstance(head.get('in_channels'), (list, tuple)) or (
@@ -79,7 +79,12 @@ def head_type_and_in_channels(edits: Edits) -> None:
 
 
 def reads_several_maps(kind: type) -> bool:
-    """Whether a segmentation head asks for several maps when it is built (``input_transform``)."""
+    """Whether a segmentation head asks for several maps when it is built (``input_transform``).
+
+    Heads of other bases than mmseg's, such as Mask2Former's, read all.
+    """
+    if not any(base.__name__ == 'BaseDecodeHead' for base in kind.__mro__):
+        return True
     sources = [inspect.getsource(vars(base)['__init__']) for base in kind.__mro__
                if inspect.isfunction(vars(base).get('__init__'))
                and base.__name__ != 'BaseDecodeHead']
@@ -150,6 +155,9 @@ def backbone_and_in_channels(edits: Edits) -> None:
         return
     for path in _heads(edits.cfg):
         head = edits.get(path)
+        if head.get(FINEST):
+            edits.follow(f'{path}.{FINEST}', maps.channels[0], 'model.backbone',
+                         'channels in map 0')
         index, own = head.get('in_index', -1), head.get('in_channels')
         if isinstance(own, (list, tuple)):
             indices = index if isinstance(index, (list, tuple)) else range(len(own))
@@ -160,6 +168,10 @@ def backbone_and_in_channels(edits: Edits) -> None:
             continue
         edits.follow(f'{path}.in_channels', wanted, 'model.backbone',
                      f'channels in map {index}')
+
+
+FINEST = 'c1_in_channels'
+"""Channels of the first map, which DeepLabV3+'s head reads beside that of ``in_index``."""
 
 
 READ_THE_NECK = r'(rpn_head|bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?$'
@@ -209,6 +221,8 @@ def backbone_maps_and_heads(edits: Edits) -> None:
             used |= set(range(len(own)))
         else:
             used.add(index % count)
+        if edits.get(f'{path}.{FINEST}'):
+            used.add(0)
     unused = sorted(set(range(count)) - used)
     if not used or not unused:
         return

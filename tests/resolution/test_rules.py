@@ -250,6 +250,46 @@ def test_maps_that_no_head_uses_are_not_computed(resolved):
     assert cfg.model.decode_head.in_index == 0
 
 
+DEEPLAB = '''model = dict(backbone=dict(out_indices={}), decode_head=dict(
+    _delete_=True, type='DepthwiseSeparableASPPHead', in_channels=768, in_index=-1, channels=16,
+    dilations=(1, 12), c1_in_channels={}, c1_channels=8, num_classes=150))'''
+
+
+@pytest.mark.parametrize(('finest', 'left', 'index'), [(96, [0, 2, 3], 2), (0, [2, 3], 1)])
+def test_deeplabs_head_reads_the_first_map_as_well(finest, left, index, resolved):
+    model = resolved(DEEPLAB.format('[0, 1, 2, 3]', finest)).model
+    assert model.backbone.out_indices == left
+    assert (model.decode_head.in_index, model.auxiliary_head.in_index) == (index, index - 1)
+    assert model.decode_head.c1_in_channels == finest
+
+
+def test_the_first_map_has_the_channels_of_the_backbone(resolved):
+    recipe = 'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512.py'
+    backbone = "backbone=dict(_delete_=True, type='ConvNeXt', arch='base')"
+    head = resolved(f'model = dict(pretrained=None, {backbone})', recipe).model.decode_head
+    assert (head.c1_in_channels, head.in_channels) == (128, 1024)
+    with pytest.raises(UserError, match='c1_in_channels=96, but model.backbone has 192 channels'):
+        resolved(DEEPLAB.format('[1, 2, 3]', 96))
+
+
+MASKS_OF_ALL_MAPS = '''model = dict(decode_head=dict(
+    _delete_=True, type='{}', in_channels=[96, 192, 384, 768], num_classes=150))'''
+
+
+@pytest.mark.parametrize('head', ['Mask2FormerHead', 'MaskFormerHead'])
+def test_heads_of_masks_read_all_maps(head, resolved):
+    model = resolved(MASKS_OF_ALL_MAPS.format(head)).model
+    assert model.decode_head.in_channels == [96, 192, 384, 768]
+    assert 'in_index' not in model.decode_head
+    assert model.backbone.out_indices == [0, 1, 2, 3]
+
+
+def test_maps_that_the_users_file_names_stay(resolved):
+    """Also where they are the recipe's, with a head that reads one map unless told otherwise."""
+    text = "model = dict(decode_head=dict(type='FCNHead', in_channels=[96, 192, 384, 768]))"
+    assert resolved(text).model.decode_head.in_channels == [96, 192, 384, 768]
+
+
 # ---- data
 
 
