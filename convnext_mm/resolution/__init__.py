@@ -46,6 +46,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     model.head_type_and_in_channels,
     model.out_indices_and_in_index,
     model.backbone_and_in_channels,
+    model.backbone_maps_and_neck,
     model.backbone_strides_and_anchors,
     model.neck_and_in_channels,
     model.backbone_maps_and_heads,

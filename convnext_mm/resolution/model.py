@@ -15,7 +15,8 @@ from ..datasets import dataset_metainfo, datasets_of_split
 from ..datasets.completion import find_transforms
 from ..errors import UserError
 from ..options import check_arch
-from .edits import Edits, is_path_variable, lookup, nodes, pair
+from .data import default_argument
+from .edits import Edits, is_path_variable, lookup, nodes, pair, same
 from .signatures import find_class
 
 
@@ -111,15 +112,51 @@ def out_indices_and_in_index(edits: Edits) -> None:
                       else len(maps.stages) - 1)
 
 
+def backbone_maps_and_neck(edits: Edits) -> None:
+    """The backbone returns the maps that the neck uses; see :func:`backbone_maps_and_heads`."""
+    maps, path = backbone_maps(edits.get('model.backbone')), _first_neck(edits)
+    neck = edits.get(path)
+    if maps is None or not isinstance(neck, dict):
+        return
+    used = _used_by_neck(neck, len(maps.stages))
+    if not used or len(used) == len(maps.stages):
+        return
+    stages = [maps.stages[i] for i in used]
+    edits.put('model.backbone.out_indices', stages)
+    if isinstance(neck.get('in_channels'), (list, tuple)):
+        edits.put(f'{path}.in_channels', [maps.channels[i] for i in used])
+    for key, value in (('start_level', 0), ('end_level', -1)):
+        if key in neck:
+            edits.put(f'{path}.{key}', value)
+    edits.note(f'model.backbone.out_indices={stages}: {path} uses no others')
+
+
+def _used_by_neck(neck: dict[str, Any], count: int) -> range:
+    """Which of the backbone's maps a neck uses: those of an FPN's levels, or the last, or all."""
+    if isinstance(neck.get('in_channels'), int):
+        return range(count - 1, count)
+    if not _is_fpn(neck):
+        return range(count)
+    return range(neck.get('start_level', 0), neck.get('end_level', -1) % count + 1)
+
+
+def _is_fpn(neck: dict[str, Any]) -> bool:
+    return str(neck.get('type')).rpartition('.')[2] in ('FPN', 'PAFPN')
+
+
+def _first_neck(edits: Edits) -> str:
+    """Path of the neck that reads the backbone's maps."""
+    return 'model.neck.0' if isinstance(edits.get('model.neck'), (list, tuple)) else 'model.neck'
+
+
 def backbone_strides_and_anchors(edits: Edits) -> None:
-    """Anchors and RoI extractors have the strides of the neck's maps (FPN).
+    """Anchors, points and RoI extractors have the strides of the neck's maps (FPN).
 
     Raises:
         UserError: The user has set others.
     """
     maps, neck = backbone_maps(edits.get('model.backbone')), edits.get('model.neck')
-    if maps is None or not isinstance(neck, dict) or str(neck.get('type')).removeprefix(
-            'convnext_mm.') != 'FPN' or neck.get('start_level') or not isinstance(
+    if maps is None or not isinstance(neck, dict) or not _is_fpn(neck) or not isinstance(
             neck.get('num_outs'), int):
         return
     strides = list(maps.strides)
@@ -133,6 +170,12 @@ def backbone_strides_and_anchors(edits: Edits) -> None:
         elif path.endswith(('anchor_generator', 'prior_generator')) and isinstance(
                 node.get('strides'), (list, tuple)):
             edits.follow(f'{path}.strides', strides, 'model.neck', 'strides')
+        elif path.endswith(('bbox_head', 'rpn_head')):  # of points, such as FCOS's
+            kind = find_class('mmdet', 'MODELS', node.get('type'))
+            key = next((key for key in ('point_strides', 'strides')
+                        if isinstance(default_argument(kind, key), (list, tuple))), '')
+            if key and not same(node.get(key, default_argument(kind, key)), strides):
+                edits.follow(f'{path}.{key}', strides, 'model.neck', 'strides')
 
 
 def backbone_and_in_channels(edits: Edits) -> None:
@@ -149,9 +192,11 @@ def backbone_and_in_channels(edits: Edits) -> None:
         return
     neck = edits.get('model.neck')
     if neck:
-        path = 'model.neck.0' if isinstance(neck, (list, tuple)) else 'model.neck'
-        if edits.get(f'{path}.in_channels') is not None:
-            edits.follow(f'{path}.in_channels', maps.channels, 'model.backbone', 'channels')
+        path = _first_neck(edits)
+        own = edits.get(f'{path}.in_channels')
+        if own is not None:
+            edits.follow(f'{path}.in_channels', maps.channels[-1] if isinstance(own, int)
+                         else maps.channels, 'model.backbone', 'channels')
         return
     for path in _heads(edits.cfg):
         head = edits.get(path)
@@ -248,7 +293,7 @@ def heads_and_neck_layout(edits: Edits) -> None:
 
     mmcv's compiled operators read them as contiguous, so that results would be silently wrong.
     """
-    if not (edits.get('model.neck') or {}).get('channels_last'):
+    if not edits.get('model.neck.channels_last'):
         return
     kinds = {str(node.get('type')) for _, node in nodes(edits.get('model'), 'model')
              if 'featmap_strides' in node} | {str(edits.get('model.rpn_head.type'))}

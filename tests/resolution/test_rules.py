@@ -978,6 +978,59 @@ def test_anchors_have_the_strides_of_the_maps(text, strides, featmaps, resolved)
         resolved('model = dict(rpn_head=dict(anchor_generator=dict(strides=[4, 8])))', DETECTION)
 
 
+FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+REPPOINTS = 'mmdet::reppoints/reppoints-moment_r50_fpn_1x_coco.py'
+PYRAMID = ("model = dict(backbone=dict(_delete_=True, type='ConvNeXt', out_indices={}), "
+           'neck=dict(start_level={}))')
+
+
+@pytest.mark.parametrize(('recipe', 'key'), [
+    (RETINANET, 'anchor_generator.strides'), (FCOS, 'strides'), (REPPOINTS, 'point_strides')])
+@pytest.mark.parametrize(('given', 'start', 'left', 'strides'), [
+    ([0, 1, 2, 3], 1, [1, 2, 3], [8, 16, 32, 64, 128]),
+    ([1, 2, 3], 1, [2, 3], [16, 32, 64, 128, 256]),
+    ([0, 1, 2, 3], 0, [0, 1, 2, 3], [4, 8, 16, 32, 64])])
+def test_a_pyramid_from_a_later_map(recipe, key, given, start, left, strides, resolved):
+    """Maps before its first are not computed, and the heads have the strides of its maps."""
+    model = resolved(PYRAMID.format(given, start), recipe).model
+    assert (model.backbone.out_indices, model.neck.start_level) == (left, 0)
+    assert model.neck.in_channels == [(96, 192, 384, 768)[i] for i in left]
+    assert list(edits.lookup(model, f'bbox_head.{key}')) == strides
+
+
+def test_a_pyramid_to_an_earlier_map(resolved):
+    model = resolved('model = dict(neck=dict(start_level=1, end_level=2, num_outs=2))',
+                     DETECTION).model
+    assert (model.backbone.out_indices, model.neck.in_channels) == ([1, 2], [192, 384])
+    assert (model.neck.start_level, model.neck.end_level) == (0, -1)
+    assert model.rpn_head.anchor_generator.strides == [8, 16]
+
+
+def test_strides_of_points_that_the_neck_does_not_have(resolved):
+    text = PYRAMID.format([0, 1, 2, 3], '0), bbox_head=dict(strides=[4, 8, 16, 32, 9]')
+    with pytest.raises(UserError, match=r'strides=\[4, 8, 16, 32, 9\], but model.neck has .4, 8'):
+        resolved(text, FCOS)
+
+
+@pytest.mark.parametrize('given', ['[3]', '[0, 1, 2, 3]'])
+def test_a_neck_of_one_map_reads_the_last(given, resolved):
+    neck = ("neck=dict(_delete_=True, type='DilatedEncoder', in_channels={}, out_channels=256, "
+            'block_mid_channels=8, num_residual_blocks=1, block_dilations=[2])')
+    text = 'model = dict(backbone=dict(out_indices={}), ' + neck + ')'
+    model = resolved(text.format(given, 768), DETECTION).model
+    assert (model.backbone.out_indices, model.neck.in_channels) == ([3], 768)
+    with pytest.raises(UserError, match='in_channels=96, but model.backbone has 768 channels'):
+        resolved(text.format(given, 96), DETECTION)
+
+
+def test_necks_in_a_list(resolved):
+    recipe = 'mmdet::libra_rcnn/libra-retinanet_r50_fpn_1x_coco.py'
+    backbone = "backbone=dict(_delete_=True, type='ConvNeXt', arch='base')"
+    first, second = resolved(f'model = dict({backbone})', recipe).model.neck
+    assert (first.in_channels, first.start_level, second.in_channels) == ([256, 512, 1024], 0, 256)
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ("model = dict(backbone=dict(type='ConvNeXtt'))", 'model.backbone.type=.*mean ConvNeXt'),
     ("norm_cfg = dict(type='SyncBNN')", 'norm_cfg.type=.SyncBNN.*mean SyncBN'),
