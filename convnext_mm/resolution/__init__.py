@@ -54,6 +54,7 @@ RULES: tuple[Callable[[Edits], None], ...] = (
     model.num_classes_and_out_channels,
     model.classes_and_num_things_classes,
     model.num_classes_and_losses,
+    model.loss_bbox_and_reg_decoded_bbox,
     model.masks_and_mask_head,
     model.mask_head_and_metric,
     model.batch_size_and_norm,

@@ -419,6 +419,45 @@ def num_classes_and_losses(edits: Edits) -> None:
                     + ': give one weight per class')
 
 
+OF_BOXES = {f'{name}Loss' for name in ('IoU', 'BoundedIoU', 'GIoU', 'DIoU', 'CIoU', 'EIoU', 'SIoU')}
+OF_DELTAS = {'L1Loss', 'SmoothL1Loss', 'BalancedL1Loss'}
+
+
+def loss_bbox_and_reg_decoded_bbox(edits: Edits) -> None:
+    """Losses of the IoU compare boxes, which a head must decode; L1 losses compare their deltas.
+
+    Raises:
+        UserError: The user has set ``reg_decoded_bbox`` otherwise.
+    """
+    for path, head in nodes(edits.get('model'), 'model'):
+        loss = str(edits.get(f'{path}.loss_bbox.type')).rpartition('.')[2]
+        kind = find_class('mmdet', 'MODELS', head.get('type'))
+        if loss not in OF_BOXES | OF_DELTAS or kind is None or not _regresses_deltas(kind):
+            continue
+        key, wanted = 'reg_decoded_bbox', loss in OF_BOXES
+        if head.get(key, default_argument(kind, key)) == wanted:
+            continue
+        if edits.states(f'{path}.{key}'):
+            raise UserError(f'{path}.{key}={head[key]}, but {path}.loss_bbox ({loss}) compares '
+                            f'{"boxes" if wanted else "the deltas of boxes"}: remove {key}, it '
+                            'follows')
+        edits.put(f'{path}.{key}', wanted)
+        edits.note(f'={wanted} follows loss_bbox ({loss})', f'{path}.{key}')
+
+
+def _regresses_deltas(kind: Any) -> bool:
+    """Whether a head has the loss of mmdet's BBoxHead or AnchorHead; others decode by themselves.
+    """
+    from mmdet.models.dense_heads import AnchorHead, RPNHead
+    from mmdet.models.roi_heads.bbox_heads import BBoxHead
+
+    if issubclass(kind, BBoxHead):
+        return (kind.loss, kind.loss_and_target) == (BBoxHead.loss, BBoxHead.loss_and_target)
+    return issubclass(kind, AnchorHead) and kind.loss_by_feat_single is (
+        AnchorHead.loss_by_feat_single) and kind.loss_by_feat in (
+        AnchorHead.loss_by_feat, RPNHead.loss_by_feat)
+
+
 def masks_and_mask_head(edits: Edits) -> None:
     """``masks=False`` makes a detector of boxes of a recipe with masks.
 

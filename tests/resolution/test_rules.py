@@ -1031,6 +1031,56 @@ def test_necks_in_a_list(resolved):
     assert (first.in_channels, first.start_level, second.in_channels) == ([256, 512, 1024], 0, 256)
 
 
+# ---- boxes and their losses
+
+
+def box_loss(kind: str, more: str = '') -> str:
+    return f"dict(loss_bbox=dict(type='{kind}'){more})"
+
+
+@pytest.mark.parametrize(('kind', 'decoded'), [('GIoULoss', True), ('SmoothL1Loss', None)])
+@pytest.mark.parametrize(('recipe', 'path', 'text'), [
+    (f'configs/{MASK}.py', 'roi_head.bbox_head', 'model = dict(roi_head=dict(bbox_head={}))'),
+    (f'configs/{MASK}.py', 'rpn_head', 'model = dict(rpn_head={})'),
+    (RETINANET, 'bbox_head', 'model = dict(bbox_head={})')])
+def test_boxes_are_decoded_for_losses_of_the_iou(kind, decoded, recipe, path, text, resolved):
+    model = resolved(text.format(box_loss(kind)), recipe).model
+    assert edits.lookup(model, f'{path}.reg_decoded_bbox') is decoded
+    stated = text.format(box_loss(kind, f', reg_decoded_bbox={not decoded}'))
+    with pytest.raises(UserError, match=f'reg_decoded_bbox={not decoded}, but .*{kind}. compares'):
+        resolved(stated, recipe)
+
+
+def test_deltas_are_not_decoded_for_a_distance(resolved):
+    """In Cascade R-CNN, whose recipe decodes boxes for its GIoU; heads as a user lists them."""
+    cfg = Config.fromfile(ROOT / DETECTION)
+    heads = [head.to_dict() for head in cfg.model.roi_head.bbox_head]
+    for head in heads:
+        del head['reg_decoded_bbox']
+        head['loss_bbox'] = dict(type='SmoothL1Loss')
+    assert 'reg_decoded_bbox' not in resolved(
+        f'model = dict(roi_head=dict(bbox_head={heads}))', DETECTION).model.roi_head.bbox_head[0]
+    heads[1]['reg_decoded_bbox'] = True
+    with pytest.raises(UserError, match='bbox_head.1.reg_decoded_bbox=True, but .* the deltas of'):
+        resolved(f'model = dict(roi_head=dict(bbox_head={heads}))', DETECTION)
+
+
+def test_an_option_for_the_loss_of_a_cascade():
+    from convnext_mm.engine.checks import read_config
+    heads = read_config(DETECTION, {
+        'model.roi_head.bbox_head.0.loss_bbox.type': 'SmoothL1Loss'}).model.roi_head.bbox_head
+    assert [head.reg_decoded_bbox for head in heads] == [False, True, True]
+
+
+@pytest.mark.parametrize('recipe', [
+    'mmdet::atss/atss_r50_fpn_1x_coco.py', 'mmdet::gfl/gfl_r50_fpn_1x_coco.py',
+    'mmdet::free_anchor/freeanchor_r50_fpn_1x_coco.py'])
+def test_heads_that_decode_by_themselves_stay(recipe, resolved):
+    head = resolved("model = dict(bbox_head=dict(loss_bbox=dict(type='DIoULoss')))",
+                    recipe).model.bbox_head
+    assert 'reg_decoded_bbox' not in head
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ("model = dict(backbone=dict(type='ConvNeXtt'))", 'model.backbone.type=.*mean ConvNeXt'),
     ("norm_cfg = dict(type='SyncBNN')", 'norm_cfg.type=.SyncBNN.*mean SyncBN'),
