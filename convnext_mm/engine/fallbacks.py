@@ -14,6 +14,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from ..errors import UserError
+from ..resolution.edits import nodes
 from ..utils import is_first_process
 
 
@@ -56,6 +57,21 @@ def adapt_to_device(cfg: Config) -> list[str]:
             type='MMDistributedDataParallel', device_ids=None,
             find_unused_parameters=cfg.get('find_unused_parameters', False)))
     return changes
+
+
+def check_losses(cfg: Config) -> None:
+    """Check that the losses of a training can be computed on the device.
+
+    Raises:
+        UserError: mmseg's FocalLoss on a CPU, where it fails with more than one class.
+    """
+    if get_device() != 'cpu' or cfg.get('default_scope') != 'mmseg':
+        return
+    for path, node in nodes(cfg.get('model'), 'model'):
+        if node.get('type') in ('FocalLoss', 'mmseg.FocalLoss'):
+            raise UserError(f'{path}.type={node["type"]!r}: mmseg computes this loss on a GPU '
+                            'only, and none was found: train with one, or use another loss, such '
+                            'as DiceLoss')
 
 
 def log_changes(changes: list[str]) -> None:

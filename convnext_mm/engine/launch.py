@@ -232,6 +232,8 @@ def _migrate_old_config(args: argparse.Namespace) -> str:
 def _build_runner(cfg: Config, splits: tuple[str, ...]) -> Iterator[Runner]:
     """Check the input, adapt the config to the device, and build the Runner in a process group."""
     changes = fallbacks.adapt_to_device(cfg)
+    if 'train' in splits:
+        fallbacks.check_losses(cfg)
     checks.check_input(cfg, splits)
     with fallbacks.process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else ConvNeXtRunner.from_cfg(cfg)

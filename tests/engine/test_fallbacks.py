@@ -55,6 +55,18 @@ def test_nothing_changes_with_a_gpu(monkeypatch):
     assert cfg.to_dict() == untouched.to_dict()
 
 
+def test_a_loss_that_needs_a_gpu_is_named_before_training(monkeypatch):
+    """mmseg's FocalLoss raises in the first step on a CPU."""
+    from convnext_mm.engine import launch
+    cfg = read_config(SEGMENTATION, {'model.decode_head.loss_decode.type': 'FocalLoss'})
+    monkeypatch.setattr(fallbacks, 'get_device', lambda: 'cuda')
+    fallbacks.check_losses(cfg)
+    monkeypatch.setattr(fallbacks, 'get_device', lambda: 'cpu')
+    with pytest.raises(UserError, match="loss_decode.type='FocalLoss': .* on a GPU only"), \
+            launch._build_runner(cfg, ('train',)):
+        pass
+
+
 def test_a_launcher_that_needs_gpus_is_refused(no_gpu):
     with pytest.raises(UserError, match=r'--launcher slurm needs a GPU.*dist_train.sh'):
         fallbacks.process_group(Config(dict(launcher='slurm'))).__enter__()

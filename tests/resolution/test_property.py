@@ -167,6 +167,7 @@ def run_one_step(cfg: Config) -> None:
     """
     summarize(cfg)
     fallbacks.adapt_to_device(cfg)
+    fallbacks.check_losses(cfg)
     checks.check_input(cfg, ('train', 'val') if cfg.get('val_cfg') else ('train',))
     for split in ('train', 'val'):
         if cfg.get(f'{split}_dataloader'):
