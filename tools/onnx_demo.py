@@ -52,11 +52,15 @@ def main():
 
 def names_of(paths):
     """A name for the results of each image: its own, with a number if another one has it."""
-    counts = {}
+    used = set()
     for path in paths:
-        name = os.path.splitext(os.path.basename(path))[0]
-        counts[name] = counts.get(name, 0) + 1
-        yield name if counts[name] == 1 else f'{name}_{counts[name]}'
+        name = stem = os.path.splitext(os.path.basename(path))[0]
+        number = 1
+        while name in used:
+            number += 1
+            name = f'{stem}_{number}'
+        used.add(name)
+        yield name
 
 
 def write(path, picture, inputs):

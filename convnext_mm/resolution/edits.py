@@ -31,10 +31,12 @@ class State(NamedTuple):
     Args:
         values: The config, with all that it inherits.
         stated: The dotted paths that the file itself sets.
+        shipped: Whether a package ships the file.
     """
 
     values: dict[str, Any]
     stated: frozenset[str] = frozenset()
+    shipped: bool = False
 
 
 class Edits:
@@ -55,6 +57,7 @@ class Edits:
         self.history = [state.values for state in history]
         self.recipe = self.history[-1]
         self._stated = [state.stated for state in history]
+        self._shipped = history[-1].shipped
         self._notes: dict[str, list[str]] = {}
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -78,6 +81,11 @@ class Edits:
     def states(self, path: str) -> bool:
         """Whether the user has set a value, even to the recipe's."""
         return self.was_set(path) or any(path in stated for stated in self._stated[:-1])
+
+    def as_shipped(self, path: str) -> bool:
+        """Whether a package ships a config with this value, so that it is no mistake."""
+        return self._shipped and not self.was_set(path) and (
+            self.inherited(path, MISSING) is not MISSING)
 
     def set_in(self, path: str) -> int:
         """The state in which the value of a path was set: 0 is the newest."""
@@ -220,7 +228,7 @@ def history_of(cfg: Config) -> list[State]:
 
 
 def _state(cfg: Config) -> State:
-    return State(plain_copy(cfg), stated_paths(cfg.filename))
+    return State(plain_copy(cfg), stated_paths(cfg.filename), is_shipped(Path(cfg.filename)))
 
 
 def stated_paths(path: str) -> frozenset[str]:

@@ -579,7 +579,7 @@ def test_cfg_and_mode(edits: Edits) -> None:
     if edits.get('default_scope') != 'mmseg' or not isinstance(test_cfg, dict):
         return
     mode = test_cfg.get('mode', 'whole')
-    if mode not in ('whole', 'slide'):
+    if mode not in ('whole', 'slide') and not edits.as_shipped('model.test_cfg.mode'):
         raise UserError(f"model.test_cfg.mode={mode!r} must be 'whole' or 'slide'")
     missing = [key for key in ('crop_size', 'stride') if not test_cfg.get(key)]
     if mode == 'slide' and missing:

@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..precision import check_dtype
 from ..utils import plain, require_package, suggest
 from .batches import resizing
-from .edits import Edits, pair
+from .edits import Edits, pair, same
 
 
 def model_in_dtype_and_base(edits: Edits) -> None:
@@ -114,9 +114,11 @@ def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
         elif kinds not in ({'LoadAnnotations'}, {'PackSegInputs'}):
             groups.append(deepcopy(group))
     groups += [[deepcopy(step)] for step in pipeline[split + bool(own):pack]]
-    edits.cfg.tta_pipeline = [*deepcopy(pipeline[:split]), dict(
+    new = [*deepcopy(pipeline[:split]), dict(
         type='TestTimeAug', transforms=[*groups, *(one for one in packs if one)])]
-    edits.note('tta_pipeline follows the test pipeline')
+    if not same(new, tta):
+        edits.cfg.tta_pipeline = new
+        edits.note('tta_pipeline follows the test pipeline')
 
 
 def _resize(own: dict[str, Any] | None, recipes: dict[str, Any], old: Any) -> dict[str, Any]:
@@ -253,8 +255,8 @@ def counts_and_whole_numbers(edits: Edits) -> None:
     """
     for path, least in LEAST.items():
         value = edits.get(path)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)
-                                  or value < least):
+        if value is not None and not edits.as_shipped(path) and (
+                not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise UserError(f'{path}={value!r} must be a whole number from {least} up')
     level = edits.get('log_level', 'INFO')
     levels = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL')

@@ -286,8 +286,9 @@ def keys_and_signatures(edits: Edits) -> None:
         if one.accepted is None:
             continue
         for key in one.node:
-            if key in one.accepted | ALWAYS | beside(one.path):
-                continue
+            if key in one.accepted | ALWAYS | beside(one.path) or (
+                    edits.as_shipped(f'{one.path}.type') and edits.as_shipped(f'{one.path}.{key}')):
+                continue  # some classes take any argument, and ignore it
             before = edits.inherited(one.path, {})
             if isinstance(before, dict) and before.get('type') != one.node.get('type') and (
                     before.get(key, MISSING) is not MISSING):

@@ -226,6 +226,18 @@ def test_the_demo_without_pytorch_gives_the_same(task, request, tmp_path):
         '.png' if task == 'segmentation' else '.json', '.png']
 
 
+def test_the_demo_without_pytorch_overwrites_nothing(tmp_path):
+    script = runpy.run_path(str(ROOT / 'tools' / 'onnx_demo.py'))
+    paths = ['a/x.jpg', 'b/x.png', 'x_2.png', 'b/y.png']
+    assert list(script['names_of'](paths)) == ['x', 'x_2', 'x_2_2', 'y']
+    picture = tmp_path / 'x.png'
+    with pytest.raises(SystemExit, match='x.png is one of the images'):
+        script['write'](str(picture), np.zeros((2, 2, 3), np.uint8), [str(picture)])
+    with pytest.raises(SystemExit, match='cannot be written'):
+        script['write'](str(tmp_path / 'none' / 'x.png'), np.zeros((2, 2, 3), np.uint8), [])
+    assert not picture.exists()
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     from convnext_mm.deployment import optional
     monkeypatch.setattr(optional, 'find_spec', lambda name: None)

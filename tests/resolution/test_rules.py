@@ -1096,3 +1096,17 @@ def test_parts_that_do_not_exist(text, message, resolved):
     ("model = dict(rpn_head=dict(type='RPNHead'))", False)])
 def test_maps_are_in_channels_last_only_for_parts_that_take_them(text, layout, resolved):
     assert resolved(text, f'configs/{MASK}.py').model.neck.channels_last == layout
+
+
+@pytest.mark.parametrize('name', [
+    'mmdet::vfnet/vfnet_r50_fpn_1x_coco.py', 'mmdet::ssd/ssd300_coco.py',
+    'mmdet::dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
+    'mmseg::maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512.py'])
+def test_what_toolboxes_ship_is_no_mistake(name, resolved):
+    """Arguments that a class takes and ignores, and counts for several levels."""
+    cfg = resolved('', name)
+    assert cfg.model.type
+    head = 'decode_head' if 'mmseg' in name else 'bbox_head'
+    if cfg.model.get(head):
+        with pytest.raises(UserError, match=f'model.{head}.num_clases: .* has no argument'):
+            resolved(f'model = dict({head}=dict(num_clases=3))', name)
