@@ -4,7 +4,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import re
 import resource
 import statistics
 import sys
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from convnext_mm.utils import processor_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,11 +147,7 @@ def describe_machine() -> str:
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_name()
     else:
-        chip = platform.processor() or platform.machine()
-        listed = Path('/proc/cpuinfo')
-        if listed.exists():
-            names = re.findall(r'model name\s*: (.*)', listed.read_text())
-            chip = names[0] if names else chip
+        chip = processor_name()
         chip += f', {torch.get_num_threads()} threads of {os.cpu_count()} cores'
     return (f'{chip}; Python {platform.python_version()}, PyTorch {torch.__version__}, '
             f'capability {torch.backends.cpu.get_cpu_capability()}')

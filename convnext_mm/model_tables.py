@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import re
 from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from .engine.memory import estimate_inference_memory, estimate_training_memory
 from .errors import UserError
 from .inputs import config_folder, find_recipe
 from .latency import measure_latency
-from .utils import atomic_path
+from .utils import atomic_path, processor_name
 
 METRICS = {'seg': 'mIoU', 'det': 'box AP'}
 MARGINS = {'seg': 1.35, 'det': 1.9}
@@ -170,10 +169,7 @@ def describe_processor() -> str:
     """The name of the GPU that models run on, or of the processor, and what PyTorch uses of it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    listed = Path('/proc/cpuinfo')
-    found = re.findall(r'model name\s*: (.*)', listed.read_text()) if listed.exists() else []
-    name = found[0] if found else platform.processor() or platform.machine()
-    return f'{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}'
+    return f'{processor_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def installed_versions() -> dict[str, str]:

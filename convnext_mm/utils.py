@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
+import re
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
@@ -47,11 +49,22 @@ def describe(error: BaseException) -> str:
 
 def processor_has(*instructions: str) -> bool:
     """Whether the processor has any of some instructions, such as 'amx_int8'."""
-    try:
-        flags = Path('/proc/cpuinfo').read_text(encoding='utf-8').split()
-    except OSError:
-        return False
+    flags = _processor_info().split()
     return any(name in flags for name in instructions)
+
+
+def processor_name() -> str:
+    """The name of the processor."""
+    found = re.search(r'model name\s*: (.*)', _processor_info())
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _processor_info() -> str:
+    """What Linux says of the processor; elsewhere nothing."""
+    try:
+        return Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError:
+        return ''
 
 
 def require_package(module: str, package: str, what: str) -> None:

@@ -31,7 +31,7 @@ from .checking import (
     mask_threshold,
     metric_problem,
 )
-from .formats import write_aoti, write_openvino, write_torch_export
+from .formats import files_of, size_of, write_aoti, write_openvino, write_torch_export
 from .images import ImageSource
 from .onnx_file import write_onnx
 from .optional import check_installed
@@ -202,7 +202,7 @@ def keep_if_equal(path: Path, out: Path, cfg: Config, predictor: Predictor, sour
     exported = load_exported(path)
     comparison = Comparison(predictor.model, exported, cfg)
     report = Report(out.name, exported.name, exported.meta,
-                    sum(file.stat().st_size for file in files_of(path)) / 1e6, notes=[*notes])
+                    size_of(path) / 1e6, notes=[*notes])
     whole = len(source) == len(source.dataset)
     metrics = {name: Metric(cfg, source.dataset, whole) for name in ('PyTorch', exported.name)}
     try:
@@ -223,11 +223,6 @@ def keep_if_equal(path: Path, out: Path, cfg: Config, predictor: Predictor, sour
         raise UserError(f'{out.name} is not equal to PyTorch and was deleted: {report.problem}'
                         f'{older}')
     print(f'Written: {out}')
-
-
-def files_of(path: Path) -> list[Path]:
-    """All files of an exported model: those of OpenVINO are two."""
-    return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
 def compare(comparison: Comparison, source: ImageSource, metrics: dict[str, Metric],

@@ -20,6 +20,16 @@ META_FILE = f'{KEY}.json'
 """The metadata inside of an archive of torch.export."""
 
 
+def files_of(path: Path) -> list[Path]:
+    """All files of an exported model: those of OpenVINO are two."""
+    return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
+
+
+def size_of(path: Path) -> int:
+    """The bytes of all files of an exported model."""
+    return sum(file.stat().st_size for file in files_of(path))
+
+
 def write_openvino(pipeline: Pipeline, image: Tensor, path: Path, meta: dict[str, Any]) -> None:
     """Export to OpenVINO's ``path``.xml and .bin, by way of ONNX.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UserError
 from .checking import metric_problem
-from .formats import save_openvino
+from .formats import save_openvino, size_of
 from .onnx_file import quiet, write_meta
 from .optional import require
 
@@ -62,7 +62,7 @@ def quantize(source: Path, target: Path, meta: dict[str, Any], feeds: Sequence[F
                 ranges = quantize_onnx(source, target, written, feeds, chosen, ranges)
             else:
                 quantize_openvino(source, target, written, feeds, chosen)
-        share = _bytes(target) / source.stat().st_size
+        share = size_of(target) / source.stat().st_size
         if share > LARGEST_SHARE:
             raise UserError(
                 f'the int8 file has {100 * share:.0f} % of the bytes of the fp32 file: '
@@ -88,11 +88,6 @@ def _no_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _bytes(path: Path) -> int:
-    files = [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 @_no_logging()

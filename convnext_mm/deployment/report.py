@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..utils import atomic_path
+from ..utils import atomic_path, processor_name
 from ..visualization import (
     class_colors,
     draw_instances,
@@ -55,7 +54,7 @@ class Report:
     def write(self, path: str | Path) -> None:
         """Write ``path`` with the suffixes .md and .json."""
         path = Path(path)
-        content = dict(vars(self), cases=as_dicts(self.cases), machine=machine(),
+        content = dict(vars(self), cases=as_dicts(self.cases), machine=processor_name(),
                        threads=torch.get_num_threads())
         for suffix, text in (('.json', json.dumps(content, indent=1, ensure_ascii=False)),
                              ('.md', str(self))):
@@ -81,19 +80,8 @@ class Report:
             lines += ['', f'| {self.latency["input"]} | processor ms | clock ms |', '|---|---|---|']
             lines += [f'| {name} | {times["processor"]:.1f} | {times["clock"]:.1f} |'
                       for name, times in self.latency['times'].items()]
-            lines += ['', f'{machine()}, {torch.get_num_threads()} threads.']
+            lines += ['', f'{processor_name()}, {torch.get_num_threads()} threads.']
         return '\n'.join([*lines, *('\n' + note for note in self.notes)])
-
-
-def machine() -> str:
-    """The name of the processor."""
-    try:
-        for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def draw_pair(image: Image, samples: dict[str, Any], meta: dict[str, Any], path: Path) -> None:
