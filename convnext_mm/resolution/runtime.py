@@ -91,7 +91,8 @@ def test_pipeline_and_tta_pipeline(edits: Edits) -> None:
     pipeline, tta = edits.get('test_dataloader.dataset.pipeline'), edits.get('tta_pipeline')
     before = edits.inherited('test_dataloader.dataset.pipeline')
     if edits.is_set('tta_pipeline') or not pipeline or not tta or not before or (
-            plain(pipeline) == plain(before)):
+            plain(pipeline) == plain(before)) or any(
+                step['type'] == 'TestTimeAug' for step in pipeline):
         return
     augment = next((step for step in tta if step['type'] == 'TestTimeAug'), None)
     old = next((step.get('scale') for step in before if step['type'] == 'Resize'), None)

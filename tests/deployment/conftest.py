@@ -1,4 +1,5 @@
 """Small models of the demo configs, exported. Tests of one of them share an xdist group."""
+import ast
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ class Case:
     def cfg(self):
         """The config that the tools read."""
         options = dict(option.split('=', 1) for option in self.options[1:])
-        return read_config(self.config, {
-            **options, 'depths': [1, 1, 1, 1], 'dims': [8, 16, 24, 32]})
+        return read_config(self.config, {key: ast.literal_eval(value) if value[0] in '[(' else value
+                                         for key, value in options.items()})
 
 
 @pytest.fixture(scope='session')
