@@ -63,7 +63,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f'# {self.file} in {self.runtime}, compared with PyTorch', '',
-                 f'**Not kept: {self.problem}**' if self.problem else 'Equal within the limits.',
+                 f'**Not kept: {self.problem}**' if self.problem else
+                 'The metric is within the limit.' if self.meta.get('int8') or self.meta.get(
+                     'precision') else 'Equal within the limits.',
                  '', f'{self.megabytes:.1f} MB; {self.meta["config"]}, weights '
                  f'{self.meta["weights"]}.', '',
                  '| images | number | other pixels | detections | unmatched | box (px) | score |',
