@@ -120,8 +120,8 @@ class Findings:
         with np.errstate(divide='ignore', invalid='ignore'):
             normalized, width = (seen - mean) / std, spread / std
         in_8_bits = all(one.in_8_bits for one in facts)
-        fractions = in_8_bits and max(*mean, *std) < 1
         far = np.abs(normalized).max() > FAR_MEAN
+        fractions = in_8_bits and far and max(*mean, *std) < 1
         flat = width.max() < NO_SPREAD
         reduced = [path for path, one in images.items() if one.reduced]
         if not fractions:
@@ -131,7 +131,7 @@ class Findings:
                      "set color_type='unchanged' and to_float32=True in LoadImageFromFile, and "
                      'remove PhotoMetricDistortion',
                      'error' if far or flat else 'warning', where=reduced)
-        if not (fractions or ((far or flat) and not reduced)):
+        if not (far or flat) or (reduced and not fractions):
             return
         unnormalized = not mean.any() and (std == 1).all()
         self.add(f'the values of the images do not fit model.data_preprocessor: with mean='
@@ -141,8 +141,7 @@ class Findings:
                  f'std={_listed(255 * std)}' if fractions else
                  f'Write mean and std of your images; those checked here have mean={_listed(seen)} '
                  f'and std={_listed(spread)}',
-                 'warning' if unnormalized or (in_8_bits and not far and not fractions)
-                 else 'error')
+                 'warning' if unnormalized or (in_8_bits and not far) else 'error')
 
     def _add_wrong_bands(self, bands: dict[str, int], in_chans: int) -> None:
         """Add an error about images whose number of bands (by path) is not the model's."""

@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> Path:
         if processor_has('amx_bf16', 'avx512_bf16') and not args.bf16:
             print('This processor has bf16, which needs no calibration and may be faster still: '
                   'compare --to openvino --bf16, alone and with --int8')
-        plain = path.with_name('fp32.onnx')
+        plain = path.with_name(f'{path.stem}_fp32.onnx')
         write_onnx(pipeline, example, plain, meta)
         in_fp32 = quantize(plain, path, meta, feeds_of(training),
                            lambda file: evaluate(load_exported(file), cfg, source), args.max_drop)

@@ -4,8 +4,8 @@ Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray, "Fast Algorithms for C
 Networks", 2016): tiles of 6x6 inputs and the kernel are transformed, multiplied at 36 points, and
 transformed back to 4x4 outputs. The rounding error depends on the points (Barabasz et al., "Error
 Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks", 2020). With
-0, ±3/4, ±3/2 and ∞, which are exact in binary, it is 5 to 8 times that of the direct sum: 1e-6 of
-the output. Maps are (N, H, W, C).
+0, ±3/4, ±3/2 and ∞, which are exact in binary, it is about 2e-6 of the output. Maps are
+(N, H, W, C).
 """
 from __future__ import annotations
 

@@ -486,7 +486,7 @@ DO_NOT_FIT = 'the values of the images do not fit'
     (8, '', '', '', ''), (8, GRAY, '', '', ''),
     (8, OTHER_UNITS, 'error', rf'{DO_NOT_FIT}.*with mean=\[0.485, 0.456, 0.406\]',
      r'0 to 255: write mean=\[123.7, 116.3, 103.5\] and std=\[58.4, 57.12, 57.38\]'),
-    (3, OTHER_UNITS, 'error', DO_NOT_FIT, '0 to 255'),
+    (3, OTHER_UNITS, 'error', DO_NOT_FIT, '0 to 255'), (1, OTHER_UNITS, '', '', ''),
     (3, '', 'warning', rf'{DO_NOT_FIT}.*a spread of \[0.0', r'have mean=\[3.\d+, 3'),
     (8, NORMALIZE.format([0.0], [1.0]), 'warning', DO_NOT_FIT, r'have mean=\[1[23]\d'),
     (8, NORMALIZE.format([1000.0] * 3, [50.0] * 3), 'error', DO_NOT_FIT, r'have mean=\[1[23]\d'),

@@ -340,13 +340,18 @@ def test_slurm_training_that_the_user_interrupts_is_not_started_again(tmp_path):
     assert (tmp_path / 'calls').read_text().splitlines() == ['call']
 
 
-def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path):
-    """The Runner resolves the config again, after the mask head is gone."""
-    path = tmp_path / 'mine.py'
-    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\nval_evaluator = dict(metric=['segm'])\n"
-                    "default_hooks = dict(checkpoint=dict(save_best='coco/segm_mAP_50'))\n")
+def augmented(path: Path, text: str) -> Config:
+    """A detector's recipe with some lines of a user's, as ``--tta`` tests it."""
+    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\n{text}")
     cfg = checks.read_config(str(path), {}, [])
     launch._use_tta(cfg)
+    return cfg
+
+
+def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path):
+    """The Runner resolves the config again, after the mask head is gone."""
+    cfg = augmented(tmp_path / 'mine.py', "val_evaluator = dict(metric=['segm'])\n"
+                    "default_hooks = dict(checkpoint=dict(save_best='coco/segm_mAP_50'))\n")
     assert resolve(cfg) == [
         'train_dataloader.dataset.pipeline loads no masks: the model has no mask head']
     assert cfg.test_evaluator.metric == ['bbox']
@@ -354,11 +359,8 @@ def test_augmentation_of_boxes_does_not_contradict_what_validates_masks(tmp_path
 
 
 def test_augmentation_reaches_every_evaluator_of_a_list(tmp_path):
-    path = tmp_path / 'mine.py'
-    path.write_text(f"_base_ = '{ROOT}/{DETECTION}'\ntest_evaluator = [dict(type='CocoMetric', "
-                    "metric=['bbox', 'segm']), dict(type='DumpDetResults', out_file_path='a.pkl')]")
-    cfg = checks.read_config(str(path), {}, [])
-    launch._use_tta(cfg)
+    cfg = augmented(tmp_path / 'mine.py', "test_evaluator = [dict(type='CocoMetric', metric=["
+                    "'bbox', 'segm']), dict(type='DumpDetResults', out_file_path='a.pkl')]")
     assert [one.get('metric') for one in cfg.test_evaluator] == [['bbox'], None]
 
 
